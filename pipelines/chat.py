@@ -1,0 +1,169 @@
+"""Turns prompts, answers and dialogues into token ids: the one place, so that training and inference see the same.
+
+A sequence is tokenized in *segments*: everything the model reads before an answer, then the answer itself with its
+EOS. At inference the prompt is tokenized alone and the answer is generated after it, so tokenizing the segments
+apart gives exactly the ids of inference, for any template, and the loss mask is exact without `{% generation %}`.
+
+With a chat template in the tokenizer, a plain string prompt is one user message. Without one, prompt and
+completion are plain text that follow each other, closed by EOS.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+IGNORED = -100
+
+
+class TemplateError(ValueError):
+    """A chat template whose answers cannot be told apart from what surrounds them, with the fix."""
+
+
+def as_messages(prompt) -> list[dict]:
+    """A prompt in any accepted form (text, or a list of `{"role", "content"}`) as a list of messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def as_text(prompt) -> str:
+    """A prompt for people to read: its last message, or itself when it is text."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def encode_prompt(tokenizer, prompt) -> list[int]:
+    """Token ids that the model sees before it begins its answer (with the template's generation prompt)."""
+    if tokenizer.chat_template is None:
+        return _plain(tokenizer, _only_text(prompt), first=True)
+    text = tokenizer.apply_chat_template(as_messages(prompt), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_answer(tokenizer, prompt, completion) -> tuple[list[int], list[int]]:
+    """`(prompt_ids, answer_ids)`: the answer ends in EOS, and nothing that the template puts after it is kept."""
+    completion = completion if isinstance(completion, str) else completion[-1]["content"]
+    if tokenizer.chat_template is None:
+        answer = _plain(tokenizer, completion, first=False)
+        return encode_prompt(tokenizer, prompt), [*answer, tokenizer.eos_token_id]
+    messages = as_messages(prompt) + [{"role": "assistant", "content": completion}]
+    segments = _segments(tokenizer, messages)
+    return [i for ids, _ in segments[:-1] for i in ids], segments[-1][0]
+
+
+def encode_messages(tokenizer, messages) -> tuple[list[int], list[int]]:
+    """`(input_ids, labels)` of a whole dialogue: labels are the ids of every assistant answer incl. EOS, else -100."""
+    if tokenizer.chat_template is None:
+        raise TemplateError(
+            "rows with `messages` need a chat template, and the tokenizer has none. "
+            "Set `chat_template: chatml` (or a .jinja file) in the sft stage."
+        )
+    ids, labels = [], []
+    for segment, is_answer in _segments(tokenizer, messages):
+        ids += segment
+        labels += segment if is_answer else [IGNORED] * len(segment)
+    return ids, labels
+
+
+def _segments(tokenizer, messages) -> list[tuple[list[int], bool]]:
+    """The dialogue cut into (ids, is_answer): context, answer, context, answer … A tail after the last answer is cut."""
+    out, done = [], ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise TemplateError(
+                "the chat template rewrites what came before an answer (it is not prefix-preserving), so the answer "
+                "cannot be told apart. Use a template that only appends, e.g. `chat_template: chatml`."
+            )
+        answer = after[len(before) :]
+        end = answer.find(tokenizer.eos_token, len(message["content"].strip()))
+        if end < 0:
+            raise TemplateError(
+                f"the chat template does not end an answer with the EOS token {tokenizer.eos_token!r}: the model "
+                "would never learn to stop. Use `chat_template: chatml`, or set the tokenizer's EOS to the token "
+                "with which the template closes an answer."
+            )
+        answer = answer[: end + len(tokenizer.eos_token)]
+        out.append((tokenizer(before[len(done) :], add_special_tokens=False)["input_ids"], False))
+        out.append((tokenizer(answer, add_special_tokens=False)["input_ids"], True))
+        done = before + answer
+    return out
+
+
+def _plain(tokenizer, text: str, first: bool) -> list[int]:
+    """Ids of plain text; only the first segment may carry the tokenizer's BOS."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    adds_bos = first and bos is not None and tokenizer("x")["input_ids"][:1] == [bos]
+    return [bos, *ids] if adds_bos else ids
+
+
+def _only_text(prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    raise TemplateError(
+        "a prompt made of messages needs a chat template, and the tokenizer has none. "
+        "Set `chat_template: chatml` in the sft stage, or give prompts as plain text."
+    )
+
+
+def install_template(model, tokenizer, template: str | None) -> list[str]:
+    """Give `tokenizer` the chat template `template` and `model` the tokens it needs; returns the tokens added.
+
+    `template` is "chatml", a path to a .jinja file, "none" (plain text, no template) or None: keep the tokenizer's
+    own, or chatml where it has none. chatml's markers are added where the vocabulary lacks them, and `<|im_end|>`
+    becomes EOS. In every case PAD is made a token of its own (pad == eos means that EOS is never learned).
+    """
+    added: list[str] = []
+    if template is None:
+        template = "chatml" if tokenizer.chat_template is None else "keep"
+    if template == "chatml":
+        tokenizer.chat_template = (TEMPLATES / "chatml.jinja").read_text()
+        added += _add(tokenizer, ["<|im_start|>", "<|im_end|>"])
+        tokenizer.eos_token = "<|im_end|>"
+    elif template == "none":
+        tokenizer.chat_template = None
+    elif template != "keep":
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    added += ensure_pad(tokenizer)
+    fit_model(model, tokenizer)
+    return added
+
+
+def ensure_pad(tokenizer) -> list[str]:
+    """PAD becomes a token of its own where it is missing or equals EOS; returns the tokens added."""
+    if tokenizer.eos_token is None:
+        raise TemplateError("the tokenizer has no EOS token: set `eos_token` in its tokenizer_config.json.")
+    if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return []
+    added = _add(tokenizer, ["<|pad|>"])
+    tokenizer.pad_token = "<|pad|>"
+    return added
+
+
+def fit_model(model, tokenizer) -> None:
+    """Grow the embeddings to the tokenizer (mean-initialised, never shrunk) and agree on PAD and EOS."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    config = model.config.get_text_config()
+    config.pad_token_id = tokenizer.pad_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    if config is not model.config:
+        model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        ends = generation.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        ends = [tokenizer.eos_token_id] + [e for e in ends if e != tokenizer.eos_token_id]
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+        generation.pad_token_id = tokenizer.pad_token_id
+
+
+def _add(tokenizer, tokens: list[str]) -> list[str]:
+    known = tokenizer.get_vocab()
+    new = [t for t in tokens if t not in known]
+    if new:
+        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_additional_special_tokens=False)
+    return new
