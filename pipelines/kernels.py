@@ -1,0 +1,308 @@
+"""Language-model heads that never hold a batch's logits: loss and log-probabilities, chunk by chunk.
+
+The head and its cross-entropy are the largest single cost of a small language model (60 % of a lean step of a
+4-layer, 256-wide GPT-2) and its largest tensor (tokens x vocabulary, several times over). Both functions here
+walk over the rows in chunks that reuse one buffer and overwrite it in place: logits, then probabilities, then
+gradient. Computing the gradient already in the forward is Liger-Kernel's idea
+(https://arxiv.org/abs/2410.10989); this is plain PyTorch, so it runs on any device.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+
+# Elements of the logits buffer, and the fewest rows worth a matrix product. Measured on CPU: below 256 rows the
+# products lose speed (the whole d_weight is read and written once per chunk), above 16 MB the buffer leaves the
+# last-level cache. GPUs need more rows to fill and have memory to spare (not measured).
+CPU_CHUNK, CPU_ROWS = 2**22, 512
+GPU_CHUNK, GPU_ROWS = 2**28, 1024
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows of the logits buffer for a vocabulary of this size."""
+    if device.type == "cpu":
+        return max(CPU_ROWS, CPU_CHUNK // vocabulary)
+    return max(GPU_ROWS, GPU_CHUNK // vocabulary)
+
+
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """The dtype of the matrix products: autocast's where it is on, else that of the hidden states."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _no_autocast(device: torch.device):
+    """We cast by hand, once per call; autocast would cast the weight once per chunk."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _logits(hidden, weight, bias, out: torch.Tensor) -> torch.Tensor:
+    """hidden (n, h) @ weight (v, h)^T + bias as float32, written into the first n rows of `out` (rows, v)."""
+    logits = out[: hidden.size(0)]
+    if hidden.dtype == torch.float32:
+        torch.mm(hidden, weight.T, out=logits)
+    else:
+        logits.copy_(torch.mm(hidden, weight.T))
+    if bias is not None:
+        logits.add_(bias)
+    return logits
+
+
+def _softmax(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write the softmax of float32 logits (n, v) to `out` (may be `logits`); returns their logsumexp (n,).
+
+    The largest probability is 1/sum(exp(x - max)), so the logsumexp costs two cheap reads and no second exp
+    (and torch's softmax is four times as fast on CPU as its exp_).
+    """
+    peak = logits.amax(-1)
+    torch.softmax(logits, -1, out=out)
+    return peak - out.amax(-1).log_()
+
+
+class _WeightGradient:
+    """Sum over chunks of g^T h, in float32 whatever the products' dtype."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.shape, self.total = weight.shape, None
+
+    def add(self, grad: torch.Tensor, hidden: torch.Tensor) -> None:
+        if self.total is None:
+            self.total = torch.mm(grad.T, hidden).float()
+        elif grad.dtype == torch.float32:
+            self.total.addmm_(grad.T, hidden)
+        else:
+            self.total.add_(torch.mm(grad.T, hidden))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of valid rows; the gradients are already there when backward comes."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, rows, train):
+        # needs_input_grad stays true under no_grad, hence `train`
+        need_hidden, need_weight, need_bias = (train and need for need in ctx.needs_input_grad[:3])
+        count, vocabulary = hidden.size(0), weight.size(0)
+        dtype = _compute_dtype(hidden)
+        loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
+        with _no_autocast(hidden.device):
+            x, w = hidden.to(dtype), weight.to(dtype)
+            grad_hidden = torch.empty_like(x) if need_hidden else None
+            grad_weight = _WeightGradient(weight) if need_weight else None
+            grad_bias = torch.zeros(vocabulary, device=x.device, dtype=torch.float32) if need_bias else None
+            buffer = torch.empty(min(rows, count), vocabulary, device=x.device, dtype=torch.float32)
+            for start in range(0, count, rows):
+                part, target = x[start : start + rows], labels[start : start + rows, None]
+                logits = _logits(part, w, bias, buffer)
+                picked = logits.gather(1, target)[:, 0]
+                loss += (_softmax(logits, out=logits) - picked).sum()
+                if not (need_hidden or need_weight or need_bias):
+                    continue
+                # d loss / d logits = softmax - onehot, in place
+                logits.scatter_add_(1, target, logits.new_full((1, 1), -1.0).expand_as(target))
+                if need_bias:
+                    grad_bias += logits.sum(0)
+                grad = logits.to(dtype)
+                if need_hidden:
+                    torch.mm(grad, w, out=grad_hidden[start : start + rows])
+                if need_weight:
+                    grad_weight.add(grad, part)
+        ctx.grads = (
+            grad_hidden.to(hidden.dtype) if need_hidden else None,
+            grad_weight.total.to(weight.dtype) if need_weight else None,
+            grad_bias.to(bias.dtype) if need_bias else None,
+        )
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        if ctx.grads is None:
+            raise RuntimeError("linear_cross_entropy keeps its gradients for one backward only: forward again.")
+        grads, ctx.grads = ctx.grads, None
+        # In place: these tensors are ours alone. An incoming gradient of one leaves nothing to do (a comparison
+        # on an accelerator would wait for it, so there the multiplication is simply done).
+        if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(grad_loss)
+        return *grads, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    rows: int | None = None,
+) -> torch.Tensor:
+    """`cross_entropy(linear(hidden, weight, bias), labels)` without the logits.
+
+    Loss *and* gradients are computed chunk by chunk in the forward; backward only scales them, and can run once.
+    Rows whose label is `ignore_index` cost nothing. Products run in autocast's dtype (or that of `hidden`),
+    softmax, loss and the sums over chunks in float32. Under `no_grad` only the loss is computed.
+
+    Args:
+        hidden: (..., h) last hidden states, already aligned with `labels` (shift before calling).
+        weight: (v, h) output embedding; may be tied to the input embedding.
+        labels: (...) int64 token ids, `ignore_index` where there is nothing to learn.
+        bias: (v,) or None.
+        ignore_index: label of rows left out.
+        reduction: "mean" over the valid rows (0 where there is none, unlike torch's NaN) or "sum".
+        rows: rows per chunk; None picks a measured one.
+
+    Returns:
+        float32 scalar in nats, differentiable even when every row is ignored (all gradients zero then).
+
+    Raises:
+        ValueError: shapes that do not fit or an unknown reduction.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}.')
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} do not belong together.")
+    hidden, labels = hidden.reshape(-1, hidden.size(-1)), labels.reshape(-1)
+    valid = labels != ignore_index
+    count = int(valid.sum())
+    if count == 0:
+        # A zero that reaches every input, so that DDP and backward() find what they expect
+        return sum(x[:0].sum().float() for x in (hidden, weight, bias) if x is not None)
+    if count < labels.numel():
+        hidden, labels = hidden[valid], labels[valid]
+    rows = rows or chunk_rows(weight.size(0), hidden.device)
+    loss = _LinearCrossEntropy.apply(hidden, weight, bias, labels, rows, torch.is_grad_enabled())
+    return loss / count if reduction == "mean" else loss
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Log-probability of one label per row and the entropy of the row; backward computes the logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, temperature, entropy, rows):
+        count, vocabulary = hidden.size(0), weight.size(0)
+        dtype = _compute_dtype(hidden)
+        logprob = torch.empty(count, device=hidden.device, dtype=torch.float32)
+        spread = torch.empty_like(logprob) if entropy else None
+        lse = torch.empty_like(logprob)
+        with _no_autocast(hidden.device):
+            x, w = hidden.to(dtype), weight.to(dtype)
+            buffer = torch.empty(min(rows, count), vocabulary, device=x.device, dtype=torch.float32)
+            scratch = torch.empty_like(buffer) if entropy else None
+            for start in range(0, count, rows):
+                span = slice(start, start + rows)
+                logits = _logits(x[span], w, bias, buffer)
+                if temperature != 1.0:
+                    logits.div_(temperature)
+                picked = logits.gather(1, labels[span, None])[:, 0]
+                if entropy:
+                    probs = scratch[: logits.size(0)]
+                    lse[span] = _softmax(logits, out=probs)
+                    spread[span] = lse[span] - probs.mul_(logits).sum(-1)  # H = logsumexp - sum p z
+                else:
+                    lse[span] = _softmax(logits, out=logits)
+                logprob[span] = picked - lse[span]
+        ctx.save_for_backward(hidden, weight, bias, labels, lse, spread)
+        ctx.temperature, ctx.rows, ctx.dtype = temperature, rows, dtype
+        ctx.set_materialize_grads(False)
+        return logprob, spread
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logprob, grad_entropy):
+        hidden, weight, bias, labels, lse, spread = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if grad_logprob is None and grad_entropy is None:
+            return (None,) * 7
+        count, vocabulary = hidden.size(0), weight.size(0)
+        with _no_autocast(hidden.device):
+            x, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+            grad_hidden = torch.empty_like(x) if need_hidden else None
+            grad_weight = _WeightGradient(weight) if need_weight else None
+            grad_bias = torch.zeros(vocabulary, device=x.device, dtype=torch.float32) if need_bias else None
+            buffer = torch.empty(min(ctx.rows, count), vocabulary, device=x.device, dtype=torch.float32)
+            scratch = torch.empty_like(buffer) if grad_entropy is not None else None
+            for start in range(0, count, ctx.rows):
+                span = slice(start, start + ctx.rows)
+                logits = _logits(x[span], w, bias, buffer)
+                if ctx.temperature != 1.0:
+                    logits.div_(ctx.temperature)
+                target = labels[span, None]
+                # d logprob / d z = onehot - p;   d entropy / d z = -p (z - lse + H)
+                if grad_entropy is None:
+                    torch.softmax(logits, -1, out=logits)
+                    logits.mul_(-grad_logprob[span, None])
+                else:
+                    probs = torch.softmax(logits, -1, out=scratch[: logits.size(0)])
+                    slope = grad_entropy[span, None]
+                    # coefficient of -p: grad_entropy * (z - lse + H) + grad_logprob
+                    offset = (spread[span] - lse[span])[:, None] * slope
+                    if grad_logprob is not None:
+                        offset = offset + grad_logprob[span, None]
+                    logits.mul_(slope).add_(offset).mul_(probs).neg_()
+                if grad_logprob is not None:
+                    logits.scatter_add_(1, target, grad_logprob[span, None])
+                if ctx.temperature != 1.0:
+                    logits.div_(ctx.temperature)
+                if need_bias:
+                    grad_bias += logits.sum(0)
+                grad = logits.to(ctx.dtype)
+                if need_hidden:
+                    torch.mm(grad, w, out=grad_hidden[span])
+                if need_weight:
+                    grad_weight.add(grad, x[span])
+        return (
+            grad_hidden.to(hidden.dtype) if need_hidden else None,
+            grad_weight.total.to(weight.dtype) if need_weight else None,
+            grad_bias.to(bias.dtype) if need_bias else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    entropy: bool = True,
+    rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probability of each label and entropy of each row of `softmax(linear(hidden) / temperature)`.
+
+    Gradients flow through both results; backward computes each chunk's logits again (a third more products than
+    keeping them, and tokens x vocabulary less memory). Select the rows you need before calling: prompt and
+    padding rows would be computed too.
+
+    Args:
+        hidden: (n, h) last hidden states, aligned with `labels`.
+        weight: (v, h) output embedding.
+        labels: (n,) int64 token ids, all within the vocabulary.
+        bias: (v,) or None.
+        temperature: logits are divided by it.
+        entropy: False skips the entropy (None is returned in its place).
+        rows: rows per chunk; None picks a measured one.
+
+    Returns:
+        (logprob, entropy), each (n,) float32 in nats.
+
+    Raises:
+        ValueError: shapes that do not fit or a temperature that is not positive.
+    """
+    if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
+        got = f"{tuple(hidden.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"linear_logprobs takes hidden (n, h) and labels (n,), not {got}.")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}.")
+    if hidden.size(0) == 0:
+        empty = hidden[:, 0].float()
+        return empty, empty.clone() if entropy else None
+    rows = rows or chunk_rows(weight.size(0), hidden.device)
+    return _LinearLogprobs.apply(hidden, weight, bias, labels, float(temperature), entropy, rows)
