@@ -13,9 +13,9 @@ from contextlib import nullcontext
 
 import torch
 
-# Elements of the logits buffer, and the fewest rows worth a matrix product. Measured on CPU: below 256 rows the
-# products lose speed (the whole d_weight is read and written once per chunk), above 16 MB the buffer leaves the
-# last-level cache. GPUs need more rows to fill and have memory to spare (not measured).
+# Elements of the logits buffer, and the fewest rows worth a matrix product. Measured on CPU: below 256 rows
+# the products lose speed (the whole d_weight is read and written once per chunk), above 16 MB the buffer
+# leaves the last-level cache. GPUs need more rows to fill and have memory to spare (not measured).
 CPU_CHUNK, CPU_ROWS = 2**22, 512
 GPU_CHUNK, GPU_ROWS = 2**28, 1024
 
@@ -121,9 +121,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
         if ctx.grads is None:
-            raise RuntimeError("linear_cross_entropy keeps its gradients for one backward only: forward again.")
+            raise RuntimeError("linear_cross_entropy keeps its gradients for one backward only.")
         grads, ctx.grads = ctx.grads, None
-        # In place: these tensors are ours alone. An incoming gradient of one leaves nothing to do (a comparison
+        # In place: these tensors are ours alone. An incoming gradient of one leaves nothing to do (comparing
         # on an accelerator would wait for it, so there the multiplication is simply done).
         if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
             for grad in grads:
@@ -143,7 +143,7 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """`cross_entropy(linear(hidden, weight, bias), labels)` without the logits.
 
-    Loss *and* gradients are computed chunk by chunk in the forward; backward only scales them, and can run once.
+    Loss *and* gradients are computed chunk by chunk in the forward; backward only scales them, and runs once.
     Rows whose label is `ignore_index` cost nothing. Products run in autocast's dtype (or that of `hidden`),
     softmax, loss and the sums over chunks in float32. Under `no_grad` only the loss is computed.
 
@@ -165,7 +165,8 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}.')
     if hidden.shape[:-1] != labels.shape:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} do not belong together.")
+        shapes = f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)}"
+        raise ValueError(f"{shapes} do not belong together.")
     hidden, labels = hidden.reshape(-1, hidden.size(-1)), labels.reshape(-1)
     valid = labels != ignore_index
     count = int(valid.sum())
@@ -277,8 +278,8 @@ def linear_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probability of each label and entropy of each row of `softmax(linear(hidden) / temperature)`.
 
-    Gradients flow through both results; backward computes each chunk's logits again (a third more products than
-    keeping them, and tokens x vocabulary less memory). Select the rows you need before calling: prompt and
+    Gradients flow through both results; backward computes each chunk's logits again (a third more products
+    than keeping them, and tokens x vocabulary less memory). Select the rows you need before calling: prompt and
     padding rows would be computed too.
 
     Args:

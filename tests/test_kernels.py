@@ -10,7 +10,7 @@ N, H, V = 23, 12, 37
 
 def tensors(seed=0, bias=True, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(N, H, generator=g).to(dtype).requires_grad_()
+    hidden = torch.randn(N, H, generator=g).mul(0.5).to(dtype).requires_grad_()
     weight = torch.randn(V, H, generator=g).to(dtype).requires_grad_()
     b = torch.randn(V, generator=g).to(dtype).requires_grad_() if bias else None
     return hidden, weight, b, torch.randint(0, V, (N,), generator=g)
@@ -33,7 +33,8 @@ def test_cross_entropy_equals_torch(bias, reduction, rows):
     labels[[0, 5, 6, 22]] = -100
     ours = linear_cross_entropy(hidden, weight, labels, b, reduction=reduction, rows=rows)
     theirs = F.cross_entropy(F.linear(hidden, weight, b), labels, reduction=reduction)
-    assert_close([ours, *grads(3.0 * ours, hidden, weight, b)], [theirs, *grads(3.0 * theirs, hidden, weight, b)])
+    assert_close([ours], [theirs])
+    assert_close(grads(3.0 * ours, hidden, weight, b), grads(3.0 * theirs, hidden, weight, b))
 
 
 def test_cross_entropy_batched_shape_and_other_ignore_index():
@@ -85,7 +86,7 @@ def test_no_gradient_work_without_grad(monkeypatch):
     assert len(calls) == 1 and not loss.requires_grad
     torch.testing.assert_close(loss, expected)
     calls.clear()
-    weight.requires_grad_(False), b.requires_grad_(False)  # a frozen head (LoRA) pays for one gradient, not two
+    weight.requires_grad_(False), b.requires_grad_(False)  # a frozen head (LoRA) pays for one gradient
     linear_cross_entropy(hidden, weight, labels, b, rows=N)
     assert len(calls) == 2
 
@@ -136,8 +137,10 @@ def test_misuse_is_told():
 
 
 def closed_form(hidden, weight, b, labels, temperature):
+    # in float64: the entropy's float32 gradient is not exact to 1e-5 in either implementation
+    hidden, weight, b = hidden.double(), weight.double(), None if b is None else b.double()
     logp = F.log_softmax(F.linear(hidden, weight, b) / temperature, -1)
-    return logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    return logp.gather(1, labels[:, None])[:, 0].float(), -(logp.exp() * logp).sum(-1).float()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -145,6 +148,7 @@ def closed_form(hidden, weight, b, labels, temperature):
 @pytest.mark.parametrize("rows", [None, 5])
 def test_logprobs_equal_closed_form(bias, temperature, rows):
     hidden, weight, b, labels = tensors(1, bias=bias)
+    torch.manual_seed(0)
     pull, push = torch.randn(N), torch.randn(N)
     ours = linear_logprobs(hidden, weight, labels, b, temperature, rows=rows)
     theirs = closed_form(hidden, weight, b, labels, temperature)
