@@ -1,0 +1,196 @@
+"""What lies beside a model: `stage.json` (written last, so its presence means finished) and the model card."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from pipelines import data
+from pipelines.stage import Stage
+
+STARTED, FINISHED = "started.json", "stage.json"
+PACKAGES = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers", "bitsandbytes", "deepspeed"]
+
+# Settings that cannot change what is learned: a stage that differs only in these is the same stage.
+HARMLESS = (
+    "logging_", "log_", "save_steps", "save_strategy", "save_total_limit", "report_to", "run_name", "disable_tqdm",
+    "dataloader_", "per_device_eval", "use_cpu", "ddp_", "gradient_checkpointing", "eval_accumulation",
+)  # fmt: skip
+
+
+def write_json(path: Path, value) -> None:
+    """Replace `path` in one step: after a crash it holds the old text or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(part, "w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False, default=str)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> dict | None:
+    """The file's content, or None where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def record(stage: Stage, parents: dict[str, str]) -> dict:
+    """Everything that decides what the stage learns: its settings, seed, data and what it builds on.
+
+    `parents` maps the stages it refers to to their identity; two equal records mean the same training.
+    """
+    sections = {name: dict(section) for name, section in sorted(stage.sections.items()) if section}
+    value = {
+        "kind": stage.kind,
+        "seed": stage.seed,
+        "sections": sections,
+        "data": data.fingerprint(stage.sections.get("data", {})),
+        "base": _base(stage.sections.get("model", {}).get("model_name_or_path")),
+        "parents": parents,
+    }
+    return json.loads(json.dumps(value, default=str))
+
+
+def _base(path: str | None) -> dict | None:
+    """Identity of a base model that no stage made: its folder's config and weights, or its hub id."""
+    if path is None or path.startswith("stage:"):
+        return None
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return {"hub": path}
+    config = folder / "config.json"
+    return {
+        "folder": str(path),
+        "config": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
+        "weights": {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))},
+    }
+
+
+def identity(finished: dict) -> str:
+    """What a finished stage is called by those that build on it: changes whenever it is made again."""
+    return hashlib.sha256(json.dumps([finished["record"], finished["finished"]]).encode()).hexdigest()[:16]
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Paths of the fields in which two records differ, `HARMLESS` ones left out: `sections.args.learning_rate (…)`."""
+    total = new.get("sections", {}).get("args", {}).get("global_batch_size")
+    found = []
+
+    def walk(a, b, path):
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in sorted(a.keys() | b.keys()):
+                harmless = path == "sections.args" and (
+                    key.startswith(HARMLESS)
+                    or (total and key in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+                )
+                if not harmless:
+                    walk(a.get(key), b.get(key), f"{path}.{key}".lstrip("."))
+        elif a != b and not (a in (None, {}) and b in (None, {})):
+            found.append(f"{path.removeprefix('sections.')} ({_short(a)} then, {_short(b)} now)")
+
+    walk(old, new, "")
+    return found
+
+
+def _short(value) -> str:
+    text = json.dumps(value, default=str) if value is not None else "unset"
+    return text if len(text) < 60 else text[:57] + "…"
+
+
+def finish(stage: Stage, made_from: dict, metrics: dict, started: str, seconds: float, world: int) -> None:
+    """Write the model card, then `stage.json`, then remove what was only needed to resume."""
+    final = {
+        "stage": stage.name,
+        "kind": stage.kind,
+        "recipe": stage.recipe,
+        "record": made_from,
+        "rows": stage.report,
+        "metrics": metrics,
+        "seed": stage.seed,
+        "world_size": world,
+        "started": started,
+        "finished": now(),
+        "seconds": round(seconds, 1),
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+    (stage.folder / "README.md").write_text(card(stage, final), encoding="utf-8")
+    write_json(stage.folder / FINISHED, final)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that did the work, as far as installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str:
+    """The commit of the checkout this code runs from (with "+changes"), or "not a checkout"."""
+    here = Path(__file__).resolve().parent
+    run = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True)  # noqa: E731
+    try:
+        head = run("rev-parse", "HEAD")
+        if head.returncode:
+            return "not a checkout"
+        return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "--", str(here)).stdout else "")
+    except FileNotFoundError:
+        return "not a checkout"
+
+
+def now() -> str:
+    """UTC time to the microsecond, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat()
+
+
+def card(stage: Stage, final: dict) -> str:
+    """The model card: what the model is, what it was made from, how it did, what it must not be used for."""
+    scalars = {k: v for k, v in final["metrics"].items() if isinstance(v, (int, float, str))}
+    record_ = final["record"]
+    base = stage.sections.get("model", {}).get("model_name_or_path") or "trained from scratch"
+    front = ["---", "library_name: transformers", f"tags: [{stage.kind}]"]
+    if not base.startswith("stage:") and base != "trained from scratch" and not Path(base).exists():
+        front.append(f"base_model: {base}")
+    lines = [
+        *front,
+        "---",
+        "",
+        f"# {stage.name}",
+        "",
+        f"Made by the stage `{stage.name}` (kind `{stage.kind}`) of `{stage.recipe}` on {final['finished'][:10]}.",
+        f"Built on: `{base}`.",
+        "",
+        "## Data",
+        "",
+        *[f"- `{path}`: {_short(info)}" for path, info in record_["data"].items()],
+        *[f"- {key}: {value}" for key, value in final["rows"].items()],
+        "",
+        "## Results",
+        "",
+        "| metric | value |",
+        "| --- | --- |",
+        *[f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in scalars.items()],
+        "",
+        "## Limits",
+        "",
+        "The model repeats what its data says, errors and tone included; it was measured only by the figures above,",
+        "on held-out rows of the same source where there are any. Check it on your own data before you rely on it.",
+        "",
+        "## How it was made",
+        "",
+        f"- settings: `{json.dumps(record_['sections'], ensure_ascii=False)}`",
+        f"- seed {final['seed']}, {final['world_size']} process(es), {final['seconds']} s, commit {final['git_commit']}",
+        f"- versions: {', '.join(f'{k} {v}' for k, v in final['versions'].items())}",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,494 @@
+"""One `data:` section for all stages: sources to checked rows, with errors that name file and row.
+
+A source is a local file (.jsonl .json .csv .parquet .txt, each also .gz; globs work), a folder or a hub id. Rows come
+out normalised, one shape per use (the stage's `ROWS`):
+
+    text       text                                             pretrain, mlm
+    sft        prompt + completion, or messages                 (instruction/input/output, ShareGPT are converted)
+    pairs      prompt, chosen, rejected                         reward
+    prompts    prompt, and any further columns                  ppo
+    labelled   text (+ text_pair), label                        classify
+    seq2seq    source, target                                   seq2seq
+
+Every row carries `where` ("data/x.jsonl:17"), so whatever happens to it later can be said by name.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines import schema
+
+NEEDS = {
+    "text": ["text"],
+    "sft": ["prompt", "completion"],
+    "pairs": ["prompt", "chosen", "rejected"],
+    "prompts": ["prompt"],
+    "labelled": ["text", "label"],
+    "seq2seq": ["source", "target"],
+}
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+SHOWN = 5  # problems shown per source; the rest are counted
+
+
+class DataError(ValueError):
+    """Data that cannot be used, with file, row and fix."""
+
+
+# --- the section -------------------------------------------------------------------------------------------------
+
+
+def sources(section: dict, side: str) -> list[dict]:
+    """The sources of `section[side]` ("train" or "validation") in full form; none when it is absent or a fraction."""
+    value = section.get(side)
+    if value is None or isinstance(value, (int, float)):
+        return []
+    items = value if isinstance(value, list) else [value]
+    base = {"columns": section.get("columns")}
+    return [{**base, "path": i} if isinstance(i, str) else {**base, **i} for i in items]
+
+
+def fraction(section: dict) -> float:
+    """The share of training rows held out for validation: 0 when validation is absent or a source of its own."""
+    value = section.get("validation")
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> Iterator[tuple[str, str, object]]:
+    """`(key path below data, what is wrong, value)` for the section and, with `read_rows`, for every local row."""
+    if not section.get("train"):
+        yield "train", "needs a source: a file, a glob or a hub id", None
+    value = section.get("validation")
+    if isinstance(value, (int, float)) and not 0 < value < 1:
+        yield "validation", "a fraction lies between 0 and 1 (or give a source)", value
+    known = schema.fields("pipelines.sections:SourceSection")
+    for side in ("train", "validation"):
+        many = isinstance(section.get(side), list)
+        for i, source in enumerate(sources(section, side)):
+            at = f"{side}[{i}]" if many else side
+            if not isinstance(source, dict) or not source.get("path"):
+                yield at, "a source is a path, a hub id or a mapping with `path`", source
+                continue
+            wrong = list(_wrong_keys(source, known, at))
+            yield from wrong
+            if not wrong and is_local(source["path"]):
+                if not files(source["path"]):
+                    yield f"{at}", f"no such file (looked in {Path.cwd()})", source["path"]
+                elif read_rows:
+                    yield from ((at, message, None) for message in _wrong_rows(source, kind, task))
+
+
+def _wrong_keys(source: dict, known: dict, at: str) -> Iterator[tuple[str, str, object]]:
+    for key, value in source.items():
+        if key not in known:
+            yield f"{at}.{key}", f"unknown key{schema.meant(key, known)}", value
+        else:
+            wrong = schema.check_value(known[key], value)[1]
+            if wrong:
+                yield f"{at}.{key}", wrong, value
+    weight, rows = source.get("weight", 1.0), source.get("rows")
+    if isinstance(weight, (int, float)) and weight <= 0:
+        yield f"{at}.weight", "must be above 0", weight
+    if isinstance(rows, int) and rows < 1:
+        yield f"{at}.rows", "must be at least 1", rows
+
+
+def _wrong_rows(source: dict, kind: str, task: dict | None) -> Iterator[str]:
+    """The first `SHOWN` bad rows of a source, and how many more there are."""
+    bad = count = 0
+    try:
+        for where, row in read(source):
+            count += 1
+            try:
+                normalise(row, kind, source.get("columns"), task)
+            except DataError as error:
+                bad += 1
+                if bad <= SHOWN:
+                    yield f"{where}: {error}"
+                if "no column" in str(error) and bad == 1 and count == 1:
+                    return  # every row would say the same
+    except DataError as error:
+        yield str(error)
+        return
+    if bad > SHOWN:
+        yield f"… and {bad - SHOWN} more bad rows in {source['path']} ({bad} of {count})"
+    if count == 0:
+        yield f"{source['path']}: no rows"
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` is meant as a local file or folder rather than a hub id."""
+    plain = path.removesuffix(".gz")
+    return plain.endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or "*" in path or Path(path).exists()
+
+
+def files(path: str) -> list[Path]:
+    """The files a local path or glob stands for, sorted; a folder stands for itself (read by `datasets`)."""
+    return sorted(Path(p) for p in glob.glob(str(Path(path).expanduser()), recursive=True))
+
+
+def read(source: dict) -> Iterator[tuple[str, dict]]:
+    """`(where, row)` for every row of a source as it stands in the file; at most `rows` of them."""
+    limit, count = source.get("rows"), 0
+    path = source["path"]
+    parts = files(path) if is_local(path) else []
+    if is_local(path) and not parts:
+        raise DataError(f"{path}: no such file (looked in {Path.cwd()})")
+    readers = (_hub(source),) if not parts or parts[0].is_dir() else (_file(p, source) for p in parts)
+    for reader in readers:
+        for item in reader:
+            if limit is not None and count >= limit:
+                return
+            count += 1
+            yield item
+
+
+def _file(path: Path, source: dict) -> Iterator[tuple[str, dict]]:
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix == ".parquet":
+        yield from _parquet(path)
+    elif suffix == ".csv":
+        yield from _csv(path)
+    elif suffix == ".txt":
+        yield from _text(path, source.get("sample_by", "line"))
+    elif suffix in (".jsonl", ".json"):
+        yield from _json(path)
+    else:
+        raise DataError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)} (each also .gz)")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """`(number from 1, line)`, decoded line by line so that an error names the line."""
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as stream:
+            for number, line in enumerate(stream, 1):  # noqa: B007  used in the messages below
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number}: not UTF-8 (byte {error.start} of the line); convert the file") from None
+    except EOFError:
+        raise DataError(f"{path}:{number}: the gzip file ends too early (after this line); copy it again") from None
+    except (gzip.BadGzipFile, OSError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _json(path: Path) -> Iterator[tuple[str, dict]]:
+    lines = _lines(path)
+    first = next(((n, text) for n, text in lines if text.strip()), None)
+    if first is None:
+        return
+    if first[1].lstrip().startswith("["):
+        text = first[1] + "".join(line for _, line in lines)
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        for i, row in enumerate(rows, 1):
+            yield f"{path}[{i}]", _mapping(row, f"{path}[{i}]")
+        return
+    for number, line in [first]:
+        yield f"{path}:{number}", _mapping(_parse(line, path, number), f"{path}:{number}")
+    for number, line in lines:
+        if line.strip():
+            yield f"{path}:{number}", _mapping(_parse(line, path, number), f"{path}:{number}")
+
+
+def _parse(line: str, path: Path, number: int):
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{number}: not JSON: {error.msg} at character {error.colno}") from None
+
+
+def _mapping(row, where: str) -> dict:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a row is a JSON object with named columns, not {type(row).__name__}")
+    return row
+
+
+def _csv(path: Path) -> Iterator[tuple[str, dict]]:
+    reader = csv.DictReader(line for _, line in _lines(path))
+    try:
+        for row in reader:
+            if None in row:
+                raise DataError(f"{path}:{reader.line_num}: more fields than the header has columns; quote the commas")
+            yield f"{path}:{reader.line_num}", row
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        raw = gzip.open(path, "rb").read() if path.suffix == ".gz" else None
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(raw) if raw is not None else path)
+        number = 0
+        for batch in table.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}[{number}]", row
+    except (pyarrow.ArrowInvalid, EOFError, OSError) as error:
+        raise DataError(f"{path}: not a whole Parquet file: {error}") from None
+
+
+def _text(path: Path, sample_by: str) -> Iterator[tuple[str, dict]]:
+    if sample_by == "document":
+        text = "".join(line for _, line in _lines(path))
+        if text.strip():
+            yield f"{path}:1", {"text": text}
+        return
+    start, paragraph = 0, []
+    for number, line in _lines(path):
+        if sample_by == "line":
+            if line.strip():
+                yield f"{path}:{number}", {"text": line.rstrip("\r\n")}
+        elif line.strip():
+            start = start or number
+            paragraph.append(line)
+        elif paragraph:
+            yield f"{path}:{start}", {"text": "".join(paragraph).rstrip("\r\n")}
+            start, paragraph = 0, []
+    if paragraph:
+        yield f"{path}:{start}", {"text": "".join(paragraph).rstrip("\r\n")}
+
+
+def _hub(source: dict) -> Iterator[tuple[str, dict]]:
+    import datasets
+
+    path, split = source["path"], source.get("split", "train")
+    try:
+        rows = datasets.load_dataset(path, source.get("name"), split=split, revision=source.get("revision"))
+    except Exception as error:  # whatever the hub client raises becomes one message that names the source
+        raise DataError(
+            f"{path}: cannot be loaded ({type(error).__name__}: {error}). A hub id needs network access or the hub's "
+            "cache; a local file needs a path that exists."
+        ) from error
+    for number, row in enumerate(rows, 1):
+        yield f"{path}[{split}][{number}]", row
+
+
+# --- one row -----------------------------------------------------------------------------------------------------
+
+
+def normalise(row: dict, kind: str, columns: dict | None = None, task: dict | None = None) -> dict:
+    """The row in the shape of `kind`; raises `DataError` saying what is wrong with it."""
+    row = dict(row)
+    for ours, theirs in (columns or {}).items():
+        if theirs not in row:
+            raise DataError(f"no column {theirs!r} (mapped to {ours}); the row has {', '.join(row) or 'none'}")
+        row[ours] = row.pop(theirs)
+    if kind == "sft":
+        return _sft(row)
+    missing = [c for c in NEEDS[kind] if row.get(c) is None]
+    if kind == "pairs" and missing == ["prompt"] and isinstance(row["chosen"], list):
+        return _implicit_prompt(row)
+    if missing:
+        raise DataError(_missing(missing, row, kind))
+    if kind == "text":
+        return {"text": _filled(row, "text")}
+    if kind == "seq2seq":
+        return {"source": _filled(row, "source"), "target": _filled(row, "target")}
+    if kind == "labelled":
+        out = {"text": _filled(row, "text"), "label": _label(row["label"], task or {})}
+        return {**out, "text_pair": _filled(row, "text_pair")} if row.get("text_pair") is not None else out
+    if kind == "prompts":
+        return {**row, "prompt": _prompt(row["prompt"])}
+    prompt, chosen, rejected = _prompt(row["prompt"]), _answer(row, "chosen"), _answer(row, "rejected")
+    if chosen == rejected:
+        raise DataError("chosen and rejected are the same answer: there is nothing to learn from the pair")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _sft(row: dict) -> dict:
+    if row.get("conversations") is not None and row.get("messages") is None:
+        turns = row["conversations"]
+        unknown = [t.get("from") for t in turns if t.get("from") not in SHAREGPT]
+        if unknown:
+            raise DataError(f"conversations: unknown speaker {unknown[0]!r}; known: {', '.join(SHAREGPT)}")
+        row["messages"] = [{"role": SHAREGPT[t["from"]], "content": t.get("value")} for t in turns]
+    if row.get("messages") is not None:
+        return {"messages": _dialogue(row["messages"], "messages", ends_with="assistant")}
+    if row.get("instruction") is not None and row.get("output") is not None and row.get("prompt") is None:
+        extra = row.get("input") or ""
+        row["prompt"] = row["instruction"] + ("\n\n" + extra if extra.strip() else "")
+        row["completion"] = row["output"]
+    missing = [c for c in NEEDS["sft"] if row.get(c) is None]
+    if missing:
+        raise DataError(_missing(missing, row, "sft"))
+    return {"prompt": _prompt(row["prompt"]), "completion": _answer(row, "completion")}
+
+
+def _missing(missing: list[str], row: dict, kind: str) -> str:
+    also = " (or messages, or instruction and output)" if kind == "sft" else ""
+    empty = [c for c in missing if c in row]
+    if empty:
+        return f"{empty[0]} is empty"
+    return (
+        f"no column {', '.join(missing)}{also}; the row has {', '.join(row) or 'none'}. "
+        f"Name the columns with data.columns, e.g. {{{missing[0]}: {next(iter(row), 'their_name')}}}"
+    )
+
+
+def _filled(row: dict, column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(f"{column} must be text, not {type(value).__name__}")
+    if not value.strip():
+        raise DataError(f"{column} is empty")
+    return value
+
+
+def _prompt(value):
+    if isinstance(value, str):
+        if not value.strip():
+            raise DataError("prompt is empty")
+        return value
+    return _dialogue(value, "prompt", ends_with="user")
+
+
+def _answer(row: dict, column: str) -> str:
+    """An answer as text; one given as a message list holds exactly one assistant message."""
+    value = row[column]
+    if isinstance(value, list):
+        if len(value) != 1 or value[0].get("role") != "assistant":
+            raise DataError(f"{column} must be one assistant message (what comes before it belongs into prompt)")
+        value = value[0].get("content")
+    return _filled({column: value}, column)
+
+
+def _implicit_prompt(row: dict) -> dict:
+    """chosen and rejected as whole dialogues with a common beginning: that beginning is the prompt."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if not isinstance(rejected, list) or chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+        raise DataError("no column prompt, and chosen and rejected do not share all turns but the last")
+    return normalise({"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}, "pairs")
+
+
+def _dialogue(messages, column: str, ends_with: str) -> list[dict]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{column} must be text or a list of messages with role and content")
+    out = []
+    for i, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or "role" not in message:
+            raise DataError(f"{column}: message {i} has no role")
+        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            raise DataError(f"{column}: message {i} ({message['role']}) is empty")
+        out.append({"role": message["role"], "content": message["content"]})
+    turns = [m["role"] for m in out if m["role"] != "system"]
+    if any(m["role"] == "system" for m in out[1:]):
+        raise DataError(f"{column}: a system message may only come first")
+    for i, role in enumerate(turns):
+        if role not in ("user", "assistant"):
+            raise DataError(f"{column}: unknown role {role!r}; use system, user, assistant")
+        if role != ("user", "assistant")[i % 2]:
+            raise DataError(f"{column}: roles must alternate user, assistant, …; found {', '.join(turns)}")
+    if not turns or turns[-1] != ends_with:
+        raise DataError(f"{column} must end with a message of the {ends_with}")
+    return out
+
+
+def _label(label, task: dict):
+    kind, names = task.get("problem_type", "single_label_classification"), task.get("labels")
+    if kind == "regression":
+        try:
+            return float(label)
+        except (TypeError, ValueError):
+            raise DataError(f"label must be a number for regression, not {label!r}") from None
+    if kind == "multi_label_classification":
+        if not isinstance(label, list):
+            raise DataError(f"label must be a list of labels for multi-label classification, not {label!r}")
+        return [_class(item, names) for item in label]
+    return _class(label, names)
+
+
+def _class(label, names: list[str] | None):
+    """A class as its id where names are known (an id or a name may stand in the data), else as it stands."""
+    if isinstance(label, str) and label.lstrip("-").isdigit():
+        label = int(label)  # CSV has no numbers
+    if isinstance(label, bool) or not isinstance(label, (int, str)):
+        raise DataError(f"label must be a class id or name, not {label!r}")
+    if isinstance(label, int) and label < 0:
+        raise DataError(f"label {label} is out of range: ids start at 0")
+    if names is None:
+        return label
+    if isinstance(label, str):
+        if label not in names:
+            raise DataError(f"label {label!r} is none of {', '.join(names)}{schema.meant(label, names)}")
+        return names.index(label)
+    if label >= len(names):
+        raise DataError(f"label {label} is out of range: there are {len(names)} labels (ids 0 to {len(names) - 1})")
+    return label
+
+
+# --- whole sides -------------------------------------------------------------------------------------------------
+
+
+def stream(section: dict, side: str, kind: str, seed: int, task: dict | None = None) -> Iterator[dict]:
+    """Normalised rows of one side, one after the other, with `where`: weights and the validation fraction applied.
+
+    Which rows are held out or left out by a weight depends only on the seed and the row itself (its prompt, where it
+    has one), never on its place, so a growing file keeps its split and the same prompt is never on both sides.
+    """
+    share = fraction(section)
+    origin = "train" if side == "validation" and share else side
+    for source in sources(section, origin):
+        weight = float(source.get("weight", 1.0)) if side == "train" else 1.0
+        for where, raw in read(source):
+            try:
+                row = normalise(raw, kind, source.get("columns"), task)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            if share and (_draw(row, seed, "split") < share) != (side == "validation"):
+                continue
+            copies = int(weight) + (_draw(row, seed, where) < weight - int(weight))
+            for _ in range(copies):
+                yield {**row, "where": where}
+
+
+def load(section: dict, kind: str, seed: int, task: dict | None = None) -> tuple[list[dict], list[dict]]:
+    """`(train rows, validation rows)` in memory; the second is empty where the recipe has no validation."""
+    train = list(stream(section, "train", kind, seed, task))
+    has_validation = section.get("validation") is not None
+    validation = list(stream(section, "validation", kind, seed, task)) if has_validation else []
+    if not train:
+        raise DataError("data.train: no rows are left for training")
+    if has_validation and not validation:
+        raise DataError(f"data.validation: no rows ({section['validation']!r} of {len(train)}); raise the fraction")
+    return train, validation
+
+
+def _draw(row: dict, seed: int, salt: str) -> float:
+    """A number in [0, 1) that depends on the seed, the salt and the row's prompt (or whole content)."""
+    key = next((row[c] for c in ("prompt", "text", "source", "messages") if c in row), row)
+    digest = hashlib.blake2b(f"{seed}|{salt}|{json.dumps(key, sort_keys=True)}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def fingerprint(section: dict) -> dict[str, dict]:
+    """What the rows come from: SHA-256 and size of every local file, id and revision of every hub source."""
+    out: dict[str, dict] = {}
+    for side in ("train", "validation"):
+        for source in sources(section, side):
+            if not is_local(source["path"]):
+                out[source["path"]] = {"hub": source["path"], "revision": source.get("revision")}
+                continue
+            for path in files(source["path"]):
+                for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                    if part.is_file():
+                        with open(part, "rb") as stream_:
+                            digest = hashlib.file_digest(stream_, "sha256").hexdigest()
+                        out[str(part)] = {"sha256": digest, "bytes": part.stat().st_size}
+    return out

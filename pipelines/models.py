@@ -1,0 +1,104 @@
+"""Tokenizers and models in and out: from a config, a folder or a hub id, and never with silently random parts."""
+
+from __future__ import annotations
+
+import logging
+
+logger = logging.getLogger(__name__)
+
+
+class ModelError(ValueError):
+    """A model or tokenizer that cannot be used as asked, with the fix."""
+
+
+def load_tokenizer(section):
+    """The tokenizer of a `model:` section: its own folder, or the model's."""
+    from transformers import AutoTokenizer
+
+    path = section.tokenizer_name_or_path or section.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=section.model_revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no tokenizer in {path!r} ({str(error).splitlines()[0]}). Set model.tokenizer_name_or_path to a folder or "
+            "hub id that has one; a hub id needs network access or the hub's cache."
+        ) from error
+    # A v4-era folder opened wrongly yields a vocabulary of one or two tokens, without a word.
+    if len(tokenizer) < 10:
+        raise ModelError(f"the tokenizer in {path!r} has only {len(tokenizer)} tokens: its vocabulary was not read")
+    return tokenizer
+
+
+def load_model(section, auto_class: str, tokenizer=None, *, allow_new: tuple[str, ...] = (), **settings):
+    """The model of a `model:` section as `transformers.<auto_class>`, float32 unless `dtype` says otherwise.
+
+    With `section.config` alone a new model is built, its vocabulary and special tokens taken from `tokenizer`.
+    `settings` are config values (num_labels=1, …). Weights missing in the checkpoint raise `ModelError`, except those
+    whose name starts with one of `allow_new` (a task head that this stage is to train).
+    """
+    import torch
+    import transformers
+
+    auto = getattr(transformers, auto_class)
+    overrides = dict(section.config or {})
+    dtype = section.dtype if section.dtype in (None, "auto") else getattr(torch, section.dtype)
+    attention = {"attn_implementation": section.attn_implementation} if section.attn_implementation else {}
+    if section.model_name_or_path is None:
+        config = transformers.AutoConfig.for_model(overrides.pop("model_type"), **_special(tokenizer), **overrides)
+        for key, value in settings.items():
+            setattr(config, key, value)
+        return auto.from_config(config, dtype=torch.float32 if dtype in (None, "auto") else dtype, **attention)
+    overrides.pop("model_type", None)
+    try:
+        model, info = auto.from_pretrained(
+            section.model_name_or_path,
+            revision=section.model_revision,
+            trust_remote_code=section.trust_remote_code,
+            dtype=dtype or torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            **overrides,
+            **settings,
+            **attention,
+        )
+    except OSError as error:
+        raise ModelError(
+            f"{section.model_name_or_path!r} cannot be loaded ({str(error).splitlines()[0]}). A local path must hold a "
+            "model (config.json, *.safetensors); a hub id needs network access or the hub's cache, and a gated model "
+            "`hf auth login`."
+        ) from error
+    new = sorted({*info["missing_keys"], *(k for k, *_ in info.get("mismatched_keys", ()))})
+    random = [k for k in new if not k.startswith(allow_new)] if allow_new else new
+    if random:
+        raise ModelError(
+            f"{section.model_name_or_path!r} lacks weights that {auto_class} needs, they would be random: "
+            f"{', '.join(random[:6])}{' …' if len(random) > 6 else ''}. Use a model of this kind"
+            + (" (a finished reward stage, for a reward model)." if "score.weight" in random else ".")
+        )
+    if new:
+        logger.info("new weights to be trained: %s", ", ".join(new))
+    return model
+
+
+def _special(tokenizer) -> dict:
+    if tokenizer is None:
+        return {}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "cls", "sep")}
+    known = {k: v for k, v in ids.items() if v is not None and k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {"vocab_size": len(tokenizer), **known}
+
+
+def context_length(model, asked: int | None = None) -> int:
+    """Longest sequence in tokens: what the model's positions allow, or less where asked; raises when asked for more."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    # RoBERTa and its kin count positions from the padding id + 1.
+    if limit and config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer"):
+        limit -= (config.pad_token_id or 0) + 1
+    if asked is None:
+        return min(limit or 1024, 1024)
+    if limit and asked > limit:
+        raise ModelError(f"args.max_length {asked} is more than the model's {limit} positions; use {limit} or less")
+    return asked

@@ -1,0 +1,1 @@
+"""PPO for language models: `algorithm` (the mathematics), `rollout` (sampling), `config` and `trainer`."""

@@ -1,0 +1,191 @@
+"""The mathematics of RLHF-PPO as pure functions on tensors, each equation with its source.
+
+Shapes: B responses, T tokens of the longest one. Responses are left-aligned; `mask` (B, T) is True on the tokens that
+were really sampled (EOS included), False on the padding after them. Token t is the action, what precedes it is the
+state; `values[:, t]` is the critic's estimate *before* token t. Functions that say (…) take any shape, e.g. the flat
+list of all real tokens of a minibatch.
+
+Sources: PPO = Schulman et al. 2017 (arXiv 1707.06347); GAE = Schulman et al. 2016 (1506.02438); KL note = Schulman 2020
+(http://joschu.net/blog/kl-approx.html); Ziegler et al. 2019 (1909.08593); Stiennon et al. 2020 (2009.01325);
+InstructGPT = Ouyang et al. 2022 (2203.02155); N+ details = Huang et al. 2024 (2403.17031).
+
+Where this deliberately differs from TRL 1.12's trainer, the reference (everything else is equal to it):
+- The score is added at the last real token. TRL adds it one later, on the first PAD after EOS, so that the critic also
+  values a state behind EOS (trl issue 3750); a response that fills the whole length gets it at its last token in both.
+- Responses keep their natural length. TRL always samples `response_length` tokens and masks what follows EOS.
+- Every mean is over real tokens. TRL's approximate KL, ratio and entropy statistics include padding.
+- A minibatch's loss is the mean over all of its tokens, on all ranks and micro-batches. TRL averages the means of its
+  micro-batches, so that gradient accumulation changes the loss.
+- One optimizer step per minibatch. TRL steps every `gradient_accumulation_steps` micro-batches, whatever the minibatch.
+- Gradients are clipped (`max_grad_norm`). TRL never does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+# --- the reward: a score at the end, a KL penalty on every token -----------------------------------------------------
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Per-token estimate (…) of KL(policy ‖ reference) from the log-probs (…) that both give to the sampled tokens.
+
+    With r = p_ref / p_policy (KL note): k1 = −log r, unbiased, may be negative; k2 = (log r)² / 2, biased, low
+    variance; k3 = (r − 1) − log r, unbiased, never negative.
+    """
+    log_r = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -log_r
+    if estimator == "k2":
+        return 0.5 * log_r.square()
+    if estimator == "k3":
+        return torch.expm1(log_r) - log_r
+    raise ValueError(f"kl_estimator must be k1, k2 or k3, not {estimator!r}")
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Rewards (B, T): −β·KL on every token, plus the score (B,) on the last real token of its response.
+
+    R(x, y) = r(x, y) − β log(π(y|x) / π_ref(y|x)) (Stiennon section 3.4), the log-ratio spread over the tokens (N+).
+    """
+    rewards = torch.where(mask, -kl_coef * kl, 0.0)
+    last = mask.sum(1) - 1
+    rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    return rewards
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, both (B, T) and 0 outside `mask`, by generalised advantage estimation.
+
+    δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γλ A_{t+1};  R_t = A_t + V_t  (GAE eq. 11–16, V = 0 after the last token).
+    """
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = delta + gamma * lam * next_advantage
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return torch.where(mask, advantages, 0.0), torch.where(mask, advantages + values, 0.0)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean () of `values` (…) where `mask` (…) is True. NaN where nothing is."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum()
+
+
+def masked_var(values: Tensor, mask: Tensor) -> Tensor:
+    """Unbiased variance () of `values` (…) where `mask` (…) is True; 0 for a single value."""
+    centred = torch.where(mask, values - masked_mean(values, mask), 0.0)
+    return centred.square().sum() / (mask.sum() - 1).clamp(min=1)
+
+
+def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """`values` (…) scaled to variance 1 over `mask`, and to mean 0 unless `shift_mean` is False; 0 outside the mask.
+
+    Over the global batch, unbiased as TRL's `masked_whiten` (N+: advantages are shifted to mean 0, rewards are not).
+    """
+    mean = masked_mean(values, mask)
+    white = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
+    return torch.where(mask, white if shift_mean else white + mean, 0.0)
+
+
+# --- the losses: per token, so that whoever sums them decides what the mean is over ----------------------------------
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate (…) to minimise, and (…) whether its clip was active. PPO eq. 7 with the sign turned."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+    return torch.maximum(plain, clipped), clipped > plain
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
+    """Clipped squared error (…) of the critic, ½·max, and (…) whether its clip was active (N+).
+
+    The new value may move at most `cliprange` from the old one before its gradient vanishes.
+    """
+    plain = (values - returns).square()
+    near = torch.minimum(torch.maximum(values, old_values - cliprange), old_values + cliprange)
+    clipped = (near - returns).square()
+    return 0.5 * torch.maximum(plain, clipped), clipped > plain
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy (…) in nats of softmax(`logits`), logits (…, V): logsumexp − Σ p·logit."""
+    return torch.logsumexp(logits, -1) - (torch.softmax(logits, -1) * logits).sum(-1)
+
+
+def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """½(log π − log π_old)² per token (…): how far the update has moved (KL note's k2, as TRL logs it)."""
+    return 0.5 * (logprobs - old_logprobs).square()
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 − Var(returns − values) / Var(returns): 1 perfect critic, 0 no better than a constant, < 0 worse. ()"""
+    return 1.0 - masked_var(returns - values, mask) / masked_var(returns, mask)
+
+
+# --- small state that a run carries along ----------------------------------------------------------------------------
+
+
+class FixedKL:
+    """β stays what it is."""
+
+    def __init__(self, kl_coef: float):
+        self.value = kl_coef
+
+    def update(self, kl: float, episodes: int) -> None:
+        """`kl`: mean KL of the responses (nats per response) in the last batch of `episodes` responses."""
+
+    def state_dict(self) -> dict:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.value = state["value"]
+
+
+class AdaptiveKL(FixedKL):
+    """β rises while the KL is above its target and falls while below. Ziegler section 2.2:
+
+    e = clip(KL / target − 1, −0.2, 0.2);  β ← β · (1 + e · episodes / horizon), K_β there being episodes / horizon.
+    """
+
+    def __init__(self, kl_coef: float, target: float, horizon: int):
+        super().__init__(kl_coef)
+        self.target, self.horizon = target, horizon
+
+    def update(self, kl: float, episodes: int) -> None:
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self.value *= 1.0 + error * episodes / self.horizon
+
+
+class ScoreNormalizer:
+    """Scores brought to mean 0, standard deviation 1 by the moments of all scores seen so far (this batch included).
+
+    The moments are merged batch by batch (Chan et al. 1979), so they are those of the whole history.
+    """
+
+    def __init__(self):
+        self.count, self.mean, self.m2 = 0, 0.0, 0.0
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Take `scores` (B,) into the moments and return them normalised (B,)."""
+        n, mean = len(scores), scores.double().mean().item()
+        m2 = (scores.double() - mean).square().sum().item()
+        delta, total = mean - self.mean, self.count + n
+        self.m2 += m2 + delta**2 * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+        std = (self.m2 / max(total - 1, 1)) ** 0.5
+        return (scores - self.mean) / (std + 1e-8)
+
+    def state_dict(self) -> dict:
+        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count, self.mean, self.m2 = state["count"], state["mean"], state["m2"]

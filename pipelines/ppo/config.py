@@ -1,0 +1,233 @@
+"""Settings of PPO training: `transformers.TrainingArguments` plus PPO's own, each with the effect of raising it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """Names are those of TRL 1.12's `PPOConfig` where it had the setting.
+
+    One *update* (one `global_step`: what `logging_steps`, `save_steps`, `eval_steps`, `max_steps` and the learning
+    rate schedule count) samples one answer to each of `batch_size` = `per_device_train_batch_size` ×
+    `gradient_accumulation_steps` × processes prompts and takes `num_ppo_epochs` × `num_mini_batches` optimizer
+    steps on them. `per_device_train_batch_size` bounds the rows of one forward and backward and, like gradient
+    accumulation, changes memory and speed but never the loss.
+
+    Defaults that differ from `TrainingArguments`: `learning_rate` 3e-6 (right at 1B parameters; 1e-5 and more for
+    tiny models), `adam_epsilon` 1e-5 (N+ details, 2403.17031), `logging_steps` 1. Training is in fp32 unless `bf16` is set.
+    """
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "Higher learns faster and runs away sooner."})
+    adam_epsilon: float = field(
+        default=1e-5, metadata={"help": "Higher damps the steps of weights with tiny gradients."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Updates between two log lines (fraction of all if < 1)."})
+
+    # How much to train
+    total_episodes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Answers sampled in all, rounded up to whole updates. None: `num_train_epochs` times the "
+            "prompts. `max_steps`, where given, wins."
+        },
+    )
+    num_ppo_epochs: int = field(
+        default=4,
+        metadata={"help": "Passes over each batch of answers. More uses them better but moves further off-policy."},
+    )
+    num_mini_batches: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps per pass. More steps, each from fewer answers, hence noisier."},
+    )
+
+    # Rollouts
+    response_length: int = field(
+        default=53,
+        metadata={"help": "Longest answer in tokens. Higher costs time and memory; too low cuts answers before EOS."},
+    )
+    temperature: float = field(
+        default=0.7,
+        metadata={
+            "help": "Divides the logits when sampling, and in every log-prob of policy and reference. Higher "
+            "explores more."
+        },
+    )
+    top_k: int = field(
+        default=0,
+        metadata={
+            "help": "Sample among the k likeliest tokens, 0: all. With k > 0 the sampled distribution is no longer "
+            "the one whose log-probs PPO uses: keep 0 unless the model is weak enough to derail."
+        },
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={"help": "Sample among the likeliest tokens that hold this much probability; see top_k. 1: all."},
+    )
+    local_rollout_forward_batch_size: int = field(
+        default=64,
+        metadata={"help": "Rows per process decoded or scored at once (no gradients). Higher is faster, takes memory."},
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts with more tokens than this are an error before training (never cut). None: what the "
+            "model's context leaves beside response_length."
+        },
+    )
+
+    # Reward
+    kl_coef: float = field(
+        default=0.05,
+        metadata={"help": "Weight of the KL penalty. Higher stays nearer to the reference and gains less reward."},
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = field(
+        default="k1",
+        metadata={
+            "help": "Per-token KL estimator: k1 unbiased and noisy, k3 unbiased and never negative, k2 biased and "
+            "smooth (http://joschu.net/blog/kl-approx.html)."
+        },
+    )
+    kl_placement: Literal["reward", "loss"] = field(
+        default="reward",
+        metadata={
+            "help": "'reward': the KL is subtracted from each token's reward (InstructGPT). 'loss': it is a term of "
+            "the loss instead (there k2 has the right gradient; k1's is 0 on average)."
+        },
+    )
+    kl_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "Adapt kl_coef so that the KL per answer (nats) goes to this (Ziegler 2019). Higher allows to "
+            "go further from the reference. None: kl_coef is fixed."
+        },
+    )
+    kl_horizon: int = field(
+        default=10_000,
+        metadata={"help": "Episodes over which kl_coef adapts. Higher adapts more slowly. Only with kl_target."},
+    )
+    missing_eos_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Taken from the score of an answer that does not end. Higher makes answers end sooner."},
+    )
+    normalize_scores: bool = field(
+        default=False,
+        metadata={
+            "help": "Bring scores to mean 0 and deviation 1 by the running moments of all of them (kept in checkpoints)."
+        },
+    )
+    score_clip: float | None = field(
+        default=None,
+        metadata={"help": "Clip scores to ± this, after normalising. Higher lets outliers weigh more. None: never."},
+    )
+    whiten_rewards: bool = field(
+        default=False,
+        metadata={"help": "Scale the per-token rewards of a batch to deviation 1 (their mean is kept)."},
+    )
+
+    # The losses
+    cliprange: float = field(
+        default=0.2,
+        metadata={"help": "How far a token's probability ratio may move from 1 in one update. Higher: bolder steps."},
+    )
+    vf_coef: float = field(
+        default=0.1, metadata={"help": "Weight of the critic's loss. Higher: the critic learns faster."}
+    )
+    cliprange_value: float = field(
+        default=0.2,
+        metadata={"help": "How far a value may move in one update. Raise it when scores are large."},
+    )
+    gamma: float = field(
+        default=1.0, metadata={"help": "Discount per token. Lower makes the score at the end count less early on."}
+    )
+    lam: float = field(
+        default=0.95,
+        metadata={"help": "GAE's λ. Higher trusts the critic less: less bias, more variance of the advantages."},
+    )
+    entropy_coef: float = field(
+        default=0.0, metadata={"help": "Weight of an entropy bonus. Higher keeps the policy more random."}
+    )
+    max_approx_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "Skip the rest of an update when a minibatch has moved further than this (½·log-ratio² per "
+            "token, e.g. 0.02). Higher stops later. None: never."
+        },
+    )
+    critic_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Updates that train the critic alone. More gives a useless critic time to become one."},
+    )
+
+    # Watching, and the gates before training
+    num_sample_generations: int = field(
+        default=10,
+        metadata={"help": "How often in the whole training sample answers are written to samples.jsonl. 0: never."},
+    )
+    best_kl_cap: float | None = field(
+        default=None,
+        metadata={
+            "help": "With load_best_model_at_end: a checkpoint whose eval_kl (nats per answer) is above this is never "
+            "the best. Higher allows stronger and stranger policies."
+        },
+    )
+    allow_constant_scores: bool = field(
+        default=False,
+        metadata={"help": "Train although all answers to the first prompts get the same score."},
+    )
+    allow_no_eos: bool = field(
+        default=False,
+        metadata={"help": "Train although the policy never ends an answer within response_length."},
+    )
+
+    def __post_init__(self):
+        problems = self._problems()
+        if problems:
+            raise ValueError("PPOConfig:\n" + "\n".join(f"  - {p}" for p in problems))
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trainable weight is used in every forward
+        super().__post_init__()
+
+    def _problems(self) -> list[str]:
+        """Everything wrong with PPO's own settings, all at once."""
+        out = []
+
+        def need(ok: bool, text: str) -> None:
+            if not ok:
+                out.append(text)
+
+        for name in ("num_ppo_epochs", "num_mini_batches", "response_length", "local_rollout_forward_batch_size"):
+            need(getattr(self, name) >= 1, f"{name} must be at least 1, is {getattr(self, name)}")
+        for name in ("total_episodes", "max_prompt_length", "kl_horizon"):
+            value = getattr(self, name)
+            need(value is None or value >= 1, f"{name} must be at least 1, is {value}")
+        for name in ("temperature", "cliprange", "cliprange_value"):
+            need(getattr(self, name) > 0, f"{name} must be above 0, is {getattr(self, name)}")
+        for name in ("kl_coef", "vf_coef", "entropy_coef", "top_k", "num_sample_generations", "critic_warmup_steps"):
+            need(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
+        for name in ("kl_target", "score_clip", "max_approx_kl", "best_kl_cap", "missing_eos_penalty"):
+            value = getattr(self, name)
+            need(value is None or value > 0, f"{name} must be above 0 (or left out), is {value}")
+        need(0 < self.top_p <= 1, f"top_p must be in (0, 1], is {self.top_p}")
+        need(0 <= self.gamma <= 1, f"gamma must be in [0, 1], is {self.gamma}")
+        need(0 <= self.lam <= 1, f"lam must be in [0, 1], is {self.lam}")
+        need(self.kl_estimator in ("k1", "k2", "k3"), f"kl_estimator must be k1, k2 or k3, is {self.kl_estimator!r}")
+        need(self.kl_placement in ("reward", "loss"), f"kl_placement must be reward or loss, is {self.kl_placement!r}")
+        need(
+            self.kl_target is None or self.kl_coef > 0,
+            "kl_target multiplies kl_coef up and down, which does nothing while kl_coef is 0",
+        )
+        unused = {
+            "auto_find_batch_size": False,
+            "label_smoothing_factor": 0.0,
+            "neftune_noise_alpha": None,
+            "torch_compile": False,
+            "use_liger_kernel": False,
+        }
+        for name, off in unused.items():
+            need(getattr(self, name) == off, f"{name} has no effect in PPO: leave it out")
+        return out

@@ -1,0 +1,144 @@
+"""Sampling answers: exact inverse-CDF sampling from per-prompt random streams, so that every run repeats itself.
+
+Each prompt draws its uniforms from a generator seeded for it alone. Its answer then depends neither on the prompts
+beside it in the batch, nor on how many processes share the work, nor on what was sampled before (resuming!), up to
+rounding of the logits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+BLOCK = 128  # the vocabulary is summed in blocks of this many tokens before the cumulative sum
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    eos_token_ids: list[int],
+    seeds: list,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Sample one answer to each of `prompts` (token ids); returns `(responses, logprobs)` in the same order.
+
+    A response ends with the first of `eos_token_ids` (included) or after `max_new_tokens`. `logprobs[i]` is a float32
+    CPU tensor with the log-prob of every token of `responses[i]` under softmax(logits / temperature): the sampled
+    distribution when `top_k` is 0 and `top_p` is 1, and the one before truncation otherwise. `seeds[i]` is anything
+    that `numpy.random.default_rng` takes. Prompts are decoded `batch_size` at a time, those of like length together.
+    """
+    responses: list = [None] * len(prompts)
+    logprobs: list = [None] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(prompts), batch_size):
+        rows = by_length[start : start + batch_size]
+        uniforms = np.stack([np.random.default_rng(seeds[i]).random(max_new_tokens, np.float32) for i in rows])
+        draw = Sampler(torch.from_numpy(uniforms), temperature, top_k, top_p)
+        tokens, logps = _hf_generate(model, [prompts[i] for i in rows], max_new_tokens, eos_token_ids, draw)
+        for i, ids, logp in zip(rows, tokens.tolist(), logps):
+            n = next((t + 1 for t, token in enumerate(ids) if token in eos_token_ids), len(ids))
+            responses[i], logprobs[i] = ids[:n], logp[:n].clone()
+    return responses, logprobs
+
+
+class Sampler:
+    """Draws the tokens of one batch: row b, step t uses `uniforms[b, t]` (B, T) in [0, 1)."""
+
+    def __init__(self, uniforms: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
+        self.uniforms, self.temperature, self.top_k, self.top_p = uniforms, temperature, top_k, top_p
+
+    def __call__(self, logits: Tensor, step: int, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Tokens (b,) and their log-probs (b,) from logits (b, V) of the batch's `rows` at `step`."""
+        logits = logits.float() / self.temperature
+        top = logits.max(-1, keepdim=True).values
+        weights = torch.exp(logits - top)  # (b, V), unnormalised probabilities
+        log_total = top.squeeze(-1) + weights.sum(-1).log()
+        kept = truncate(weights, self.top_k, self.top_p)
+        tokens = inverse_cdf(kept, self.uniforms[rows, step].to(kept.device))
+        return tokens, logits.gather(-1, tokens[:, None]).squeeze(-1) - log_total
+
+
+def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
+    """The token (b,) at which the cumulative sum of `weights` (b, V; ≥ 0, any scale) passes u (b,) of its total.
+
+    Exact, and an order of magnitude cheaper than `torch.multinomial`: sums of blocks first, then one block.
+    """
+    b, vocabulary = weights.shape
+    size = min(BLOCK, vocabulary)
+    whole = vocabulary // size * size
+    sums = weights[:, :whole].unflatten(1, (-1, size)).sum(-1)
+    if whole < vocabulary:
+        sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], 1)
+    cumulative = sums.cumsum(-1)  # (b, blocks)
+    target = (u * cumulative[:, -1])[:, None]
+    block = (cumulative <= target).sum(-1, keepdim=True).clamp(max=sums.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    columns = block * size + torch.arange(size, device=weights.device)
+    inside = weights.gather(-1, columns.clamp(max=vocabulary - 1)).masked_fill(columns >= vocabulary, 0.0)
+    place = (inside.cumsum(-1) <= target - before).sum(-1, keepdim=True).clamp(max=size - 1)
+    # Rounding may run past the block's last possible token: then take the likeliest of the block, never an impossible.
+    place = torch.where(inside.gather(-1, place) > 0, place, inside.argmax(-1, keepdim=True))
+    return columns.gather(-1, place).squeeze(-1)
+
+
+def truncate(weights: Tensor, top_k: int, top_p: float) -> Tensor:
+    """`weights` (b, V) with all but the `top_k` largest, then all but the largest that hold `top_p`, set to 0."""
+    if 0 < top_k < weights.shape[-1]:
+        least = weights.topk(top_k, -1).values[:, -1:]
+        weights = weights.masked_fill(weights < least, 0.0)
+    if top_p < 1.0:
+        ordered, order = weights.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        outside = before >= top_p * ordered.sum(-1, keepdim=True)
+        weights = weights.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
+    return weights
+
+
+def _hf_generate(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sampler) -> tuple[Tensor, Tensor]:
+    """Tokens and log-probs (b, T), both CPU, by transformers' own `generate`: for any architecture it can decode."""
+    ids, mask = left_padded(prompts, model.device)
+    chooser = _Chooser(draw)
+    config, model.generation_config = model.generation_config, GenerationConfig()  # its penalties are not ours
+    try:
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(eos_token_ids), pad_token_id=0
+            ),
+            logits_processor=LogitsProcessorList([chooser]),
+        )
+    finally:
+        model.generation_config = config
+    return out[:, ids.shape[1] :].cpu(), torch.stack(chooser.logprobs, 1).cpu()
+
+
+class _Chooser(LogitsProcessor):
+    """Makes greedy search pick the sampled token, and keeps its log-prob."""
+
+    def __init__(self, draw: Sampler):
+        self.draw, self.logprobs = draw, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens, logprobs = self.draw(scores, len(self.logprobs))
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
+
+
+def left_padded(sequences: list[list[int]], device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask (b, longest), both int64, padding on the left."""
+    width = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, width - len(sequence) :] = torch.tensor(sequence)
+        mask[row, width - len(sequence) :] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,307 @@
+"""YAML text to a checked `Recipe`: every problem of every stage at once, each with file, line, key, value and fix."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from pipelines import data, schema
+from pipelines.stage import Stage, references
+from pipelines.stages import KINDS
+
+TOP_KEYS = {"output_dir", "seed", "stages"}
+
+# Keys that the chain sets itself, and keys that transformers 5 dropped: what to write instead.
+SET_BY_CHAIN = {
+    "output_dir": "set the recipe's top-level `output_dir`; each stage gets a folder in it",
+    "resume_from_checkpoint": "an interrupted stage resumes by itself: run the same command again",
+    "seed": "set the recipe's top-level `seed`",
+    "deepspeed": "hardware is Accelerate's: use `accelerate launch --config_file accelerate_configs/zero2.yaml`",
+    "fsdp": "hardware is Accelerate's: use `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
+    "fsdp_config": "hardware is Accelerate's: use `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
+    "push_to_hub": "a stage never uploads while it trains; upload its folder when it is finished",
+    "dataset_kwargs": "rows are prepared by the stage from the recipe's `data:` section",
+    "chat_template_path": "set `chat_template` in the stage's `model:` section",
+    "remove_unused_columns": "columns are chosen by the stage; map them with `data.columns`",
+}
+REMOVED = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps with a value below 1 (a share of all steps)",
+    "no_cuda": "use_cpu",
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "half_precision_backend": "bf16 or fp16 alone",
+    "save_safetensors": "nothing: safetensors is always used",
+    "overwrite_output_dir": "--redo STAGE on the command line",
+    "logging_dir": "nothing: logs lie beside the stage's checkpoints",
+    "tokenizer": "model.tokenizer_name_or_path",
+    "max_seq_length": "max_length",
+    "torch_dtype": "model.dtype",
+}
+
+
+@dataclass
+class Problem:
+    """One thing wrong with a recipe: where it stands, the value found there, and what to do."""
+
+    path: str
+    message: str
+    value: object = None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        where = f"line {self.line}" if self.line else "command line" if self.line == 0 else "recipe"
+        shown = "" if self.value is None else f" = {_short(self.value)}"
+        return f"  {where:<12} {self.path}{shown}\n{'':15}{self.message}"
+
+
+class RecipeError(ValueError):
+    """Everything that is wrong with a recipe, in one message."""
+
+    def __init__(self, file, problems: list[Problem]):
+        self.file, self.problems = file, problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{file}: {count}\n" + "\n".join(map(str, problems)))
+
+
+@dataclass
+class Recipe:
+    """A checked recipe: its stages in file order, and the folder that holds one folder per stage."""
+
+    file: Path
+    output_dir: Path
+    seed: int
+    stages: list[Stage] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Stage:
+        return next(s for s in self.stages if s.name == name)
+
+
+def load(file, overrides: list[str] = (), *, read_data: bool = True) -> Recipe:
+    """Read and check the recipe `file` with `overrides` (`stages.sft.args.max_steps=10`) applied.
+
+    `read_data` also reads every local data file and checks every row. Raises `RecipeError` with all problems.
+    """
+    file = Path(file)
+    tree, lines = _read(file)
+    problems: list[Problem] = []
+    for override in overrides:
+        _override(tree, lines, override, problems)
+    recipe = _check(file, tree, problems, read_data)
+    if problems:
+        for problem in problems:
+            problem.line = _line(lines, problem.path)
+        raise RecipeError(file, problems)
+    return recipe
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but `2e-5` is a number (YAML 1.2) and a key that stands twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$|^[-+]?\.(inf|Inf)$|^\.nan$|^[-+]?[0-9]*\.[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def _read(file: Path) -> tuple[dict, dict[str, int]]:
+    """The recipe as plain values, and the line of every key path."""
+    if not file.is_file():
+        near = sorted(p.as_posix() for p in Path("recipes").glob("**/*.yaml"))
+        raise RecipeError(file, [Problem("", f"no such file{schema.meant(file.as_posix(), near)}")])
+    lines: dict[str, int] = {}
+    problems: list[Problem] = []
+    try:
+        loader = _Loader(file.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            raise RecipeError(file, [Problem("", "the file is empty; see recipes/ for examples")])
+        _walk(node, "", lines, problems)
+        tree = loader.construct_document(node)
+    except UnicodeDecodeError as error:
+        raise RecipeError(file, [Problem("", f"not UTF-8 at byte {error.start}: save the file as UTF-8")]) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        text = getattr(error, "problem", None) or str(error)
+        raise RecipeError(file, [Problem("", f"not YAML: {text}", line=mark.line + 1 if mark else None)]) from None
+    if problems:
+        raise RecipeError(file, problems)
+    if not isinstance(tree, dict):
+        raise RecipeError(file, [Problem("", "a recipe is a mapping with `output_dir` and `stages`")])
+    return tree, lines
+
+
+def _walk(node, path: str, lines: dict[str, int], problems: list[Problem]) -> None:
+    lines[path] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            inner = f"{path}.{key.value}".lstrip(".")
+            if key.value in seen:
+                problems.append(Problem(inner, "this key stands twice; keep one", line=key.start_mark.line + 1))
+            seen.add(key.value)
+            _walk(value, inner, lines, problems)
+            lines[inner] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _walk(value, f"{path}[{i}]", lines, problems)
+
+
+def _line(lines: dict[str, int], path: str) -> int | None:
+    """The line of the nearest enclosing key that stands in the file (0: the command line)."""
+    while path and path not in lines:
+        path = path[: max(path.rfind("."), path.rfind("["), 0)]
+    return lines.get(path) if path else None
+
+
+def _override(tree: dict, lines: dict, override: str, problems: list[Problem]) -> None:
+    path, sep, text = override.partition("=")
+    keys = path.split(".")
+    if not sep or not path:
+        problems.append(Problem(override, "an override is written section.key=value"))
+        return
+    here = tree
+    for i, key in enumerate(keys[:-1]):
+        at_stage = i == 1 and keys[0] == "stages"
+        if not isinstance(here.get(key), dict):
+            if at_stage or (i == 0 and key not in tree):
+                known = tree.get("stages") or {} if at_stage else tree
+                problems.append(Problem(path, f"no {key!r} in this recipe{schema.meant(key, known)}"))
+                return
+            here[key] = {}
+        here = here[key]
+    try:
+        here[keys[-1]] = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError as error:
+        problems.append(Problem(path, f"the value is not YAML: {error}", text))
+    lines[path] = 0
+
+
+# --- checking ----------------------------------------------------------------------------------------------------
+
+
+def _check(file: Path, tree: dict, problems: list[Problem], read_data: bool) -> Recipe:
+    def bad(path, message, value=None):
+        problems.append(Problem(path, message, value))
+
+    for key in set(tree) - TOP_KEYS:
+        bad(key, f"unknown key{schema.meant(key, TOP_KEYS)}; a recipe has {', '.join(sorted(TOP_KEYS))}")
+    output = tree.get("output_dir", f"runs/{file.stem}")
+    if not isinstance(output, str):
+        bad("output_dir", "must be a folder name", output)
+        output = "runs"
+    seed = tree.get("seed", 42)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        bad("seed", "must be a whole number", seed)
+        seed = 42
+    recipe = Recipe(file, Path(output), seed)
+    stages = tree.get("stages")
+    if not isinstance(stages, dict) or not stages:
+        bad("stages", "a recipe needs `stages:`, a mapping of stage names to stages")
+        return recipe
+    kinds: dict[str, str] = {}
+    for name, body in stages.items():
+        stage = _check_stage(recipe, str(name), body, kinds, bad, read_data)
+        kinds[str(name)] = stage.kind if stage else "?"
+        if stage:
+            recipe.stages.append(stage)
+    return recipe
+
+
+def _check_stage(recipe, name, body, kinds, bad, read_data) -> Stage | None:
+    at = f"stages.{name}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        bad(at, "a stage is named with letters, digits, - and _: its folder gets the same name")
+    if not isinstance(body, dict):
+        bad(at, "a stage is a mapping with `kind` and its sections", body)
+        return None
+    kind = body.get("kind")
+    if kind not in KINDS:
+        bad(f"{at}.kind", f"must be one of {', '.join(KINDS)}{schema.meant(kind, KINDS)}", kind)
+        return None
+    module = importlib.import_module(f"pipelines.stages.{kind}")
+    sections: dict[str, dict] = {}
+    for key, section in body.items():
+        if key == "kind":
+            continue
+        if key not in module.SECTIONS:
+            bad(f"{at}.{key}", f"unknown section{schema.meant(key, module.SECTIONS)}; "
+                f"{kind} has {', '.join(module.SECTIONS)}")  # fmt: skip
+        elif section is not None and not isinstance(section, dict):
+            bad(f"{at}.{key}", "must be a mapping of keys to values", section)
+        else:
+            sections[key] = _check_section(f"{at}.{key}", module.SECTIONS[key], section or {}, bad)
+    for reference in references(sections):
+        if reference not in kinds:
+            bad(at, f"`stage:{reference}` names no earlier stage{schema.meant(reference, kinds)}")
+    parents = list(dict.fromkeys(references(sections)))
+    stage = Stage(name, kind, recipe.output_dir / name, sections, recipe.seed, parents, str(recipe.file))
+    if "model" in module.SECTIONS:
+        _check_model(at, sections.get("model", {}), bad)
+    for path, message, value in module.problems(stage, kinds):
+        bad(f"{at}.{path}", message, value)
+    for path, message, value in data.problems(sections.get("data", {}), module.ROWS, sections.get("task"), read_data):
+        bad(f"{at}.data{'.' if path and path[0] != '[' else ''}{path}", message, value)
+    return stage
+
+
+def _check_section(at: str, target: str, section: dict, bad) -> dict:
+    known, out = schema.fields(target), {}
+    for key, value in section.items():
+        path = f"{at}.{key}"
+        if at.endswith(".args") and key in SET_BY_CHAIN:
+            bad(path, f"not for a recipe: {SET_BY_CHAIN[key]}", value)
+        elif key not in known and key in REMOVED:
+            bad(path, f"transformers 5 has no such key; use {REMOVED[key]}", value)
+        elif key not in known:
+            bad(path, f"unknown key{schema.meant(key, known)}", value)
+        elif references(value):
+            out[key] = value
+        else:
+            out[key], wrong = schema.check_value(known[key], value)
+            if wrong:
+                bad(path, wrong, value)
+    return out
+
+
+def _check_model(at: str, model: dict, bad) -> None:
+    path, config = model.get("model_name_or_path"), model.get("config")
+    if path is None and config is None:
+        bad(f"{at}.model", "needs `model_name_or_path` (a hub id, a folder or stage:NAME) or, for a new model, `config`")
+    if isinstance(path, str):
+        _check_folder(f"{at}.model.model_name_or_path", path, bad)
+    if isinstance(config, dict) and path is None:
+        kind = config.get("model_type")
+        keys, types = schema.model_config_keys(str(kind))
+        if kind is None:
+            bad(f"{at}.model.config.model_type", "a new model needs `model_type`, e.g. gpt2, llama, bert, t5")
+        elif not keys:
+            bad(f"{at}.model.config.model_type", f"transformers knows no such model{schema.meant(kind, types)}", kind)
+        else:
+            for key in set(config) - keys - {"model_type"}:
+                bad(f"{at}.model.config.{key}", f"unknown key of {kind}'s config{schema.meant(key, keys)}", config[key])
+
+
+def _check_folder(at: str, path: str, bad) -> None:
+    """A local folder must hold a model; what is no folder must look like a hub id."""
+    if path.startswith("stage:"):
+        return
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+            bad(at, "this folder holds no model (no config.json)", path)
+    elif path.startswith(("/", ".", "~")) or path.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        bad(at, "no such folder, and not a hub id (name or owner/name) either", path)
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) < 70 else text[:67] + "…"

@@ -1,0 +1,61 @@
+"""A stage of a recipe: its name, kind, checked sections and output folder."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Stage:
+    """One entry of `stages:` after checking.
+
+    `sections` holds only what the recipe says (values in their declared types); `section(name)` builds the dataclass.
+    `parents` are the stages named by `stage:NAME` in it, in order of appearance.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    sections: dict[str, dict]
+    seed: int = 42
+    parents: list[str] = field(default_factory=list)
+    recipe: str = ""
+    report: dict = field(default_factory=dict)  # row counts and what happened to rows, for stage.json
+
+    @property
+    def module(self):
+        """The module of the stage's kind: `SECTIONS`, `ROWS`, `DEFAULTS`, `run`."""
+        return importlib.import_module(f"pipelines.stages.{self.kind}")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the trainer keeps what is needed to resume; removed when the stage is finished."""
+        return self.folder / "checkpoints"
+
+    def section(self, name: str):
+        """The section as an instance of its dataclass, `stage:NAME` already turned into folders."""
+        module, _, cls = self.module.SECTIONS[name].partition(":")
+        target = getattr(importlib.import_module(module), cls)
+        values = {k: resolve(v, self.folder.parent) for k, v in self.sections.get(name, {}).items()}
+        return target(**values)
+
+
+def resolve(value, root: Path):
+    """`stage:NAME` (or `stage:NAME/critic`) inside any value becomes the folder of that stage."""
+    if isinstance(value, str) and value.startswith("stage:"):
+        return str(root / value.removeprefix("stage:"))
+    if isinstance(value, list):
+        return [resolve(v, root) for v in value]
+    if isinstance(value, dict):
+        return {k: resolve(v, root) for k, v in value.items()}
+    return value
+
+
+def references(value) -> list[str]:
+    """Names of the stages that `value` (any nesting) refers to, in order of appearance."""
+    if isinstance(value, str):
+        return [value.removeprefix("stage:").split("/")[0]] if value.startswith("stage:") else []
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [name for item in items for name in references(item)]

@@ -1,0 +1,250 @@
+"""What every training stage shares: arguments for the hardware at hand, and a Trainer that loses nothing.
+
+`ChainTrainer` is mixed into transformers' and TRL's trainers. It adds what users of those miss: the same data order
+and global batch at any world size, checkpoints that are whole or not used, a clean stop on Ctrl-C, and a stop on NaN
+that names the rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "complete"  # an empty file in a checkpoint, written when every process has written its part
+
+
+class Interrupted(Exception):
+    """The user stopped a stage; its last step is saved, and the same command resumes it."""
+
+
+class NotFinite(ArithmeticError):
+    """The loss is NaN or infinite; the message names the step, the rows and the last good checkpoint."""
+
+
+def build_args(stage, **defaults):
+    """The stage's `args:` as its dataclass, with what the chain sets and what the hardware suggests filled in.
+
+    Order of precedence: the recipe, the stage module's `defaults`, the hardware (bf16 where a GPU has it), the class.
+    """
+    state = PartialState()
+    values = {"report_to": ["tensorboard"], "save_total_limit": 2, "save_steps": 0.1, "logging_steps": 10}
+    values |= {"eval_strategy": "steps", "eval_steps": 0.1} if stage.sections.get("data", {}).get("validation") else {}
+    values |= {"ddp_find_unused_parameters": False, "gradient_checkpointing": False}
+    values["bf16"] = state.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if state.device.type == "cpu":
+        values |= {"use_cpu": True, "dataloader_pin_memory": False}
+    values |= defaults
+    values |= stage.sections.get("args", {})
+    if values.get("fp16"):
+        values["bf16"] = False
+    values |= {"output_dir": str(stage.checkpoints), "seed": stage.seed, "remove_unused_columns": False}
+    values |= _accumulation(values, state.num_processes)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "logs")
+    module, _, name = stage.module.SECTIONS["args"].partition(":")
+    cls = getattr(__import__(module, fromlist=[name]), name)
+    args = cls(**values)
+    if PartialState().is_main_process:
+        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * state.num_processes
+        logger.info(
+            "%s: %s on %d x %s, %d rows per step (%d per device x %d accumulated x %d processes)",
+            stage.name, precision, state.num_processes, state.device.type, per_step,
+            args.per_device_train_batch_size, args.gradient_accumulation_steps, state.num_processes,
+        )  # fmt: skip
+    return args
+
+
+def _accumulation(values: dict, world: int) -> dict:
+    """Micro-batch and accumulation that give `global_batch_size` rows per step on `world` processes."""
+    total, micro = values.get("global_batch_size"), values.get("per_device_train_batch_size", 8)
+    if total is None:
+        return {}
+    if total % world:
+        raise ValueError(
+            f"args.global_batch_size {total} cannot be split over {world} processes: use a multiple of {world}"
+        )
+    share = total // world
+    steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= micro)
+    return {"per_device_train_batch_size": share // steps, "gradient_accumulation_steps": steps}
+
+
+class GlobalOrder(Sampler):
+    """Row indices of one epoch, shuffled by (seed, epoch) alone and cut to whole global batches.
+
+    Every world size and every resumed run sees the same order. Rows left over at the end of an epoch (fewer than one
+    global batch) are other ones in each epoch.
+    """
+
+    def __init__(self, trainer, rows: int):
+        args = trainer.args
+        self.trainer, self.rows = trainer, rows
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.length = rows - rows % per_step
+        if self.length == 0:
+            raise ValueError(
+                f"{rows} training rows do not fill one step of {per_step}: lower args.global_batch_size "
+                "(or per_device_train_batch_size x gradient_accumulation_steps), or add data"
+            )
+
+    def __iter__(self):
+        epoch = int((self.trainer.state.epoch or 0) + 1e-6)
+        order = np.random.default_rng([self.trainer.args.seed, epoch]).permutation(self.rows)
+        return iter(order[: self.length].tolist())
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class ChainTrainer:
+    """Mixin before `Trainer` (or a TRL trainer). `self.where` names the rows: a list of strings or of lists of them."""
+
+    where: list | None = None
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.train_sampling_strategy == "random" and hasattr(dataset, "__len__"):
+            return GlobalOrder(self, len(dataset))
+        return super()._get_train_sampler(train_dataset)
+
+    def _prepare_inputs(self, inputs):
+        if isinstance(inputs, dict) and "row" in inputs:
+            self._rows = inputs["row"]
+            inputs = {k: v for k, v in inputs.items() if k != "row"}
+        return super()._prepare_inputs(inputs)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss).all():
+            raise NotFinite(self._explain("the loss", loss.item()))
+        return loss
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        scaled = self.accelerator.scaler is not None  # fp16 overflows are skipped by the scaler
+        if norm is not None and not scaled and not np.isfinite(float(norm)):
+            raise NotFinite(self._explain("the gradient norm", float(norm)))
+        return norm
+
+    def _explain(self, what: str, value: float) -> str:
+        rows = getattr(self, "_rows", None)
+        names = [self.where[int(i)] for i in rows] if rows is not None and self.where else []
+        flat = [n for name in names for n in (name if isinstance(name, list) else [name])]
+        last = last_checkpoint(Path(self.args.output_dir))
+        return (
+            f"{what} is {value} at step {self.state.global_step + 1}.\n"
+            f"  rows of this batch: {', '.join(flat[:16]) or 'not recorded'}{' …' if len(flat) > 16 else ''}\n"
+            f"  last good checkpoint: {last or 'none yet'}\n"
+            "  usual causes: a learning rate that is too high, fp16 overflow (use bf16 or fp32), a broken row"
+        )
+
+    def _save_checkpoint(self, model, trial):
+        """As the parent's, but the checkpoint is marked when all of it is written, and older ones go only then."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        PartialState().wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            (folder / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+
+class _StopOnSignal(TrainerCallback):
+    """Ctrl-C or SIGTERM: save at the end of the running step and stop, on every process at the same step."""
+
+    def __init__(self):
+        self.asked = False
+        self.stopped = False
+
+    def catch(self):
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: stop at once; the last whole checkpoint remains
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        flag = self.asked
+        if args.world_size > 1:
+            told = torch.tensor([float(flag)], device=args.device)
+            torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+            flag = bool(told.item())
+        if flag and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save, control.should_training_stop = True, True
+            control.should_evaluate = False
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole; None when there is none."""
+    whole = [p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE}")] if folder.is_dir() else []
+    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
+
+
+def fit(stage, trainer) -> None:
+    """Train from the last whole checkpoint (or from the start) to the end; raises `Interrupted` on Ctrl-C."""
+    folder = stage.checkpoints
+    resume = last_checkpoint(folder)
+    newest = get_last_checkpoint(folder) if folder.is_dir() else None
+    if PartialState().is_main_process:
+        if newest and newest != resume:
+            logger.warning("%s: %s is incomplete (stopped while saving)", stage.name, Path(newest).name)
+            for broken in folder.glob("checkpoint-*"):
+                if not (broken / COMPLETE).exists():
+                    shutil.rmtree(broken)
+        if resume:
+            logger.warning("%s: resuming from %s", stage.name, resume)
+    PartialState().wait_for_everyone()
+    stopper = _StopOnSignal()
+    trainer.add_callback(stopper)
+    stopper.catch()
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        stopper.release()
+    if stopper.stopped:
+        raise Interrupted(
+            f"stage {stage.name} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in "
+            f"{last_checkpoint(folder)}. Run the same command to go on."
+        )
+
+
+def save(trainer, folder: Path, tokenizer) -> None:
+    """Write the model as a folder that `from_pretrained` reads, with the tokenizer and chat template beside it."""
+    trainer.save_model(str(folder))
+    if PartialState().is_main_process:
+        tokenizer.save_pretrained(folder)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and stage.json says the same
+    PartialState().wait_for_everyone()
+
+
+def history(trainer) -> dict:
+    """Loss curves of a run for stage.json: every logged step, and every evaluation."""
+    log = trainer.state.log_history
+    return {
+        "train": [e for e in log if "loss" in e],
+        "eval": [e for e in log if any(k.startswith("eval_") for k in e)],
+    }
