@@ -107,6 +107,18 @@ class GlobalOrder(Sampler):
         return self.length
 
 
+class RowCollator:
+    """A collator that carries each feature's `row` (its index in the data set) past the one it wraps."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, features: list[dict]) -> dict:
+        """A batch of the wrapped collator plus `row`, a tensor of shape (rows,)."""
+        rows = torch.tensor([f["row"] for f in features])
+        return {**self.collator([{k: v for k, v in f.items() if k != "row"} for f in features]), "row": rows}
+
+
 class ChainTrainer:
     """Mixin before `Trainer` (or a TRL trainer). `self.where` names the rows: a list of strings or of lists of them."""
 
