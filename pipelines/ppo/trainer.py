@@ -1,0 +1,736 @@
+"""PPOTrainer: rollout → score → advantages → epochs × minibatches → log → evaluate → save, read top to bottom.
+
+What is global stays simple here: after scoring, every process gathers all rollouts of the batch (token ids and a few
+floats per token, small beside any model), so rewards, whitening, advantages and statistics are computed from the
+global batch by the same code on 1 and on N processes. Only the forwards and backwards are shared out.
+
+Nothing depends on a global random state: prompts, sampling and minibatches are drawn from generators seeded by
+(seed, position), so a resumed run continues with exactly what an uninterrupted one would have done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers.trainer_utils import SaveStrategy, TrainOutput, get_last_checkpoint, speed_metrics
+from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from trl.trainer.base_trainer import _BaseTrainer
+
+from pipelines.chat import as_text, encode_answer, encode_prompt
+from pipelines.ppo import algorithm
+from pipelines.ppo.config import PPOConfig
+from pipelines.ppo.forward import PolicyAndCritic, collate, disable_dropout, plain_model, sequence_scores, token_logprobs
+from pipelines.ppo.rollout import generate
+
+STATE = "ppo_state.json"
+SAMPLES = "samples.jsonl"
+TRAIN, EVAL = 0, 1  # which random streams an answer is sampled from
+
+
+class TrainingDiverged(RuntimeError):
+    """NaN or infinity where a number is needed; says at which update and in which prompts."""
+
+
+@dataclass
+class Rollouts:
+    """B answers of the global batch, the same on every process. Tensors are (B, T) right-padded, or (B,)."""
+
+    rows: list[int]  # of the dataset
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    mask: Tensor  # (B, T) True on real tokens
+    logprobs: Tensor  # (B, T) when sampled
+    ref_logprobs: Tensor  # (B, T)
+    values: Tensor  # (B, T) when sampled
+    rewards: Tensor  # (B, reward functions) as they came
+    scores: Tensor  # (B,) their weighted sum
+    ended: Tensor  # (B,) True where the answer ends with EOS
+    seconds: dict[str, float]  # per phase, on this process
+
+
+class PPOTrainer(_BaseTrainer):
+    """Trains a policy and its critic by PPO.
+
+    Args:
+        model: the policy, a causal language model (or a PEFT model around one).
+        args: `PPOConfig`.
+        reward_funcs: sequence-classification models with one label, and/or callables
+            `(prompts, completions, **columns) -> list[float]`. These get the prompts as they are in the dataset, the
+            completions as text, the dataset's other columns as lists, and `completion_ids`.
+        value_model: the critic, a causal `AutoModelForSequenceClassification` with one label that shares the policy's
+            token ids; usually a second copy of the reward model. Trained in place.
+        train_dataset, eval_dataset: column `prompt` (text or messages), any others go to the callables.
+        processing_class: the policy's tokenizer.
+        ref_model: frozen reference. None: a copy of `model`, or with PEFT the policy with its adapters off.
+        reward_weights: one per reward function, all 1 by default.
+        reward_processing_classes: a tokenizer for each reward model that has its own; None: the policy's.
+        callbacks, optimizers: as in `transformers.Trainer`.
+    """
+
+    _tag_names = ["trl", "ppo"]
+    _name = "PPO"
+    _paper = {"title": "Fine-Tuning Language Models from Human Preferences", "id": "1909.08593"}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: PPOConfig,
+        reward_funcs: list,
+        value_model: nn.Module,
+        train_dataset,
+        processing_class,
+        eval_dataset=None,
+        ref_model: nn.Module | None = None,
+        reward_weights: list[float] | None = None,
+        reward_processing_classes: list | None = None,
+        callbacks: list | None = None,
+        optimizers=(None, None),
+    ):
+        reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        self.reward_tokenizers = list(reward_processing_classes or [None] * len(reward_funcs))
+        self.reward_weights = [1.0] * len(reward_funcs) if reward_weights is None else list(reward_weights)
+        self.eos_token_ids = end_tokens(model, processing_class)
+        _check_models(model, value_model, ref_model, reward_funcs, processing_class)
+        _check_lengths(reward_funcs, self.reward_weights, self.reward_tokenizers)
+        self.with_adapters = hasattr(model, "disable_adapter")
+        if ref_model is None and not self.with_adapters:
+            ref_model = copy.deepcopy(model)
+        for module in (model, value_model):
+            disable_dropout(module)
+        super().__init__(
+            model=PolicyAndCritic(model, value_model),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.policy, self.critic = model, value_model
+        self.reward_funcs = [self._frozen(f) if isinstance(f, nn.Module) else f for f in reward_funcs]
+        self.reward_names = _unique([_name_of(f) for f in reward_funcs])
+        self.ref_model = None if ref_model is None else self._frozen(ref_model)
+
+        world = self.accelerator.num_processes
+        self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+        self.mini_batch_size = self.batch_size // args.num_mini_batches
+        if self.batch_size % args.num_mini_batches or self.mini_batch_size % world:
+            raise ValueError(
+                f"a batch of {self.batch_size} answers (per_device_train_batch_size × gradient_accumulation_steps × "
+                f"processes) does not divide into num_mini_batches={args.num_mini_batches} minibatches of equal "
+                f"shares for {world} process(es): choose numbers that do"
+            )
+        self.max_steps = args.max_steps
+        if self.max_steps <= 0:
+            episodes = args.total_episodes or math.ceil(args.num_train_epochs * len(train_dataset))
+            self.max_steps = math.ceil(episodes / self.batch_size)
+        self.train_prompts = self._encode_prompts(train_dataset, "train_dataset")
+        self.eval_prompts = None if eval_dataset is None else self._encode_prompts(eval_dataset, "eval_dataset")
+
+        if args.kl_target is None:
+            self.kl_controller = algorithm.FixedKL(args.kl_coef)
+        else:
+            self.kl_controller = algorithm.AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
+        self.score_normalizer = algorithm.ScoreNormalizer() if args.normalize_scores else None
+        self._unlogged = defaultdict(list)  # metrics of the updates since the last log line
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        """Train to `max_steps` updates, from the checkpoint folder given (True: the last one in output_dir)."""
+        args = self.args
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        self.is_in_train = True
+        started = time.time()
+        self._set_up(checkpoint)
+        if checkpoint is None:
+            self._check_gates()
+
+        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        if args.eval_on_start and checkpoint is None:
+            self.evaluate()
+        first_step = self.state.global_step
+        while self.state.global_step < self.max_steps and not self.control.should_training_stop:
+            self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
+            step = self.state.global_step
+            episodes = range(step * self.batch_size, (step + 1) * self.batch_size)
+            rollouts = self._rollout(
+                self.train_dataset,
+                self.train_prompts,
+                [self._row_of(episode) for episode in episodes],
+                [(args.seed, TRAIN, episode) for episode in episodes],
+            )
+            metrics = self._update(rollouts)
+            self.lr_scheduler.step()
+
+            self.state.global_step += 1
+            self.state.epoch = self.state.global_step * self.batch_size / len(self.train_dataset)
+            for name, value in metrics.items():
+                self._unlogged[name].append(value)
+            if self._is_sample_step(self.state.global_step):
+                self._write_samples("train", rollouts)
+            self.control = self.callback_handler.on_step_end(args, self.state, self.control)
+            if int(self.state.epoch) > int(step * self.batch_size / len(self.train_dataset)):
+                self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
+            self._log_evaluate_save()
+
+        if args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        metrics = speed_metrics(
+            "train",
+            started,
+            num_samples=(self.state.global_step - first_step) * self.batch_size,
+            num_steps=self.state.global_step - first_step,
+        )
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_train_end(args, self.state, self.control)
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, float("nan"), metrics)
+
+    # --- rollouts ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _rollout(self, dataset, prompts: list[list[int]], rows: list[int], seeds: list) -> Rollouts:
+        """Sample and score an answer to each of `rows` of the dataset: this process its share, all get everything."""
+        args, device = self.args, self.accelerator.device
+        share = len(rows) // self.accelerator.num_processes
+        assert share * self.accelerator.num_processes == len(rows)
+        mine = slice(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
+        my_rows, my_prompts = rows[mine], [prompts[row] for row in rows[mine]]
+        seconds = {}
+        self.model_wrapped.eval()
+
+        began = time.perf_counter()
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model, self.accelerator.autocast():
+            responses, _ = generate(
+                model.policy,
+                my_prompts,
+                max_new_tokens=args.response_length,
+                eos_token_ids=self.eos_token_ids,
+                seeds=seeds[mine],
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                batch_size=args.local_rollout_forward_batch_size,
+            )
+        seconds["generate"] = time.perf_counter() - began
+
+        began = time.perf_counter()
+        answers = list(zip(my_prompts, responses))
+        per_token: list = [None] * share  # (3, length): log-probs of policy and reference, values
+        for chunk in _chunks(sorted(range(share), key=lambda i: sum(map(len, answers[i]))), args.local_rollout_forward_batch_size):
+            batch = collate([answers[i] for i in chunk], device)
+            logprobs, _, values = self.model_wrapped(batch, args.temperature)
+            with self._reference() as reference, self.accelerator.autocast():
+                ref_logprobs, _ = token_logprobs(reference, batch, args.temperature)
+            columns = torch.stack([logprobs, ref_logprobs, values]).float().cpu()
+            for i, part in zip(chunk, columns.split([len(responses[i]) for i in chunk], dim=1)):
+                per_token[i] = part
+        rewards = self._rewards(dataset, my_rows, my_prompts, responses)  # (share, functions)
+        seconds["score"] = time.perf_counter() - began
+        self.model_wrapped.train()
+
+        gathered = gather_object(list(zip(responses, per_token, rewards)))
+        responses, per_token, rewards = map(list, zip(*gathered))
+        lengths = torch.tensor([len(r) for r in responses], device=device)
+        padded = nn.utils.rnn.pad_sequence([p.T for p in per_token], batch_first=True).to(device)  # (B, T, 3)
+        rewards = torch.stack(rewards).to(device)
+        self._check_rewards(rewards, dataset, rows)
+        return Rollouts(
+            rows=rows,
+            prompts=[prompts[row] for row in rows],
+            responses=responses,
+            mask=torch.arange(padded.shape[1], device=device) < lengths[:, None],
+            logprobs=padded[..., 0],
+            ref_logprobs=padded[..., 1],
+            values=padded[..., 2],
+            rewards=rewards,
+            scores=rewards @ torch.tensor(self.reward_weights, device=device),
+            ended=torch.tensor([r[-1] in self.eos_token_ids for r in responses], device=device),
+            seconds=seconds,
+        )
+
+    def _rewards(self, dataset, rows: list[int], prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+        """What each reward function says of each answer: (answers, functions), CPU float32."""
+        device = self.accelerator.device
+        completions = self._completions(responses)
+        columns = {name: [dataset[row][name] for row in rows] for name in dataset.column_names}
+        texts = columns.pop("prompt")
+        out = torch.empty(len(rows), len(self.reward_funcs))
+        for column, (function, tokenizer) in enumerate(zip(self.reward_funcs, self.reward_tokenizers)):
+            if not isinstance(function, nn.Module):
+                given = function(prompts=texts, completions=completions, completion_ids=responses, **columns)
+                if len(given) != len(rows):
+                    raise ValueError(
+                        f"reward function {self.reward_names[column]} returned {len(given)} scores for "
+                        f"{len(rows)} completions"
+                    )
+                out[:, column] = torch.tensor([float(score) for score in given])
+                continue
+            if tokenizer is None or same_tokenizer(tokenizer, self.processing_class):
+                sequences = [prompt + response for prompt, response in zip(prompts, responses)]
+            else:
+                sequences = []
+                for text, completion, response in zip(texts, completions, responses):
+                    prompt_ids, answer_ids = encode_answer(tokenizer, text, completion)
+                    # an answer that was cut off has no EOS under the reward model's tokenizer either
+                    sequences.append(prompt_ids + answer_ids[: None if response[-1] in self.eos_token_ids else -1])
+            order = sorted(range(len(rows)), key=lambda i: len(sequences[i]))
+            for chunk in _chunks(order, self.args.local_rollout_forward_batch_size):
+                with self.accelerator.autocast():
+                    out[chunk, column] = sequence_scores(function, [sequences[i] for i in chunk], device).cpu()
+        return out
+
+    # --- the update --------------------------------------------------------------------------------------------------
+
+    def _update(self, rollouts: Rollouts) -> dict[str, float]:
+        """All optimizer steps on one batch of rollouts; returns the update's metrics."""
+        args, accelerator, mask = self.args, self.accelerator, rollouts.mask
+        began = time.perf_counter()
+        scores = self._training_scores(rollouts)
+        kl = algorithm.kl_estimate(rollouts.logprobs, rollouts.ref_logprobs, args.kl_estimator)
+        kl_coef = self.kl_controller.value
+        rewards = algorithm.token_rewards(scores, kl, mask, kl_coef if args.kl_placement == "reward" else 0.0)
+        if args.whiten_rewards:
+            rewards = algorithm.whiten(rewards, mask, shift_mean=False)
+        advantages, returns = algorithm.gae(rewards, rollouts.values, mask, args.gamma, args.lam)
+        advantages = algorithm.whiten(advantages, mask)
+
+        policy_weight = 0.0 if self.state.global_step < args.critic_warmup_steps else 1.0
+        rank, world = accelerator.process_index, accelerator.num_processes
+        lengths = mask.sum(1).tolist()
+        statistics, grad_norms, stopped = [], [], False
+        for epoch in range(args.num_ppo_epochs):
+            order = np.random.default_rng((args.seed, self.state.global_step, epoch)).permutation(self.batch_size)
+            for minibatch in _chunks(order.tolist(), self.mini_batch_size):
+                minibatch.sort(key=lambda i: lengths[i] + len(rollouts.prompts[i]))  # so that shares are alike
+                tokens = sum(lengths[i] for i in minibatch)
+                micros = _chunks(minibatch[rank::world], args.per_device_train_batch_size)
+                stats = torch.zeros(len(STATISTICS), device=accelerator.device)
+                for last, micro in zip([*[False] * (len(micros) - 1), True], micros):
+                    chosen = mask[micro]  # (b, T); indexing with it gives the flat (N,) order of `collate`
+                    old_logprobs = rollouts.logprobs[micro][chosen]
+                    batch = collate([(rollouts.prompts[i], rollouts.responses[i]) for i in micro], accelerator.device)
+                    with contextlib.nullcontext() if last else accelerator.no_sync(self.model_wrapped):
+                        logprobs, entropies, values = self.model_wrapped(batch, args.temperature, args.entropy_coef > 0)
+                        pg, pg_clipped = algorithm.policy_loss(
+                            logprobs, old_logprobs, advantages[micro][chosen], args.cliprange
+                        )
+                        vf, vf_clipped = algorithm.value_loss(
+                            values, rollouts.values[micro][chosen], returns[micro][chosen], args.cliprange_value
+                        )
+                        of_policy = pg - args.entropy_coef * entropies
+                        if args.kl_placement == "loss":
+                            ref_logprobs = rollouts.ref_logprobs[micro][chosen]
+                            of_policy = of_policy + kl_coef * algorithm.kl_estimate(
+                                logprobs, ref_logprobs, args.kl_estimator
+                            )
+                        # Mean over the tokens of the global minibatch; DDP averages over ranks, hence × world.
+                        loss = (policy_weight * of_policy + args.vf_coef * vf).sum() / tokens * world
+                        accelerator.backward(loss)
+                    with torch.no_grad():
+                        moved = algorithm.approx_kl(logprobs, old_logprobs)
+                        ratio = torch.exp(logprobs - old_logprobs)
+                        columns = (pg, vf, pg_clipped, vf_clipped, moved, entropies, ratio)
+                        stats += torch.stack([c.detach().float().sum() for c in columns]) / tokens
+                if args.max_approx_kl is not None:
+                    moved = accelerator.reduce(stats, "sum")[STATISTICS.index("policy/approxkl_avg")]
+                    stopped = moved.item() > args.max_approx_kl
+                    if stopped:
+                        self.model_wrapped.zero_grad()
+                        break
+                grad_norm = float(self._clip_grad_norm(self.model_wrapped)) if args.max_grad_norm else 0.0
+                if not args.max_grad_norm:
+                    grad_norm = float(self._get_grad_norm(self.model_wrapped))
+                if not math.isfinite(grad_norm):
+                    raise TrainingDiverged(self._where("the gradient is not finite", rollouts.rows, minibatch))
+                self.optimizer.step()
+                self.model_wrapped.zero_grad()
+                statistics.append(stats)
+                grad_norms.append(grad_norm)
+            if stopped:
+                break
+
+        statistics = accelerator.reduce(torch.stack(statistics), "sum") if statistics else torch.zeros(1, len(STATISTICS))
+        kl_of_answers = torch.where(mask, kl, 0.0).sum(1).mean().item()
+        self.kl_controller.update(kl_of_answers, self.batch_size)
+        response_tokens = int(mask.sum())
+        metrics = {
+            "objective/kl": kl_of_answers,
+            "objective/entropy": torch.where(mask, -rollouts.logprobs, 0.0).sum(1).mean().item(),
+            "objective/non_score_reward": -kl_coef * kl_of_answers,
+            "objective/rlhf_reward": scores.mean().item() - kl_coef * kl_of_answers,
+            "objective/scores": scores.mean().item(),
+            "objective/scores_std": scores.std().item() if len(scores) > 1 else 0.0,
+            **dict(zip(STATISTICS, statistics.mean(0).tolist())),
+            "val/ratio_var": statistics[:, -1].var().item() if len(statistics) > 1 else 0.0,
+            "val/explained_variance": algorithm.explained_variance(rollouts.values, returns, mask).item(),
+            "val/num_eos_tokens": int(rollouts.ended.sum()),
+            "eos_rate": rollouts.ended.float().mean().item(),
+            "response_length": response_tokens / len(lengths),
+            "kl_coef": kl_coef,
+            "grad_norm": sum(grad_norms) / max(len(grad_norms), 1),
+            "optimizer_steps": len(grad_norms),
+            "lr": self.lr_scheduler.get_last_lr()[0],
+            "episode": (self.state.global_step + 1) * self.batch_size,
+        }
+        for name, column in zip(self.reward_names, rollouts.rewards.T):
+            metrics[f"reward/{name}"] = column.mean().item()
+        seconds = rollouts.seconds | {"update": time.perf_counter() - began}
+        metrics |= {f"seconds/{phase}": s for phase, s in seconds.items()}
+        metrics |= {f"tokens_per_second/{phase}": response_tokens / s for phase, s in seconds.items()}
+        return metrics
+
+    def _training_scores(self, rollouts: Rollouts) -> Tensor:
+        """Scores (B,) as PPO sees them: normalised, clipped, and less the penalty for an answer that did not end."""
+        scores = rollouts.scores
+        if self.score_normalizer is not None:
+            scores = self.score_normalizer(scores)
+        if self.args.score_clip is not None:
+            scores = scores.clamp(-self.args.score_clip, self.args.score_clip)
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * (~rollouts.ended).float()
+        return scores
+
+    # --- log, evaluate, save -----------------------------------------------------------------------------------------
+
+    def _log_evaluate_save(self) -> None:
+        if self.control.should_log and self._unlogged:
+            logs = {name: sum(values) / len(values) for name, values in self._unlogged.items()}
+            logs |= {name: self._unlogged[name][-1] for name in ("episode", "lr", "kl_coef")}
+            self._unlogged.clear()
+            self.log(logs)
+        if self.control.should_evaluate:
+            metrics = self.evaluate()
+            too_far = self.args.best_kl_cap is not None and metrics["eval_kl"] > self.args.best_kl_cap
+            is_best = not too_far and self._determine_best_metric(metrics=metrics, trial=None)
+            if self.args.save_strategy == SaveStrategy.BEST:
+                self.control.should_save = is_best
+        if self.control.should_save:
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """One answer to each held-out prompt, always from the same random streams: score, KL, length, EOS rate.
+
+        The score is the weighted sum of the reward functions, without normalisation or penalties; the KL is the
+        mean over answers of log π/π_ref (nats).
+        """
+        began = time.time()
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate needs an eval_dataset")
+        prompts = self.eval_prompts if eval_dataset is None else self._encode_prompts(dataset, "eval_dataset")
+        n, world = len(dataset), self.accelerator.num_processes
+        rows = [i % n for i in range(math.ceil(n / world) * world)]  # equal shares; the repeats are dropped below
+        rollouts = self._rollout(dataset, prompts, rows, [(self.args.seed, EVAL, row) for row in rows])
+        kl = torch.where(rollouts.mask, rollouts.logprobs - rollouts.ref_logprobs, 0.0).sum(1)[:n]
+        metrics = {
+            "score": rollouts.scores[:n].mean().item(),
+            "score_std": rollouts.scores[:n].std().item() if n > 1 else 0.0,
+            "kl": kl.mean().item(),
+            "length": rollouts.mask[:n].sum().item() / n,
+            "eos_rate": rollouts.ended[:n].float().mean().item(),
+            "runtime": time.time() - began,
+        }
+        for name, column in zip(self.reward_names, rollouts.rewards[:n].T):
+            metrics[f"reward/{name}"] = column.mean().item()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self._write_samples(metric_key_prefix, rollouts)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _is_sample_step(self, step: int) -> bool:
+        count = self.args.num_sample_generations
+        return count > 0 and (step - 1) % max(1, self.max_steps // count) == 0
+
+    def _write_samples(self, split: str, rollouts: Rollouts, count: int = 10) -> None:
+        """Append the first answers of a batch, with what was thought of them, to samples.jsonl."""
+        if not self.is_world_process_zero():
+            return
+        kl = torch.where(rollouts.mask, rollouts.logprobs - rollouts.ref_logprobs, 0.0).sum(1)
+        completions = self._completions(rollouts.responses[:count])
+        dataset = self.train_dataset if split == "train" else self.eval_dataset
+        with open(Path(self.args.output_dir) / SAMPLES, "a", encoding="utf-8") as file:
+            for i, completion in enumerate(completions):
+                sample = {
+                    "step": self.state.global_step,
+                    "split": split,
+                    "prompt": self.processing_class.decode(rollouts.prompts[i]),
+                    "completion": completion,
+                    "score": rollouts.scores[i].item(),
+                    "kl": kl[i].item(),
+                    "ended": bool(rollouts.ended[i]),
+                }
+                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The policy (adapters only, with PEFT) and the tokenizer in `output_dir`, the critic in its `critic` folder."""
+        folder = Path(output_dir or self.args.output_dir)
+        weights = {"policy": None, "critic": None}
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # collective: every process takes part
+            whole = self.accelerator.get_state_dict(self.model_wrapped)
+            for part in weights:
+                weights[part] = {k.removeprefix(f"{part}."): v for k, v in whole.items() if k.startswith(f"{part}.")}
+        if self.args.should_save:
+            self.policy.save_pretrained(folder, state_dict=weights["policy"])
+            self.critic.save_pretrained(folder / "critic", state_dict=weights["critic"])
+            for place in (folder, folder / "critic"):
+                self.processing_class.save_pretrained(place)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and not self.args.save_only_model:
+            state = {
+                "batch_size": self.batch_size,
+                "kl_controller": self.kl_controller.state_dict(),
+                "score_normalizer": self.score_normalizer and self.score_normalizer.state_dict(),
+                "unlogged": self._unlogged,
+            }
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    # --- setting up and resuming -------------------------------------------------------------------------------------
+
+    def _set_up(self, checkpoint: str | None) -> None:
+        """Optimizer, scheduler, wrapped model and trainer state, from the checkpoint where there is one."""
+        args = self.args
+        if args.activation_checkpointing:
+            for module in (self.policy, self.critic):
+                module.activation_checkpointing_enable(dict(args.activation_checkpointing_kwargs or {}) or None)
+        if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self._load_from_checkpoint(checkpoint)
+        steps_per_epoch = max(1, len(self.train_dataset) // self.batch_size)
+        epochs = math.ceil(self.max_steps * self.batch_size / len(self.train_dataset))
+        self._init_training_state(self.max_steps, steps_per_epoch, epochs, checkpoint, None)
+        self._prepare_for_training(self.max_steps, None, checkpoint)
+        self.model_wrapped.train()
+        self._unlogged.clear()
+        if checkpoint is None:
+            return
+        state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
+        if state["batch_size"] != self.batch_size:
+            raise ValueError(
+                f"{checkpoint} was made with batches of {state['batch_size']} answers, this run has {self.batch_size}: "
+                "it would not continue with the right prompts. Keep per_device_train_batch_size × "
+                "gradient_accumulation_steps × processes as it was"
+            )
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        if self.score_normalizer is not None and state["score_normalizer"] is not None:
+            self.score_normalizer.load_state_dict(state["score_normalizer"])
+        self._unlogged.update(state["unlogged"])
+        self._load_rng_state(checkpoint)  # for reward functions that use one
+        self._forget_samples_after(self.state.global_step)
+
+    def _find_checkpoint(self, asked: str | bool | None) -> str | None:
+        if not asked:
+            return None
+        found = get_last_checkpoint(self.args.output_dir) if asked is True else str(asked)
+        if found is None or not (Path(found) / STATE).is_file():
+            raise ValueError(f"no PPO checkpoint to resume from: {found or self.args.output_dir}")
+        return found
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        for module, folder in ((self.policy, ""), (self.critic, "critic")):
+            whole, self.model = self.model, module  # Trainer reports missing weights of self.model
+            try:
+                super()._load_from_checkpoint(str(Path(resume_from_checkpoint) / folder), module)
+            finally:
+                self.model = whole
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _forget_samples_after(self, step: int) -> None:
+        """Drop samples that an interrupted run wrote after its last checkpoint: they are about to be written again."""
+        path = Path(self.args.output_dir) / SAMPLES
+        if self.is_world_process_zero() and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def _frozen(self, module: nn.Module) -> nn.Module:
+        module.requires_grad_(False)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(module, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(module, self.accelerator)
+        return module.to(self.accelerator.device).eval()
+
+    @contextlib.contextmanager
+    def _reference(self):
+        """The model whose log-probs the policy is held to."""
+        if self.ref_model is not None:
+            yield self.ref_model
+        else:
+            with self.policy.disable_adapter():
+                yield self.policy
+
+    def _encode_prompts(self, dataset, name: str) -> list[list[int]]:
+        """Token ids of every prompt; all that are empty or too long are reported at once."""
+        if "prompt" not in dataset.column_names:
+            raise ValueError(f"{name} has no column `prompt`, but {', '.join(dataset.column_names)}")
+        prompts = [encode_prompt(self.processing_class, prompt) for prompt in dataset["prompt"]]
+        limit = self.args.max_prompt_length
+        context = getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None:
+            room = context - self.args.response_length
+            limit = room if limit is None else min(limit, room)
+        long = [i for i, ids in enumerate(prompts) if limit is not None and len(ids) > limit]
+        empty = [i for i, ids in enumerate(prompts) if not ids]
+        if long or empty:
+            raise ValueError(
+                f"{name}: "
+                + "; ".join(
+                    f"{len(rows)} prompt(s) {what}, first rows {rows[:5]}"
+                    for rows, what in ((long, f"longer than {limit} tokens"), (empty, "without a single token"))
+                    if rows
+                )
+                + f". Drop or shorten them (response_length is {self.args.response_length}, context {context})"
+            )
+        return prompts
+
+    def _row_of(self, episode: int) -> int:
+        """The dataset row of the n-th episode of the run: each epoch goes through all rows in an order of its own."""
+        epoch, place = divmod(episode, len(self.train_prompts))
+        if getattr(self, "_order", (None,))[0] != epoch:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            self._order = (epoch, np.random.default_rng((seed, epoch)).permutation(len(self.train_prompts)))
+        return int(self._order[1][place])
+
+    def _completions(self, responses: list[list[int]]) -> list[str]:
+        return self.processing_class.batch_decode(responses, skip_special_tokens=True)
+
+    def _check_gates(self, answers: int = 64) -> None:
+        """Before training: the policy must be able to end an answer, and the score to tell answers apart."""
+        world = self.accelerator.num_processes
+        episodes = range(math.ceil(answers / world) * world)
+        rollouts = self._rollout(
+            self.train_dataset,
+            self.train_prompts,
+            [self._row_of(e) for e in episodes],
+            [(self.args.seed, TRAIN, e) for e in episodes],
+        )
+        problems = []
+        if not rollouts.ended.any() and not self.args.allow_no_eos:
+            problems.append(
+                f"none of {len(episodes)} answers ended with EOS within response_length={self.args.response_length}: "
+                "the policy has not learned to stop, or the length is too short (allow_no_eos: true to go on)"
+            )
+        if rollouts.scores.std() < 1e-6 and not self.args.allow_constant_scores:
+            problems.append(
+                f"all of {len(episodes)} answers got the score {rollouts.scores[0].item():.4g}: there is nothing to "
+                "learn from (allow_constant_scores: true to go on)"
+            )
+        if problems:
+            raise ValueError("PPO cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
+
+    def _check_rewards(self, rewards: Tensor, dataset, rows: list[int]) -> None:
+        for name, column in zip(self.reward_names, rewards.T):
+            bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
+            if bad:
+                raise TrainingDiverged(self._where(f"reward function {name} returned {column[bad[0]].item()}", rows, bad))
+
+    def _where(self, what: str, rows: list[int], of: list[int]) -> str:
+        """An error text: what, when, for which prompts, and what to go back to."""
+        shown = [rows[i] for i in of[:5]]
+        last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        return (
+            f"{what} in update {self.state.global_step + 1}, in {len(of)} answer(s), first dataset rows {shown} "
+            f"({'; '.join(repr(as_text(self.train_dataset[r]['prompt'])[:60]) for r in shown)}). "
+            f"Last checkpoint: {last or 'none'}"
+        )
+
+    def _send_telemetry(self) -> None:
+        """TRL's trainers report their use to the hub; this one reports nothing to anyone."""
+
+
+STATISTICS = (
+    "loss/policy_avg",
+    "loss/value_avg",
+    "policy/clipfrac_avg",
+    "val/clipfrac_avg",
+    "policy/approxkl_avg",
+    "policy/entropy_avg",
+    "val/ratio",
+)
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """Token ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
+    ids = {tokenizer.eos_token_id, *configured} - {None}
+    if not ids:
+        raise ValueError("the tokenizer has no EOS token: an answer could never end")
+    return sorted(ids)
+
+
+def same_tokenizer(one, other) -> bool:
+    """Whether both give the same ids to every prompt and answer."""
+    return one is other or (
+        one.get_vocab() == other.get_vocab()
+        and one.chat_template == other.chat_template
+        and one.eos_token_id == other.eos_token_id
+    )
+
+
+def _chunks(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _name_of(function) -> str:
+    if isinstance(function, nn.Module):
+        return Path(getattr(function.config, "_name_or_path", "") or "").name or "reward_model"
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _unique(names: list[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+
+
+def _check_models(model, value_model, ref_model, reward_funcs, tokenizer) -> None:
+    problems = []
+    if not hasattr(plain_model(value_model), "score"):
+        problems.append(
+            f"value_model is a {type(value_model).__name__} without a `score` head over each position: take an "
+            "AutoModelForSequenceClassification of a causal model"
+        )
+    frozen = [ref_model, *reward_funcs]
+    if any(m is not None and (m is model or m is value_model) for m in frozen) or model is value_model:
+        problems.append("model, value_model, ref_model and reward models must be separate objects: load each for itself")
+    rows = plain_model(value_model).get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        problems.append(
+            f"value_model knows {rows} tokens and the policy's tokenizer has {len(tokenizer)}: a critic must read "
+            "the policy's token ids (initialise it from a reward model with that tokenizer, or from the policy)"
+        )
+    for function in reward_funcs:
+        labels = getattr(getattr(function, "config", None), "num_labels", 1)
+        if isinstance(function, nn.Module) and labels != 1:
+            problems.append(
+                f"reward model {_name_of(function)} has {labels} labels, not one score: wrap it in a function that "
+                "returns the number to maximise"
+            )
+        if not isinstance(function, nn.Module) and not callable(function):
+            problems.append(f"reward function {function!r} is neither a model nor callable")
+    if problems:
+        raise ValueError("PPOTrainer:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def _check_lengths(reward_funcs, weights, tokenizers) -> None:
+    for name, given in (("reward_weights", weights), ("reward_processing_classes", tokenizers)):
+        if len(given) != len(reward_funcs):
+            raise ValueError(f"{name} has {len(given)} entries for {len(reward_funcs)} reward function(s)")
