@@ -1,0 +1,369 @@
+"""Sequences of any length in one row: no padding, no dense mask, exactly the losses of separate sequences.
+
+A pack is one row (1, tokens) of sequences laid end to end, with `cu_seq_lens_q` marking the seams (the names are
+those of transformers' flash-attention path, so the same batch serves both). Everything but attention is
+token-wise and does not care; attention un-flattens the row into a few right-padded blocks of similar length and
+runs PyTorch's causal SDPA on each. That is exact (a causal query never sees the padding behind it), needs no
+flash-attn, and works on any device.
+
+    enable_packed_attention(model)                       # once
+    loss = packed_loss(model, PackedCollator()(rows))    # each step
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.kernels import fuse_loss
+
+logger = logging.getLogger(__name__)
+
+NAME = "packed_sdpa"
+IGNORE = -100
+# Launching one more SDPA call costs about as much as the attention of this many query-key pairs per head.
+BLOCK_COST = 128 * 128
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Building packs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def plan_packs(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: which sequences share a pack.
+
+    TRL's `pack_dataset` packs dataset rows with the same rule; this one packs plain indices, for batches that are
+    born in memory (PPO) and for samplers. Deterministic: equal lengths keep their order.
+
+    Args:
+        lengths: tokens of each sequence.
+        capacity: most tokens in a pack.
+
+    Returns:
+        Packs as lists of indices into `lengths`; empty sequences are in none.
+
+    Raises:
+        ValueError: a sequence longer than the capacity.
+    """
+    too_long = [i for i, n in enumerate(lengths) if n > capacity]
+    if too_long:
+        raise ValueError(
+            f"{len(too_long)} of {len(lengths)} sequences exceed the pack's {capacity} tokens (the first is number "
+            f"{too_long[0]} with {lengths[too_long[0]]}): truncate them or raise the capacity."
+        )
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted: bisect finds the tightest fit
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[i] == 0:
+            continue
+        at = bisect.bisect_left(room, (lengths[i], -1))
+        if at < len(room):
+            free, pack = room.pop(at)
+        else:
+            free, pack = capacity, len(packs)
+            packs.append([])
+        packs[pack].append(i)
+        bisect.insort(room, (free - lengths[i], pack))
+    return packs
+
+
+def pack(sequences: list[list[int]], labels: list[list[int]] | None = None) -> dict[str, torch.Tensor | int]:
+    """Lay sequences end to end in one row, under the names transformers gives to packed batches.
+
+    Args:
+        sequences: token ids of each sequence, none empty.
+        labels: same shape, -100 where nothing is learned; None learns every token.
+
+    Returns:
+        input_ids, labels, position_ids: (1, tokens) int64; cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,) int32;
+        max_length_q, max_length_k: int. The first token of each sequence is never a target: nothing precedes it.
+
+    Raises:
+        ValueError: no or empty sequences, or labels that do not fit them.
+    """
+    labels = sequences if labels is None else labels
+    lengths = [len(ids) for ids in sequences]
+    if not sequences or 0 in lengths:
+        raise ValueError("a pack needs at least one sequence, each of at least one token.")
+    if lengths != [len(part) for part in labels]:
+        raise ValueError("each sequence needs as many labels as it has tokens.")
+    ids = torch.tensor([i for part in sequences for i in part])
+    targets = torch.tensor([i for part in labels for i in part])
+    return _packed_batch(ids, targets, torch.tensor(lengths))
+
+
+def _packed_batch(ids: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
+    targets[starts] = IGNORE
+    seams = torch.cat([starts[:1], ends]).to(torch.int32)
+    longest = int(lengths.max())
+    return {
+        "input_ids": ids[None],
+        "labels": targets[None],
+        "position_ids": _positions(starts, lengths)[None],
+        "cu_seq_lens_q": seams,
+        "cu_seq_lens_k": seams,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _positions(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """0, 1, 2, … within each sequence: (tokens,) int64."""
+    return torch.arange(int(lengths.sum()), device=lengths.device) - starts.repeat_interleave(lengths)
+
+
+class PackedCollator:
+    """Dataset rows -> one packed batch (see `pack`).
+
+    Rows hold `input_ids`, `labels` (or TRL's `completion_mask` / `assistant_masks`; without any of them every
+    token is learned) and, where a row is itself a pack, `seq_lengths` (TRL's `pack_dataset` writes it). Any other
+    column is dropped. Sequences of length 0 vanish.
+    """
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor | int]:
+        lengths = torch.tensor([n for row in rows for n in row.get("seq_lengths", [len(row["input_ids"])]) if n])
+        ids = torch.cat([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows])
+        targets = torch.cat([self._labels(row) for row in rows])
+        if not len(ids) == len(targets) == int(lengths.sum()):
+            raise ValueError(
+                f"{len(ids)} tokens, {len(targets)} labels and seq_lengths of {int(lengths.sum())} in all do not "
+                "belong together: check the rows' columns."
+            )
+        return _packed_batch(ids, targets, lengths)
+
+    @staticmethod
+    def _labels(row: dict) -> torch.Tensor:
+        if "labels" in row:
+            return torch.tensor(row["labels"], dtype=torch.int64)
+        labels = torch.tensor(row["input_ids"], dtype=torch.int64)
+        for mask in ("completion_mask", "assistant_masks"):
+            if mask in row:
+                labels[torch.tensor(row[mask]) == 0] = IGNORE
+        return labels
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attention over packs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PackedRows:
+    """How one packed row un-flattens into right-padded blocks; the same for all layers of a forward."""
+
+    blocks: list[tuple[int, int]]  # (sequences, length) of each block
+    slots: torch.Tensor  # (padded tokens,) token that fills each slot; padding repeats a token of its sequence
+    places: torch.Tensor  # (tokens,) slot of each token
+    lengths: torch.Tensor  # (sequences,) in block order
+
+    @classmethod
+    def of(cls, cu_seq_lens: torch.Tensor) -> PackedRows:
+        """The blocks for these seams (sequences + 1,). Reads them on the host: once per forward."""
+        device, seams = cu_seq_lens.device, cu_seq_lens.to("cpu", torch.int64)
+        lengths = seams.diff()
+        order = lengths.argsort(descending=True, stable=True)
+        lengths, starts = lengths[order], seams[:-1][order]
+        blocks = _blocks(lengths.tolist())
+        widths = torch.tensor([length for count, length in blocks for _ in range(count)])
+        base = widths.cumsum(0) - widths  # first slot of each sequence
+        within = _positions(base, widths)
+        slots = starts.repeat_interleave(widths) + torch.minimum(within, (lengths - 1).repeat_interleave(widths))
+        places = torch.empty(int(seams[-1]), dtype=torch.int64)
+        real = within < lengths.repeat_interleave(widths)
+        places[slots[real]] = real.nonzero()[:, 0]
+        return cls(blocks, slots.to(device), places.to(device), lengths.to(device))
+
+
+def _blocks(lengths: list[int]) -> list[tuple[int, int]]:
+    """Split descending lengths into blocks of the least total cost: count x length^2 each, plus a call.
+
+    Cuts are only tried where the length falls into the next of 16 classes, so that the search is tiny.
+    """
+    longest = lengths[0]
+    cuts = [0]
+    for i in range(1, len(lengths)):
+        if (lengths[i] - 1) * 16 // longest < (lengths[i - 1] - 1) * 16 // longest:
+            cuts.append(i)
+    cuts.append(len(lengths))
+    best = [(0, 0)] + [(0, 0)] * (len(cuts) - 1)  # (cost, where the last block begins) up to each cut
+    for end in range(1, len(cuts)):
+        best[end] = min(
+            (best[begin][0] + BLOCK_COST + (cuts[end] - cuts[begin]) * lengths[cuts[begin]] ** 2, begin)
+            for begin in range(end)
+        )
+    blocks, end = [], len(cuts) - 1
+    while end:
+        begin = best[end][1]
+        blocks.append((cuts[end] - cuts[begin], lengths[cuts[begin]]))
+        end = begin
+    return blocks[::-1]
+
+
+class _Unflatten(torch.autograd.Function):
+    """(tokens, …) -> (slots, …). Padding receives no gradient (no valid query saw it), so backward is a gather."""
+
+    @staticmethod
+    def forward(ctx, x, slots, places):
+        ctx.save_for_backward(places)
+        return x.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Flatten(torch.autograd.Function):
+    """(slots, …) -> (tokens, …); the inverse, so the padding's gradient is zero."""
+
+    @staticmethod
+    def forward(ctx, x, places):
+        ctx.save_for_backward(places)
+        ctx.slots = x.size(0)
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = grad.new_zeros(ctx.slots, *grad.shape[1:])
+        return out.index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+def packed_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
+    """transformers' attention interface: query (batch, heads, tokens, d) -> (batch, tokens, heads, d), None.
+
+    Without `cu_seq_lens_q` this is transformers' own SDPA (generation, left padding, encoders). With it each
+    sequence attends to itself only.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    seams, rows = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("packed_rows", None)
+    if seams is None:
+        if attention_mask is not None and attention_mask.numel() == 0:  # the stand-in of _before_forward
+            raise ValueError(
+                f"{type(module).__name__} is not handed `cu_seq_lens_q` by its model, so packed sequences would see "
+                "each other: train this model unpacked."
+            )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unsupported:
+        raise ValueError(f"packed SDPA attention cannot do {', '.join(unsupported)}: train this model unpacked.")
+    rows = PackedRows.of(seams) if rows is None else rows
+    if query.size(0) != 1 or not query.size(2) == key.size(2) == rows.places.numel():
+        raise ValueError(
+            f"a packed forward takes one row and no KV cache; cu_seq_lens_q ends at {rows.places.numel()} but the "
+            f"queries are {tuple(query.shape)} and the keys {tuple(key.shape)} (batch, heads, tokens, d)."
+        )
+    causal = kwargs.pop("is_causal", None)
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    window = kwargs.get("sliding_window")
+
+    # one block of equal lengths is a view; anything else is gathered into blocks, back to back
+    together = [x[0].transpose(0, 1) for x in (query, key, value)]  # (tokens, heads, d)
+    straight = len(rows.blocks) == 1 and rows.slots.numel() == rows.places.numel()
+    if not straight:
+        together = [_Unflatten.apply(x, rows.slots, rows.places) for x in together]
+    outputs, slot, sequence = [], 0, 0
+    for count, length in rows.blocks:
+        span = slice(slot, slot + count * length)
+        q, k, v = (x[span].unflatten(0, (count, length)).transpose(1, 2) for x in together)
+        lengths = rows.lengths[sequence : sequence + count]
+        mask = _block_mask(lengths, length, causal, window)
+        out, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=causal, **kwargs)
+        outputs.append(out.flatten(0, 1))  # (slots, heads, d)
+        slot, sequence = span.stop, sequence + count
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return (output if straight else _Flatten.apply(output, rows.places))[None], None
+
+
+def _before_forward(backbone, args, kwargs):
+    """Prepare a packed forward once for all layers. Without `cu_seq_lens_q`, nothing changes."""
+    seams = kwargs.get("cu_seq_lens_q")
+    if seams is None:
+        return None
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError("a packed forward cannot continue a KV cache: drop past_key_values.")
+    rows = PackedRows.of(seams)
+    kwargs = {**kwargs, "packed_rows": rows, "use_cache": False}  # a cache mixes the sequences up
+    # Left alone, transformers would build a tokens x tokens mask from the positions. It passes 4-D masks on as they
+    # are; an empty one cannot be used by mistake.
+    kwargs["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=seams.device)
+    if kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = _positions(seams[:-1].long(), seams.long().diff())[None]
+    return args, kwargs
+
+
+def _block_mask(lengths: torch.Tensor, width: int, causal: bool, window: int | None) -> torch.Tensor | None:
+    """The mask (sequences or 1, 1, width, width) of a block where causality alone does not do; True attends."""
+    if causal and (window is None or width <= window):
+        return None
+    at = torch.arange(width, device=lengths.device)
+    if causal:
+        return ((at <= at[:, None]) & (at > at[:, None] - window))[None, None]
+    if window is not None:
+        raise ValueError("packed SDPA attention has no bidirectional sliding window: train this encoder unpacked.")
+    return (at < lengths[:, None])[:, None, None, :].expand(-1, -1, width, -1)
+
+
+def enable_packed_attention(model) -> None:
+    """Make `model` (a transformers model, or PEFT around one) attend within each sequence of a packed batch.
+
+    Batches without `cu_seq_lens_q` are computed as by SDPA, so generation and evaluation are unchanged. A model
+    already on flash-attention is left alone: transformers' own path takes the same batch there.
+
+    Raises:
+        ValueError: the architecture cannot be packed this way (attention outside transformers' interface,
+            encoder-decoder, recurrent or chunked layers), with what to do instead.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind, config = type(model).__name__, model.config.get_text_config()
+    if "flash" in (config._attn_implementation or ""):
+        logger.info("%s keeps %s, which packs by itself.", kind, config._attn_implementation)
+        return
+    reason = None
+    layers = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if config.is_encoder_decoder:
+        reason = "it is an encoder-decoder"
+    elif layers:
+        reason = f"it has layers of type {', '.join(sorted(layers))}, which would mix the sequences"
+    elif not model._supports_sdpa:
+        reason = "its attention cannot run on PyTorch's SDPA"
+    elif not model._can_set_attn_implementation():
+        reason = "its attention does not go through transformers' attention interface"
+    if reason:
+        raise ValueError(f"{kind} cannot be trained on packed sequences: {reason}. Set `packing: false`.")
+
+    AttentionInterface.register(NAME, packed_sdpa_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    if model.config.get_text_config()._attn_implementation != NAME:
+        raise ValueError(f"{kind} did not accept packed attention. Set `packing: false`.")
+    backbone = model.base_model
+    if not any(hook is _before_forward for hook in backbone._forward_pre_hooks.values()):
+        backbone.register_forward_pre_hook(_before_forward, with_kwargs=True)
+
+
+def packed_loss(model, batch: dict, num_items: int | torch.Tensor | None = None) -> torch.Tensor:
+    """Mean next-token loss of a packed batch, without a KV cache and without the logits of the whole batch.
+
+    Goes through `model(...)`, so DDP and FSDP synchronise as usual. The head is fused where it can be
+    (`pipelines.kernels.fuse_loss`); otherwise the model's own loss is used, said once in the log.
+
+    Args:
+        model: as given to `enable_packed_attention`, bare or wrapped (DDP, PEFT).
+        batch: from `pack` or `PackedCollator`; padded batches work as well.
+        num_items: divisor, the targets of the whole global batch; None divides by this batch's.
+
+    Returns:
+        Scalar float32 loss in nats.
+    """
+    inner = model.module if hasattr(model, "module") else model
+    fuse_loss(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)
+    return model(**{**batch, "use_cache": False}, num_items_in_batch=num_items).loss
