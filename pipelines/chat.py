@@ -4,8 +4,8 @@ A sequence is tokenized in *segments*: everything the model reads before an answ
 EOS. At inference the prompt is tokenized alone and the answer is generated after it, so tokenizing the segments
 apart gives exactly the ids of inference, for any template, and the loss mask is exact without `{% generation %}`.
 
-With a chat template in the tokenizer, a plain string prompt is one user message. Without one, prompt and
-completion are plain text that follow each other, closed by EOS.
+A plain string prompt is one user message. The template `plain` (also what a tokenizer without a template gets) puts
+nothing around a message, so that prompt and completion are text that follow each other, closed by EOS.
 """
 
 from __future__ import annotations
@@ -33,30 +33,18 @@ def as_text(prompt) -> str:
 
 def encode_prompt(tokenizer, prompt) -> list[int]:
     """Token ids that the model sees before it begins its answer (with the template's generation prompt)."""
-    if tokenizer.chat_template is None:
-        return _plain(tokenizer, _only_text(prompt), first=True)
-    text = tokenizer.apply_chat_template(as_messages(prompt), tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _ids(tokenizer, _render(tokenizer, as_messages(prompt), True), first=True)
 
 
 def encode_answer(tokenizer, prompt, completion) -> tuple[list[int], list[int]]:
     """`(prompt_ids, answer_ids)`: the answer ends in EOS, and nothing that the template puts after it is kept."""
     completion = completion if isinstance(completion, str) else completion[-1]["content"]
-    if tokenizer.chat_template is None:
-        answer = _plain(tokenizer, completion, first=False)
-        return encode_prompt(tokenizer, prompt), [*answer, tokenizer.eos_token_id]
-    messages = as_messages(prompt) + [{"role": "assistant", "content": completion}]
-    segments = _segments(tokenizer, messages)
+    segments = _segments(tokenizer, as_messages(prompt) + [{"role": "assistant", "content": completion}])
     return [i for ids, _ in segments[:-1] for i in ids], segments[-1][0]
 
 
 def encode_messages(tokenizer, messages) -> tuple[list[int], list[int]]:
     """`(input_ids, labels)` of a whole dialogue: labels are the ids of every assistant answer incl. EOS, else -100."""
-    if tokenizer.chat_template is None:
-        raise TemplateError(
-            "rows with `messages` need a chat template, and the tokenizer has none. "
-            "Set `chat_template: chatml` (or a .jinja file) in the sft stage."
-        )
     ids, labels = [], []
     for segment, is_answer in _segments(tokenizer, messages):
         ids += segment
@@ -70,8 +58,8 @@ def _segments(tokenizer, messages) -> list[tuple[list[int], bool]]:
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        before = _render(tokenizer, messages[:i], True)
+        after = _render(tokenizer, messages[: i + 1], False)
         if not (before.startswith(done) and after.startswith(before)):
             raise TemplateError(
                 "the chat template rewrites what came before an answer (it is not prefix-preserving), so the answer "
@@ -86,35 +74,35 @@ def _segments(tokenizer, messages) -> list[tuple[list[int], bool]]:
                 "with which the template closes an answer."
             )
         answer = answer[: end + len(tokenizer.eos_token)]
-        out.append((tokenizer(before[len(done) :], add_special_tokens=False)["input_ids"], False))
-        out.append((tokenizer(answer, add_special_tokens=False)["input_ids"], True))
+        out.append((_ids(tokenizer, before[len(done) :], first=not out), False))
+        out.append((_ids(tokenizer, answer), True))
         done = before + answer
     return out
 
 
-def _plain(tokenizer, text: str, first: bool) -> list[int]:
-    """Ids of plain text; only the first segment may carry the tokenizer's BOS."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    adds_bos = first and bos is not None and tokenizer("x")["input_ids"][:1] == [bos]
-    return [bos, *ids] if adds_bos else ids
-
-
-def _only_text(prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    raise TemplateError(
-        "a prompt made of messages needs a chat template, and the tokenizer has none. "
-        "Set `chat_template: chatml` in the sft stage, or give prompts as plain text."
+def _render(tokenizer, messages, add_generation_prompt: bool) -> str:
+    template = None if tokenizer.chat_template else (TEMPLATES / "plain.jinja").read_text()
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
     )
+
+
+def _ids(tokenizer, text: str, first: bool = False) -> list[int]:
+    """Ids of one segment. A template writes its own BOS; plain text gets the tokenizer's, at its very beginning."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if first and (not tokenizer.chat_template or tokenizer.chat_template == (TEMPLATES / "plain.jinja").read_text()):
+        bos = tokenizer.bos_token_id
+        if bos is not None and tokenizer("x")["input_ids"][:1] == [bos]:
+            return [bos, *ids]
+    return ids
 
 
 def install_template(model, tokenizer, template: str | None) -> list[str]:
     """Give `tokenizer` the chat template `template` and `model` the tokens it needs; returns the tokens added.
 
-    `template` is "chatml", a path to a .jinja file, "none" (plain text, no template) or None: keep the tokenizer's
-    own, or chatml where it has none. chatml's markers are added where the vocabulary lacks them, and `<|im_end|>`
-    becomes EOS. In every case PAD is made a token of its own (pad == eos means that EOS is never learned).
+    `template` is "chatml", "plain" (text as it stands), a path to a .jinja file, or None: keep the tokenizer's own, or
+    chatml where it has none. chatml's markers are added where the vocabulary lacks them, and `<|im_end|>` becomes EOS.
+    In every case PAD is made a token of its own (pad == eos means that EOS is never learned).
     """
     added: list[str] = []
     if template is None:
@@ -123,8 +111,8 @@ def install_template(model, tokenizer, template: str | None) -> list[str]:
         tokenizer.chat_template = (TEMPLATES / "chatml.jinja").read_text()
         added += _add(tokenizer, ["<|im_start|>", "<|im_end|>"])
         tokenizer.eos_token = "<|im_end|>"
-    elif template == "none":
-        tokenizer.chat_template = None
+    elif template == "plain":
+        tokenizer.chat_template = (TEMPLATES / "plain.jinja").read_text()
     elif template != "keep":
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     added += ensure_pad(tokenizer)

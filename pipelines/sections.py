@@ -13,6 +13,8 @@ from trl.trainer.model_config import ModelConfig
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.sft_config import SFTConfig
 
+from pipelines.ppo.config import PPOConfig
+
 
 @dataclass
 class ModelSection(ModelConfig):
@@ -31,8 +33,9 @@ class ModelSection(ModelConfig):
     chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "sft only: `chatml`, a path to a .jinja file, `none` (prompts and answers are plain text) or null "
-            "(the tokenizer's own, chatml where it has none). Saved with the tokenizer, used by every later stage."
+            "help": "sft, reward, ppo: `chatml`, `plain` (prompt and answer as they stand, closed by EOS), a path to a "
+            ".jinja file, or null (the tokenizer's own; sft and reward give chatml to one that has none). Saved with "
+            "the tokenizer, used by every later stage."
         },
     )
     trust_remote_code: bool = field(
@@ -156,13 +159,10 @@ class SFTArguments(Batching, SFTConfig):
 class RewardArguments(Batching, RewardConfig):
     """`args:` of reward: TRL's `RewardConfig`."""
 
-    center_after_training: bool = field(
-        default=True,
-        metadata={
-            "help": "After training, shift the score so that the chosen answers of the training data score 0 on "
-            "average (as InstructGPT does with reference answers)."
-        },
-    )
+
+@dataclass
+class PPOArguments(Batching, PPOConfig):
+    """`args:` of ppo: our `PPOConfig`; global_batch_size is the number of answers per update."""
 
 
 @dataclass

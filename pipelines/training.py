@@ -260,3 +260,13 @@ def history(trainer) -> dict:
         "train": [e for e in log if "loss" in e],
         "eval": [e for e in log if any(k.startswith("eval_") for k in e)],
     }
+
+
+def final_metrics(trainer) -> dict:
+    """Metrics of a finished training for stage.json: last evaluation where there is one, speed, and the curves."""
+    state = trainer.state
+    metrics = {k: v for k, v in trainer.evaluate().items() if k != "epoch"} if trainer.eval_dataset is not None else {}
+    last = next((e for e in reversed(state.log_history) if "train_runtime" in e), {})
+    if "train_loss" in last:
+        metrics["train_loss"] = last["train_loss"]
+    return {**metrics, "steps": state.global_step, "history": history(trainer)}

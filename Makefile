@@ -1,0 +1,29 @@
+# make demo: set everything up and run the whole chain on the data in data/
+# make test: set everything up and pass the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-all check clean
+
+demo: $(VENV)/.ready
+	$(BIN)/accelerate launch $(LAUNCH) -m pipelines recipes/demo.yaml
+	$(BIN)/python data/judge.py runs/demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(VENV)/.ready
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,115 @@
+"""Training a causal language model fast and measuring it exactly: packed rows, a head without logits, token means."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import types
+
+import torch
+from accelerate import PartialState
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from pipelines.kernels import linear_cross_entropy
+from pipelines.packing import plan_packs
+
+logger = logging.getLogger(__name__)
+
+# Configs that scale or cap their logits, or add a loss of their own: the model's own loss is used for them.
+OWN_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+
+
+def fast_loss(model) -> None:
+    """`model(labels=…)` computes its loss without building logits; everything else about the model stays.
+
+    The loss is the sum over labelled next tokens divided by `num_items_in_batch` (their number when it is not given).
+    Must be called before the model is wrapped by PEFT, DDP or FSDP. Models whose head is more than a linear layer keep
+    their own loss, which is said in the log.
+    """
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    scaled = [k for k in OWN_HEAD if getattr(config, k, None) not in (None, 1, 1.0)]
+    if scaled or getattr(config, "output_router_logits", False) or not isinstance(head, torch.nn.Linear):
+        logger.info("%s keeps its own loss (%s)", type(model).__name__, ", ".join(scaled) or "its head is not linear")
+        return
+    original = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+        if labels is None and shift_labels is None:
+            return original(*args, **kwargs)
+        # Packed rows are only right without a cache (it makes the model build positions and masks of its own).
+        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        weight, bias = self.get_output_embeddings().weight, self.get_output_embeddings().bias
+        if hasattr(weight, "full_tensor"):  # FSDP2 keeps the head in shards
+            weight, bias = weight.full_tensor(), bias if bias is None else bias.full_tensor()
+        if shift_labels is None:
+            hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
+        total = linear_cross_entropy(hidden, weight, shift_labels, bias=bias, reduction="sum")
+        count = num_items_in_batch if num_items_in_batch is not None else shift_labels.ne(-100).sum().clamp(min=1)
+        return CausalLMOutputWithPast(loss=total / count)
+
+    model.forward = types.MethodType(forward, model)
+
+
+class LanguageModelTrainer:
+    """Mixin: evaluation as the mean over all validation tokens, each counted once, at any world and batch size."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        state, args = PartialState(), self.args
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        model = self.model_wrapped if sharded else self.model
+        was_training = model.training
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device="cpu" if args.device.type == "mps" else args.device)
+        size = args.per_device_eval_batch_size
+        # A sharded model needs every process in every forward, so each does as many batches as the first.
+        for start in range(0, math.ceil(len(dataset) / state.num_processes), size):
+            mine = range(state.process_index + start * state.num_processes, len(dataset), state.num_processes)
+            rows = [dataset[i] for i in mine[:size]]
+            batch = self.data_collator(rows or [dataset[0]])
+            if not rows:
+                batch["labels"] = torch.full_like(batch["labels"], -100)
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                tokens = batch["labels"][:, 1:].ne(-100).sum()
+                loss = model(**batch, num_items_in_batch=torch.ones((), device=args.device)).loss
+            total += torch.stack([loss.double(), tokens.double()]).to(total.device)
+        if state.num_processes > 1:
+            torch.distributed.all_reduce(total)
+        model.train(was_training)
+        loss = (total[0] / total[1]).item()
+        prefix = metric_key_prefix
+        metrics = {
+            f"{prefix}_loss": loss,
+            f"{prefix}_perplexity": math.exp(min(loss, 700)),
+            f"{prefix}_tokens": int(total[1]),
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
+
+
+def rows_dataset(rows: list[dict], packs: list[list[int]] | None = None):
+    """`(datasets.Dataset, names)`: each item a row, or the rows of one pack laid end to end with `seq_lengths`.
+
+    `rows` hold `input_ids`, `labels` and `where`; item i carries `row` = i, and `names[i]` lists where its rows come
+    from.
+    """
+    from datasets import Dataset
+
+    packs = [[i] for i in range(len(rows))] if packs is None else packs
+    columns = {
+        "input_ids": [[t for i in pack for t in rows[i]["input_ids"]] for pack in packs],
+        "labels": [[t for i in pack for t in rows[i]["labels"]] for pack in packs],
+        "seq_lengths": [[len(rows[i]["input_ids"]) for i in pack] for pack in packs],
+        "row": list(range(len(packs))),
+    }
+    return Dataset.from_dict(columns).with_format("numpy"), [[rows[i]["where"] for i in pack] for pack in packs]
+
+
+def packed_dataset(rows: list[dict], capacity: int):
+    """As `rows_dataset`, with the rows packed best-fit into items of at most `capacity` tokens."""
+    return rows_dataset(rows, plan_packs([len(r["input_ids"]) for r in rows], capacity))

@@ -1,0 +1,107 @@
+"""Pretraining: a causal language model learns the next token of raw text, from scratch or from a base model.
+
+    base:
+      kind: pretrain
+      model: {config: {model_type: gpt2, n_layer: 4, n_embd: 256, n_head: 4}}   # or model_name_or_path: gpt2
+      tokenizer: {train: bpe, vocab_size: 8192}                                 # or model.tokenizer_name_or_path
+      data: {train: corpus.jsonl.gz, validation: 0.01}
+      args: {max_length: 256, global_batch_size: 16, learning_rate: 1e-3, max_steps: 800}
+
+Documents are streamed once into a memory map of token ids, an EOS after each, and cut into full windows: no padding,
+no corpus in memory. The map is kept in the stage's folder while the stage is unfinished.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+SECTIONS = {
+    "model": "pipelines.sections:ModelSection",
+    "tokenizer": "pipelines.sections:TokenizerSection",
+    "data": "pipelines.sections:DataSection",
+    "args": "pipelines.sections:PretrainArguments",
+}
+ROWS = "text"
+DEFAULTS = {
+    "learning_rate": 6e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+}
+
+
+def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
+    """What is wrong with the stage as a whole: `(key path, message, value)`."""
+    model, tokenizer = stage.sections.get("model", {}), stage.sections.get("tokenizer", {})
+    named = model.get("model_name_or_path") or model.get("tokenizer_name_or_path")
+    if not named and not tokenizer.get("train"):
+        yield "tokenizer", "a new model needs a tokenizer: `train: bpe`, or model.tokenizer_name_or_path", None
+    if tokenizer.get("train") and named:
+        yield "tokenizer.train", "the model already has a tokenizer; drop this section", tokenizer["train"]
+    if tokenizer.get("train") and tokenizer.get("vocab_size", 8192) < 300:
+        yield "tokenizer.vocab_size", "byte-level BPE needs at least 300 entries", tokenizer["vocab_size"]
+    for key in ("use_peft", "load_in_4bit", "load_in_8bit", "chat_template"):
+        if model.get(key):
+            yield f"model.{key}", "pretrain trains all weights on plain text; drop this key", model[key]
+
+
+def run(stage) -> dict:
+    """Train, evaluate, save; returns the metrics."""
+    from accelerate import PartialState
+    from transformers import Trainer, set_seed
+
+    from pipelines import chat, corpus, data, lm, models, packing, training
+
+    class Trainer_(lm.LanguageModelTrainer, training.ChainTrainer, Trainer):
+        """transformers' Trainer with exact evaluation; the model computes the loss."""
+
+    set_seed(stage.seed)
+    section, words = stage.section("model"), stage.section("tokenizer")
+    args = training.build_args(stage, **DEFAULTS)
+    args.prediction_loss_only = True
+
+    def documents(side):
+        return (row["text"] for row in data.stream(stage.sections["data"], side, ROWS, stage.seed))
+
+    with PartialState().main_process_first():
+        folder = stage.folder / "tokens"
+        if words.train:
+            tokenizer = corpus.trained_tokenizer(folder, words, documents("train"))
+        else:
+            tokenizer = models.load_tokenizer(section)
+            chat.ensure_pad(tokenizer)
+        key = {"data": data.fingerprint(stage.sections["data"]), "section": stage.sections["data"], "seed": stage.seed}
+        sides = ["train"] + (["validation"] if stage.sections["data"].get("validation") else [])
+        for side in sides:
+            corpus.tokenize_corpus(
+                documents(side), tokenizer, folder / side, separator_id=tokenizer.eos_token_id, key={**key, "side": side}
+            )
+    model = models.load_model(section, "AutoModelForCausalLM", tokenizer)
+    chat.fit_model(model, tokenizer)
+    context = models.context_length(model, args.max_length)
+    windows = {side: corpus.Windows(folder / side, context) for side in sides}
+    for side in sides:
+        stage.report[side] = {**windows[side].index, "windows": len(windows[side]), "context": context}
+        logger.info("%s: %d tokens in %d windows of %d", side, stage.report[side]["tokens"], len(windows[side]), context)
+    packing.fast_model(model)
+    lm.fast_loss(model)
+
+    trainer = Trainer_(
+        model=model,
+        args=args,
+        train_dataset=windows["train"],
+        eval_dataset=windows.get("validation"),
+        processing_class=tokenizer,
+        data_collator=corpus.stack_windows,
+    )
+    trainer.where = windows["train"]
+    training.fit(stage, trainer)
+    metrics = training.final_metrics(trainer)
+    training.save(trainer, stage.folder, tokenizer)
+    return {"parameters": model.num_parameters(), **metrics}
