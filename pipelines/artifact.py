@@ -83,7 +83,8 @@ def differences(old: dict, new: dict) -> list[str]:
     found = []
 
     def walk(a, b, path):
-        if isinstance(a, dict) and isinstance(b, dict):
+        if isinstance(a, dict) and isinstance(b, dict | None) or isinstance(b, dict) and a is None:
+            a, b = a or {}, b or {}
             for key in sorted(a.keys() | b.keys()):
                 harmless = path == "sections.args" and (
                     key.startswith(HARMLESS)

@@ -1,56 +1,13 @@
-"""Training a causal language model fast and measuring it exactly: packed rows, a head without logits, token means."""
+"""A causal language model's validation as the mean over its tokens, and rows or packs of rows as a data set."""
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-import types
 
 import torch
 from accelerate import PartialState
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pipelines.kernels import linear_cross_entropy
 from pipelines.packing import plan_packs
-
-logger = logging.getLogger(__name__)
-
-# Configs that scale or cap their logits, or add a loss of their own: the model's own loss is used for them.
-OWN_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
-
-
-def fast_loss(model) -> None:
-    """`model(labels=…)` computes its loss without building logits; everything else about the model stays.
-
-    The loss is the sum over labelled next tokens divided by `num_items_in_batch` (their number when it is not given).
-    Must be called before the model is wrapped by PEFT, DDP or FSDP. Models whose head is more than a linear layer keep
-    their own loss, which is said in the log.
-    """
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings()
-    scaled = [k for k in OWN_HEAD if getattr(config, k, None) not in (None, 1, 1.0)]
-    if scaled or getattr(config, "output_router_logits", False) or not isinstance(head, torch.nn.Linear):
-        logger.info("%s keeps its own loss (%s)", type(model).__name__, ", ".join(scaled) or "its head is not linear")
-        return
-    original = model.forward
-
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
-        if labels is None and shift_labels is None:
-            return original(*args, **kwargs)
-        # Packed rows are only right without a cache (it makes the model build positions and masks of its own).
-        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-        weight, bias = self.get_output_embeddings().weight, self.get_output_embeddings().bias
-        if hasattr(weight, "full_tensor"):  # FSDP2 keeps the head in shards
-            weight, bias = weight.full_tensor(), bias if bias is None else bias.full_tensor()
-        if shift_labels is None:
-            hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
-        total = linear_cross_entropy(hidden, weight, shift_labels, bias=bias, reduction="sum")
-        count = num_items_in_batch if num_items_in_batch is not None else shift_labels.ne(-100).sum().clamp(min=1)
-        return CausalLMOutputWithPast(loss=total / count)
-
-    model.forward = types.MethodType(forward, model)
 
 
 class LanguageModelTrainer:

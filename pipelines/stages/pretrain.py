@@ -56,7 +56,7 @@ def run(stage) -> dict:
     from accelerate import PartialState
     from transformers import Trainer, set_seed
 
-    from pipelines import chat, corpus, data, lm, models, packing, training
+    from pipelines import chat, corpus, data, kernels, lm, models, training
 
     class Trainer_(lm.LanguageModelTrainer, training.ChainTrainer, Trainer):
         """transformers' Trainer with exact evaluation; the model computes the loss."""
@@ -89,8 +89,7 @@ def run(stage) -> dict:
     for side in sides:
         stage.report[side] = {**windows[side].index, "windows": len(windows[side]), "context": context}
         logger.info("%s: %d tokens in %d windows of %d", side, stage.report[side]["tokens"], len(windows[side]), context)
-    packing.fast_model(model)
-    lm.fast_loss(model)
+    kernels.fast_model(model)
 
     trainer = Trainer_(
         model=model,

@@ -51,7 +51,7 @@ def run(stage) -> dict:
     from transformers import Trainer, set_seed
     from trl import SFTTrainer
 
-    from pipelines import chat, data, lm, models, packing, training
+    from pipelines import chat, data, kernels, lm, models, packing, training
 
     class Trainer_(lm.LanguageModelTrainer, training.ChainTrainer, SFTTrainer):
         """TRL's trainer on packed batches, with the model's own (fast, packed) loss."""
@@ -79,9 +79,8 @@ def run(stage) -> dict:
         stage.report["packs"] = len(train_set)
     else:
         train_set, where = lm.rows_dataset(train)
-    packing.fast_model(model)
+    kernels.fast_model(model)
     packing.enable_packed_attention(model)
-    lm.fast_loss(model)
 
     args.prediction_loss_only = True
     args.packing = False  # the packs are made; TRL would otherwise pack them again
