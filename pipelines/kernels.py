@@ -3,8 +3,8 @@
 The head and its cross-entropy are the largest single cost of a small language model (60 % of a lean step of a
 4-layer, 256-wide GPT-2) and its largest tensor (tokens x vocabulary, several times over). Both functions here
 walk over the rows in chunks that reuse one buffer and overwrite it in place: logits, then probabilities, then
-gradient. `fuse_loss` puts the first into a transformers model. Computing the gradient already in the forward is Liger-Kernel's idea
-(https://arxiv.org/abs/2410.10989); this is plain PyTorch, so it runs on any device.
+gradient. `fuse_loss` puts the first into a transformers model. Computing the gradient already in the forward
+is Liger-Kernel's idea (https://arxiv.org/abs/2410.10989); this is plain PyTorch, so it runs on any device.
 """
 
 from __future__ import annotations
@@ -284,8 +284,8 @@ def linear_logprobs(
     """Log-probability of each label and entropy of each row of `softmax(linear(hidden) / temperature)`.
 
     Gradients flow through both results; backward computes each chunk's logits again (a third more products
-    than keeping them, and tokens x vocabulary less memory). Select the rows you need before calling: prompt and
-    padding rows would be computed too.
+    than keeping them, and tokens x vocabulary less memory). Select the rows you need before calling: prompt
+    and padding rows would be computed too.
 
     Args:
         hidden: (n, h) last hidden states, aligned with `labels`.
@@ -326,7 +326,8 @@ LOGIT_CHANGES = {
 
 
 def _why_not_fused(model) -> str | None:
-    """Why this causal language model's loss cannot be computed from its last hidden states and its head; or None."""
+    """Why this causal language model's loss cannot be computed from its last hidden states and its head; or
+    None."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
@@ -348,7 +349,9 @@ def _why_not_fused(model) -> str | None:
         own = model(input_ids=ids, use_cache=False).logits.float()
         ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
     model.train(training)
-    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item()):
+    if own.shape != ours.shape or not torch.allclose(
+        own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item()
+    ):
         return "its logits are not head(last hidden states)"
     return None
 
@@ -361,11 +364,12 @@ def _sharded(head: torch.nn.Linear) -> bool:
 
 
 def fuse_loss(model) -> bool:
-    """Let `model(..., labels=...)` compute its loss with `linear_cross_entropy`: same loss, `logits` is None then.
+    """Let `model(..., labels=...)` compute its loss with `linear_cross_entropy`: same loss, `logits` is None
+    then.
 
-    Calls without labels (generation) and with TRL's `fused_lm_head` or `shift_labels` are the model's own. Labels
-    are shifted as transformers does; `num_items_in_batch` is the divisor if given. Call it before wrapping the
-    model (DDP, FSDP, PEFT's base model is fine); a second call does nothing.
+    Calls without labels (generation) and with TRL's `fused_lm_head` or `shift_labels` are the model's own.
+    Labels are shifted as transformers does; `num_items_in_batch` is the divisor if given. Call it before
+    wrapping the model (DDP, FSDP, PEFT's base model is fine); a second call does nothing.
 
     Args:
         model: a transformers `…ForCausalLM`.
@@ -402,7 +406,9 @@ def _fuse(model) -> None:
         out = self.base_model(*args, **kwargs)
         hidden, labels = out.last_hidden_state[:, :-1], labels[:, 1:]
         reduction = "mean" if num_items_in_batch is None else "sum"
-        loss = linear_cross_entropy(hidden, head.weight, labels.to(hidden.device), head.bias, reduction=reduction)
+        loss = linear_cross_entropy(
+            hidden, head.weight, labels.to(hidden.device), head.bias, reduction=reduction
+        )
         if num_items_in_batch is not None:
             loss = loss / num_items_in_batch
         return CausalLMOutputWithPast(
@@ -413,7 +419,8 @@ def _fuse(model) -> None:
 
 
 def fast_model(model) -> None:
-    """What makes any causal language model train faster at the same function, in place: call before wrapping it.
+    """What makes any causal language model train faster at the same function, in place: call before wrapping
+    it.
 
     - `fuse_loss`;
     - GPT-2's tanh-GELU, eight Python operations over the widest activation, becomes PyTorch's single one

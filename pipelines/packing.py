@@ -1,10 +1,10 @@
 """Sequences of any length in one row: no padding, no dense mask, exactly the losses of separate sequences.
 
-A pack is one row (1, tokens) of sequences laid end to end, with `cu_seq_lens_q` marking the seams (the names are
-those of transformers' flash-attention path, so the same batch serves both). Everything but attention is
-token-wise and does not care; attention un-flattens the row into a few right-padded blocks of similar length and
-runs PyTorch's causal SDPA on each. That is exact (a causal query never sees the padding behind it), needs no
-flash-attn, and works on any device.
+A pack is one row (1, tokens) of sequences laid end to end, with `cu_seq_lens_q` marking the seams (the names
+are those of transformers' flash-attention path, so the same batch serves both). Everything but attention is
+token-wise and does not care; attention un-flattens the row into a few right-padded blocks of similar length
+and runs PyTorch's causal SDPA on each. That is exact (a causal query never sees the padding behind it), needs
+no flash-attn, and works on any device.
 
     enable_packed_attention(model)                       # once
     loss = packed_loss(model, PackedCollator()(rows))    # each step
@@ -28,16 +28,16 @@ IGNORE = -100
 BLOCK_COST = 128 * 128
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Building packs
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def plan_packs(lengths: list[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: which sequences share a pack.
 
-    TRL's `pack_dataset` packs dataset rows with the same rule; this one packs plain indices, for batches that are
-    born in memory (PPO) and for samplers. Deterministic: equal lengths keep their order.
+    TRL's `pack_dataset` packs dataset rows with the same rule; this one packs plain indices, for batches that
+    are born in memory (PPO) and for samplers. Deterministic: equal lengths keep their order.
 
     Args:
         lengths: tokens of each sequence.
@@ -52,8 +52,8 @@ def plan_packs(lengths: list[int], capacity: int) -> list[list[int]]:
     too_long = [i for i, n in enumerate(lengths) if n > capacity]
     if too_long:
         raise ValueError(
-            f"{len(too_long)} of {len(lengths)} sequences exceed the pack's {capacity} tokens (the first is number "
-            f"{too_long[0]} with {lengths[too_long[0]]}): truncate them or raise the capacity."
+            f"{len(too_long)} of {len(lengths)} sequences exceed the pack's {capacity} tokens (the first is "
+            f"number {too_long[0]} with {lengths[too_long[0]]}): truncate them or raise the capacity."
         )
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pack), sorted: bisect finds the tightest fit
@@ -79,8 +79,9 @@ def pack(sequences: list[list[int]], labels: list[list[int]] | None = None) -> d
         labels: same shape, -100 where nothing is learned; None learns every token.
 
     Returns:
-        input_ids, labels, position_ids: (1, tokens) int64; cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,) int32;
-        max_length_q, max_length_k: int. The first token of each sequence is never a target: nothing precedes it.
+        input_ids, labels, position_ids: (1, tokens) int64; cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,)
+        int32; max_length_q, max_length_k: int. The first token of each sequence is never a target: nothing
+        precedes it.
 
     Raises:
         ValueError: no or empty sequences, or labels that do not fit them.
@@ -96,7 +97,9 @@ def pack(sequences: list[list[int]], labels: list[list[int]] | None = None) -> d
     return _packed_batch(ids, targets, torch.tensor(lengths))
 
 
-def _packed_batch(ids: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor | int]:
+def _packed_batch(
+    ids: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor
+) -> dict[str, torch.Tensor | int]:
     ends = lengths.cumsum(0)
     starts = ends - lengths
     targets[starts] = IGNORE
@@ -122,18 +125,20 @@ class PackedCollator:
     """Dataset rows -> one packed batch (see `pack`).
 
     Rows hold `input_ids`, `labels` (or TRL's `completion_mask` / `assistant_masks`; without any of them every
-    token is learned) and, where a row is itself a pack, `seq_lengths` (TRL's `pack_dataset` writes it). Any other
-    column is dropped. Sequences of length 0 vanish.
+    token is learned) and, where a row is itself a pack, `seq_lengths` (TRL's `pack_dataset` writes it). Any
+    other column is dropped. Sequences of length 0 vanish.
     """
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor | int]:
-        lengths = torch.tensor([n for row in rows for n in row.get("seq_lengths", [len(row["input_ids"])]) if n])
+        lengths = torch.tensor(
+            [n for row in rows for n in row.get("seq_lengths", [len(row["input_ids"])]) if n]
+        )
         ids = torch.cat([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows])
         targets = torch.cat([self._labels(row) for row in rows])
         if not len(ids) == len(targets) == int(lengths.sum()):
             raise ValueError(
-                f"{len(ids)} tokens, {len(targets)} labels and seq_lengths of {int(lengths.sum())} in all do not "
-                "belong together: check the rows' columns."
+                f"{len(ids)} tokens, {len(targets)} labels and seq_lengths of {int(lengths.sum())} in all do "
+                "not belong together: check the rows' columns."
             )
         return _packed_batch(ids, targets, lengths)
 
@@ -148,9 +153,9 @@ class PackedCollator:
         return labels
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Attention over packs
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -158,7 +163,9 @@ class PackedRows:
     """How one packed row un-flattens into right-padded blocks; the same for all layers of a forward."""
 
     blocks: list[tuple[int, int]]  # (sequences, length) of each block
-    slots: torch.Tensor  # (padded tokens,) token that fills each slot; padding repeats a token of its sequence
+    slots: (
+        torch.Tensor
+    )  # (padded tokens,) token that fills each slot; padding repeats a token of its sequence
     places: torch.Tensor  # (tokens,) slot of each token
     lengths: torch.Tensor  # (sequences,) in block order
 
@@ -173,7 +180,9 @@ class PackedRows:
         widths = torch.tensor([length for count, length in blocks for _ in range(count)])
         base = widths.cumsum(0) - widths  # first slot of each sequence
         within = _positions(base, widths)
-        slots = starts.repeat_interleave(widths) + torch.minimum(within, (lengths - 1).repeat_interleave(widths))
+        slots = starts.repeat_interleave(widths) + torch.minimum(
+            within, (lengths - 1).repeat_interleave(widths)
+        )
         places = torch.empty(int(seams[-1]), dtype=torch.int64)
         real = within < lengths.repeat_interleave(widths)
         places[slots[real]] = real.nonzero()[:, 0]
@@ -206,7 +215,8 @@ def _blocks(lengths: list[int]) -> list[tuple[int, int]]:
 
 
 class _Unflatten(torch.autograd.Function):
-    """(tokens, …) -> (slots, …). Padding receives no gradient (no valid query saw it), so backward is a gather."""
+    """(tokens, …) -> (slots, …). Padding receives no gradient (no valid query saw it), so backward is a
+    gather."""
 
     @staticmethod
     def forward(ctx, x, slots, places):
@@ -245,18 +255,20 @@ def packed_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
     if seams is None:
         if attention_mask is not None and attention_mask.numel() == 0:  # the stand-in of _before_forward
             raise ValueError(
-                f"{type(module).__name__} is not handed `cu_seq_lens_q` by its model, so packed sequences would see "
-                "each other: train this model unpacked."
+                f"{type(module).__name__} is not handed `cu_seq_lens_q` by its model, so packed sequences would "
+                "see each other: train this model unpacked."
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unsupported:
-        raise ValueError(f"packed SDPA attention cannot do {', '.join(unsupported)}: train this model unpacked.")
+        raise ValueError(
+            f"packed SDPA attention cannot do {', '.join(unsupported)}: train this model unpacked."
+        )
     rows = PackedRows.of(seams) if rows is None else rows
     if query.size(0) != 1 or not query.size(2) == key.size(2) == rows.places.numel():
         raise ValueError(
-            f"a packed forward takes one row and no KV cache; cu_seq_lens_q ends at {rows.places.numel()} but the "
-            f"queries are {tuple(query.shape)} and the keys {tuple(key.shape)} (batch, heads, tokens, d)."
+            f"a packed forward takes one row and no KV cache; cu_seq_lens_q ends at {rows.places.numel()} but "
+            f"the queries are {tuple(query.shape)} and the keys {tuple(key.shape)} (batch, heads, tokens, d)."
         )
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -289,8 +301,8 @@ def _before_forward(backbone, args, kwargs):
         raise ValueError("a packed forward cannot continue a KV cache: drop past_key_values.")
     rows = PackedRows.of(seams)
     kwargs = {**kwargs, "packed_rows": rows, "use_cache": False}  # a cache mixes the sequences up
-    # Left alone, transformers would build a tokens x tokens mask from the positions. It passes 4-D masks on as they
-    # are; an empty one cannot be used by mistake.
+    # Left alone, transformers would build a tokens x tokens mask from the positions. It passes 4-D masks on
+    # as they are; an empty one cannot be used by mistake.
     kwargs["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=seams.device)
     if kwargs.get("position_ids") is None:
         kwargs["position_ids"] = _positions(seams[:-1].long(), seams.long().diff())[None]
@@ -298,22 +310,25 @@ def _before_forward(backbone, args, kwargs):
 
 
 def _block_mask(lengths: torch.Tensor, width: int, causal: bool, window: int | None) -> torch.Tensor | None:
-    """The mask (sequences or 1, 1, width, width) of a block where causality alone does not do; True attends."""
+    """The mask (sequences or 1, 1, width, width) of a block where causality alone does not do; True
+    attends."""
     if causal and (window is None or width <= window):
         return None
     at = torch.arange(width, device=lengths.device)
     if causal:
         return ((at <= at[:, None]) & (at > at[:, None] - window))[None, None]
     if window is not None:
-        raise ValueError("packed SDPA attention has no bidirectional sliding window: train this encoder unpacked.")
+        raise ValueError(
+            "packed SDPA attention has no bidirectional sliding window: train this encoder unpacked."
+        )
     return (at < lengths[:, None])[:, None, None, :].expand(-1, -1, width, -1)
 
 
 def enable_packed_attention(model) -> None:
     """Make `model` (a transformers model, or PEFT around one) attend within each sequence of a packed batch.
 
-    Batches without `cu_seq_lens_q` are computed as by SDPA, so generation and evaluation are unchanged. A model
-    already on flash-attention is left alone: transformers' own path takes the same batch there.
+    Batches without `cu_seq_lens_q` are computed as by SDPA, so generation and evaluation are unchanged. A
+    model already on flash-attention is left alone: transformers' own path takes the same batch there.
 
     Raises:
         ValueError: the architecture cannot be packed this way (attention outside transformers' interface,

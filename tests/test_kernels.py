@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from pipelines.kernels import linear_cross_entropy, linear_logprobs
 
 N, H, V = 23, 12, 37
