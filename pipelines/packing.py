@@ -255,7 +255,7 @@ def packed_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
     if seams is None:
         if attention_mask is not None and attention_mask.numel() == 0:  # the stand-in of _before_forward
             raise ValueError(
-                f"{type(module).__name__} is not handed `cu_seq_lens_q` by its model, so packed sequences would "
+                f"{type(module).__name__} is not handed `cu_seq_lens_q` by its model, so sequences would "
                 "see each other: train this model unpacked."
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -267,7 +267,7 @@ def packed_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
     rows = PackedRows.of(seams) if rows is None else rows
     if query.size(0) != 1 or not query.size(2) == key.size(2) == rows.places.numel():
         raise ValueError(
-            f"a packed forward takes one row and no KV cache; cu_seq_lens_q ends at {rows.places.numel()} but "
+            f"a packed forward takes one row, no KV cache; cu_seq_lens_q ends at {rows.places.numel()} but "
             f"the queries are {tuple(query.shape)} and the keys {tuple(key.shape)} (batch, heads, tokens, d)."
         )
     causal = kwargs.pop("is_causal", None)
