@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 
 ABOUT = """\
 One recipe file takes a language model from raw text to an RLHF-tuned policy.
@@ -151,6 +152,9 @@ def _log() -> None:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("pipelines").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # bars are for long work; the trainers have theirs
+    # TRL still sets gradient_checkpointing, which transformers renamed: nothing the user could do about it
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated")
 
 
 def entry() -> None:

@@ -46,6 +46,7 @@ def record(stage: Stage, parents: dict[str, str]) -> dict:
     `parents` maps the stages it refers to to their identity; two equal records mean the same training.
     """
     sections = {name: dict(section) for name, section in sorted(stage.sections.items()) if section}
+    sections["args"] = {**stage.module.DEFAULTS, **sections.get("args", {})}
     value = {
         "kind": stage.kind,
         "seed": stage.seed,
@@ -105,14 +106,17 @@ def _short(value) -> str:
 
 
 def finish(stage: Stage, made_from: dict, metrics: dict, started: str, seconds: float, world: int) -> None:
-    """Write the model card, then `stage.json`, then remove what was only needed to resume."""
+    """Write the log (`history.jsonl`), the model card and, last of all, `stage.json`."""
+    with open(stage.folder / "history.jsonl", "w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(entry) + "\n" for entry in metrics.get("history", []))
     final = {
         "stage": stage.name,
         "kind": stage.kind,
         "recipe": stage.recipe,
         "record": made_from,
         "rows": stage.report,
-        "metrics": metrics,
+        "metrics": {k: v for k, v in metrics.items() if k != "history"},
+        "args": stage.resolved,
         "seed": stage.seed,
         "world_size": world,
         "started": started,

@@ -153,5 +153,5 @@ def _add(tokenizer, tokens: list[str]) -> list[str]:
     known = tokenizer.get_vocab()
     new = [t for t in tokens if t not in known]
     if new:
-        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_additional_special_tokens=False)
+        tokenizer.add_tokens(new, special_tokens=True)
     return new

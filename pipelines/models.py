@@ -51,6 +51,8 @@ def load_model(section, auto_class: str, tokenizer=None, *, allow_new: tuple[str
             setattr(config, key, value)
         return auto.from_config(config, dtype=torch.float32 if dtype in (None, "auto") else dtype, **attention)
     overrides.pop("model_type", None)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # missing weights are this function's own business, below
     try:
         model, info = auto.from_pretrained(
             section.model_name_or_path,
@@ -69,6 +71,8 @@ def load_model(section, auto_class: str, tokenizer=None, *, allow_new: tuple[str
             "model (config.json, *.safetensors); a hub id needs network access or the hub's cache, and a gated model "
             "`hf auth login`."
         ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     new = sorted({*info["missing_keys"], *(k for k, *_ in info.get("mismatched_keys", ()))})
     random = [k for k in new if not k.startswith(allow_new)] if allow_new else new
     if random:

@@ -23,6 +23,7 @@ class Stage:
     parents: list[str] = field(default_factory=list)
     recipe: str = ""
     report: dict = field(default_factory=dict)  # row counts and what happened to rows, for stage.json
+    resolved: dict = field(default_factory=dict)  # every training argument as it was used, for stage.json
 
     @property
     def module(self):

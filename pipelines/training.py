@@ -11,13 +11,15 @@ import logging
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ def build_args(stage, **defaults):
     module, _, name = stage.module.SECTIONS["args"].partition(":")
     cls = getattr(__import__(module, fromlist=[name]), name)
     args = cls(**values)
+    stage.resolved = {k: v for k, v in args.to_dict().items() if v is not None}
     if PartialState().is_main_process:
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * state.num_processes
@@ -210,6 +213,34 @@ class _StopOnSignal(TrainerCallback):
             control.should_evaluate = False
 
 
+class Progress(TrainerCallback):
+    """One bar per stage, and a line per log entry with what matters; replaces transformers' bar and raw dicts."""
+
+    SHOWN = ("loss", "accuracy", "perplexity", "f1", "margin", "score", "scores", "kl", "eos_rate", "grad_norm", "learning_rate")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = None
+        if state.is_world_process_zero and not args.disable_tqdm:
+            name = Path(args.output_dir).parent.name
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=name, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        short = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and k.split("/")[-1].removeprefix("eval_") in self.SHOWN}
+        if short:
+            line = f"  step {state.global_step}: " + "  ".join(f"{k.split('/')[-1]} {v:.4g}" for k, v in short.items())
+            tqdm.write(line, file=sys.stderr)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that is whole; None when there is none."""
     whole = [p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE}")] if folder.is_dir() else []
@@ -231,6 +262,9 @@ def fit(stage, trainer) -> None:
             logger.warning("%s: resuming from %s", stage.name, resume)
     PartialState().wait_for_everyone()
     stopper = _StopOnSignal()
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(Progress())
     trainer.add_callback(stopper)
     stopper.catch()
     try:
@@ -253,20 +287,13 @@ def save(trainer, folder: Path, tokenizer) -> None:
     PartialState().wait_for_everyone()
 
 
-def history(trainer) -> dict:
-    """Loss curves of a run for stage.json: every logged step, and every evaluation."""
-    log = trainer.state.log_history
-    return {
-        "train": [e for e in log if "loss" in e],
-        "eval": [e for e in log if any(k.startswith("eval_") for k in e)],
-    }
-
-
-def final_metrics(trainer) -> dict:
-    """Metrics of a finished training for stage.json: last evaluation where there is one, speed, and the curves."""
+def final_metrics(trainer, evaluate: bool = True) -> dict:
+    """Metrics of a finished training for stage.json: a last evaluation where there is validation data, and the log."""
     state = trainer.state
-    metrics = {k: v for k, v in trainer.evaluate().items() if k != "epoch"} if trainer.eval_dataset is not None else {}
-    last = next((e for e in reversed(state.log_history) if "train_runtime" in e), {})
-    if "train_loss" in last:
-        metrics["train_loss"] = last["train_loss"]
-    return {**metrics, "steps": state.global_step, "history": history(trainer)}
+    metrics = trainer.evaluate() if evaluate and trainer.eval_dataset is not None else {}
+    metrics = {k: v for k, v in metrics.items() if not k.endswith(("epoch", "_runtime", "_per_second"))}
+    end = next((e for e in reversed(state.log_history) if "train_runtime" in e), {})
+    for key in ("train_loss", "train_samples_per_second"):
+        if key in end:
+            metrics[key] = end[key]
+    return {**metrics, "steps": state.global_step, "history": state.log_history}

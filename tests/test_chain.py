@@ -56,7 +56,7 @@ def test_stages_run_in_order_once(two):
 def test_the_record_says_what_a_stage_was_made_from(two):
     chain.run(two.load())
     one, two_ = (json.loads((two.load()[n].folder / "stage.json").read_text()) for n in ("one", "two"))
-    assert one["record"]["sections"]["args"] == {"learning_rate": 1e-3}
+    assert one["record"]["sections"]["args"]["learning_rate"] == 1e-3
     assert one["record"]["data"][two.data]["bytes"] > 0 and one["versions"]["torch"] and one["world_size"] == 1
     assert two_["record"]["parents"] == {"one": artifact.identity(one)}
     assert "learning_rate" in (two.load()["one"].folder / "README.md").read_text()

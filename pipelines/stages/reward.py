@@ -91,7 +91,7 @@ def run(stage) -> dict:
     if validation_set is not None:
         metrics |= preference_metrics(*pair_scores(trainer, validation_set, tokenizer.pad_token_id))
     training.save(trainer, stage.folder, tokenizer)
-    return {**metrics, **training.final_metrics(trainer)}
+    return {**metrics, **training.final_metrics(trainer, evaluate=False)}
 
 
 def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_long: str):

@@ -1,0 +1,173 @@
+"""Evaluation metrics as `evaluate.Metric` classes that need no hub: classification, regression, generated text.
+
+`evaluate.load("accuracy")` downloads a script; these are plain classes, used the same way, alone or combined:
+
+    evaluate.combine([Accuracy(), MacroF1()]).compute(predictions=[0, 1, 1], references=[0, 1, 0])
+
+The arithmetic is scikit-learn's, SciPy's, sacreBLEU's and rouge_score's, so the figures compare with everybody's.
+"""
+
+from __future__ import annotations
+
+import datasets
+import evaluate
+import numpy as np
+
+CLASS, CLASSES = datasets.Value("int64"), datasets.List(datasets.Value("int64"))
+NUMBER, TEXT = datasets.Value("float64"), datasets.Value("string")
+
+
+class Metric(evaluate.Metric):
+    """What the metrics below share: predictions and references of one type, kept in memory unless several processes
+    share them (`num_process=`)."""
+
+    row = CLASS
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("keep_in_memory", kwargs.get("num_process", 1) == 1)
+        super().__init__(*args, **kwargs)
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description="",
+            features=datasets.Features({"predictions": self.row, "references": self.row}),
+        )
+
+
+class Accuracy(Metric):
+    """Share of rows whose class is right: `accuracy`, 0 to 1."""
+
+    def _compute(self, predictions, references):
+        return {"accuracy": float(np.mean(np.equal(predictions, references)))}
+
+
+class MacroF1(Metric):
+    """F1 of each class that occurs, averaged without regard to how frequent it is: `f1_macro`, 0 to 1."""
+
+    def _compute(self, predictions, references):
+        from sklearn.metrics import f1_score
+
+        return {"f1_macro": float(f1_score(references, predictions, average="macro", zero_division=0))}
+
+
+class Matthews(Metric):
+    """Matthews correlation (Gorodkin's for more than two classes): `matthews`, -1 to 1, 0 for a constant guess."""
+
+    def _compute(self, predictions, references):
+        from sklearn.metrics import matthews_corrcoef
+
+        return {"matthews": float(matthews_corrcoef(references, predictions))}
+
+
+class ConfusionMatrix(Metric):
+    """Row counts: `confusion_matrix[i][j]` rows of class i were taken for class j (`num_classes` rows and columns)."""
+
+    def _compute(self, predictions, references, num_classes: int | None = None):
+        size = num_classes or 1 + max([*predictions, *references])
+        table = np.zeros((size, size), dtype=int)
+        np.add.at(table, (np.asarray(references), np.asarray(predictions)), 1)
+        return {"confusion_matrix": table.tolist()}
+
+
+class MultiLabelF1(Metric):
+    """F1 over rows of 0/1 per label: `f1_micro` over all decisions, `f1_macro` averaged over labels, 0 to 1."""
+
+    row = CLASSES
+
+    def _compute(self, predictions, references):
+        from sklearn.metrics import f1_score
+
+        score = lambda average: float(f1_score(_matrix(references), _matrix(predictions), average=average, zero_division=0))  # noqa: E731
+        return {"f1_micro": score("micro"), "f1_macro": score("macro")}
+
+
+class SubsetAccuracy(Metric):
+    """Share of rows all of whose labels are right: `subset_accuracy`, 0 to 1."""
+
+    row = CLASSES
+
+    def _compute(self, predictions, references):
+        return {"subset_accuracy": float(np.mean(np.all(_matrix(predictions) == _matrix(references), axis=1)))}
+
+
+class MeanSquaredError(Metric):
+    """`mse`, in the square of the label's unit."""
+
+    row = NUMBER
+
+    def _compute(self, predictions, references):
+        return {"mse": float(np.mean(np.subtract(predictions, references) ** 2))}
+
+
+class Pearson(Metric):
+    """Linear correlation: `pearson`, -1 to 1, 0 where predictions or labels are constant."""
+
+    row = NUMBER
+
+    def _compute(self, predictions, references):
+        return {"pearson": _correlation(predictions, references)}
+
+
+class Spearman(Metric):
+    """Correlation of ranks (ties share their mean rank): `spearman`, -1 to 1, 0 where one side is constant."""
+
+    row = NUMBER
+
+    def _compute(self, predictions, references):
+        from scipy.stats import rankdata
+
+        return {"spearman": _correlation(rankdata(predictions), rankdata(references))}
+
+
+class SacreBleu(Metric):
+    """Corpus BLEU with sacreBLEU's 13a tokens (Post 2018, https://arxiv.org/abs/1804.08771): `sacrebleu`, 0 to 100."""
+
+    row = TEXT
+
+    def _compute(self, predictions, references):
+        from sacrebleu import corpus_bleu
+
+        return {"sacrebleu": corpus_bleu(list(predictions), [list(references)]).score}
+
+
+class ChrF(Metric):
+    """Character n-gram F-score, chrF2 (Popović 2015, https://aclanthology.org/W15-3049): `chrf`, 0 to 100."""
+
+    row = TEXT
+
+    def _compute(self, predictions, references):
+        from sacrebleu import corpus_chrf
+
+        return {"chrf": corpus_chrf(list(predictions), [list(references)]).score}
+
+
+class Rouge(Metric):
+    """F-measures `rouge1`, `rouge2`, `rougeL`, 0 to 100, stemmed, averaged over rows (Lin 2004, W04-1013).
+
+    rouge_score keeps only the letters a-z and digits: for other scripts use chrF.
+    """
+
+    row = TEXT
+
+    def _compute(self, predictions, references):
+        from rouge_score.rouge_scorer import RougeScorer
+
+        names = ["rouge1", "rouge2", "rougeL"]
+        scorer = RougeScorer(names, use_stemmer=True)
+        rows = [scorer.score(r, p) for r, p in zip(references, predictions, strict=True)]
+        return {name: 100 * float(np.mean([row[name].fmeasure for row in rows])) for name in names}
+
+
+GENERATION = {"sacrebleu": SacreBleu, "chrf": ChrF, "rouge": Rouge}
+
+
+def _matrix(rows) -> np.ndarray:
+    return np.asarray(rows).reshape(len(rows), -1)
+
+
+def _correlation(a, b) -> float:
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
