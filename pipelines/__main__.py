@@ -76,7 +76,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _run(args) -> int:
     _log()
-    from pipelines import chain, recipe
+    from pipelines import chain, launch, recipe
     from pipelines.recipe import RecipeError
 
     names, overrides = _split(args.words)
@@ -87,6 +87,7 @@ def _run(args) -> int:
         if first:
             raise
         return 2
+    launch.start()  # before anything else creates Accelerate's state
     from pipelines.training import Interrupted, NotFinite
 
     try:

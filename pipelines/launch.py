@@ -21,6 +21,10 @@ FAST = {
 SWITCH = "PIPELINES_FAST_ENV"
 
 
+class WorldError(ValueError):
+    """The launcher started another number of processes than it was asked for; says how to launch instead."""
+
+
 def fast_environment() -> None:
     """Start this process again with the allocator settings of `FAST`, once; `PIPELINES_FAST_ENV=0` switches it off."""
     if os.environ.get(SWITCH, "1") != "1" or not sys.platform.startswith("linux"):
@@ -33,26 +37,24 @@ def fast_environment() -> None:
 
 
 def start():
-    """Accelerate's state for this process, created once. Raises `RuntimeError` when the world is not the asked one.
+    """Accelerate's state for this process, created once. Raises `WorldError` when the world is not the asked one.
 
-    Accelerate decides for CPU when its state is first created, from an environment variable; a config file with
-    `use_cpu: true` alone gives two independent runs of one process each. So the variable is set here.
+    Whether it is for CPU is decided when the state is first created: a config file with `use_cpu: true` alone gives
+    two independent runs of one process each. So it is said here, and in the variable that the Accelerator reads later.
     """
     import torch
 
-    accelerator = getattr(torch, "accelerator", None)
-    if not (accelerator and accelerator.is_available()) and not torch.cuda.is_available():
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
-            os.environ["ACCELERATE_USE_CPU"] = "true"
+    cpu = not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true"
+    if cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     from accelerate import PartialState
-
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading and saving weights: two lines each for what takes milliseconds
-    state = PartialState()
+    state = PartialState(cpu=cpu)
     asked, how = asked_world()
     if state.num_processes != asked:
-        raise RuntimeError(
+        raise WorldError(
             f"{asked} processes were asked for ({how}), but this run sees {state.num_processes}. On CPU use "
             "`accelerate launch --config_file accelerate_configs/cpu_2.yaml`; on GPUs check that there are as many "
             "devices as processes (`nvidia-smi`, CUDA_VISIBLE_DEVICES)."

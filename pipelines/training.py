@@ -133,6 +133,13 @@ class ChainTrainer:
             return GlobalOrder(self, len(dataset))
         return super()._get_train_sampler(train_dataset)
 
+    def _run_epoch(self, *args, **kwargs):
+        # Killed between the last checkpoint and the end: nothing is left to train, and no step more is taken.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _prepare_inputs(self, inputs):
         if isinstance(inputs, dict) and "row" in inputs:
             self._rows = inputs["row"]

@@ -8,7 +8,7 @@
       args: {max_length: 256, global_batch_size: 16, learning_rate: 1e-3, max_steps: 800}
 
 Documents are streamed once into a memory map of token ids, an EOS after each, and cut into full windows: no padding,
-no corpus in memory. The map is kept in the stage's folder while the stage is unfinished.
+no corpus in memory. The map stays in `.tokens/` of the output folder, so that the same text is tokenized once.
 """
 
 from __future__ import annotations
@@ -69,15 +69,16 @@ def run(stage) -> dict:
     def documents(side):
         return (row["text"] for row in data.stream(stage.sections["data"], side, ROWS, stage.seed))
 
+    # Beside the stage's folder, keyed by content: kept when the stage is made again.
+    folder = stage.folder.parent / ".tokens" / stage.name
+    key = {"data": data.fingerprint(stage.sections["data"]), "section": stage.sections["data"], "seed": stage.seed}
+    sides = ["train"] + (["validation"] if stage.sections["data"].get("validation") else [])
     with PartialState().main_process_first():
-        folder = stage.folder / "tokens"
         if words.train:
-            tokenizer = corpus.trained_tokenizer(folder, words, documents("train"))
+            tokenizer = corpus.trained_tokenizer(folder, words, documents("train"), key)
         else:
             tokenizer = models.load_tokenizer(section)
             chat.ensure_pad(tokenizer)
-        key = {"data": data.fingerprint(stage.sections["data"]), "section": stage.sections["data"], "seed": stage.seed}
-        sides = ["train"] + (["validation"] if stage.sections["data"].get("validation") else [])
         for side in sides:
             corpus.tokenize_corpus(
                 documents(side), tokenizer, folder / side, separator_id=tokenizer.eos_token_id, key={**key, "side": side}
@@ -99,7 +100,7 @@ def run(stage) -> dict:
         processing_class=tokenizer,
         data_collator=corpus.stack_windows,
     )
-    trainer.where = windows["train"]
+    trainer.where = windows["train"].where
     training.fit(stage, trainer)
     metrics = training.final_metrics(trainer)
     training.save(trainer, stage.folder, tokenizer)
