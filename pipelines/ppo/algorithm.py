@@ -1,22 +1,24 @@
 """The mathematics of RLHF-PPO as pure functions on tensors, each equation with its source.
 
-Shapes: B responses, T tokens of the longest one. Responses are left-aligned; `mask` (B, T) is True on the tokens that
-were really sampled (EOS included), False on the padding after them. Token t is the action, what precedes it is the
-state; `values[:, t]` is the critic's estimate *before* token t. Functions that say (…) take any shape, e.g. the flat
-list of all real tokens of a minibatch.
+Shapes: B responses, T tokens of the longest one. Responses are left-aligned; `mask` (B, T) is True on the
+tokens that were really sampled (EOS included), False on the padding after them. Token t is the action, what
+precedes it is the state; `values[:, t]` is the critic's estimate *before* token t. Functions that say (…)
+take any shape, e.g. the flat list of all real tokens of a minibatch.
 
-Sources: PPO = Schulman et al. 2017 (arXiv 1707.06347); GAE = Schulman et al. 2016 (1506.02438); KL note = Schulman 2020
-(http://joschu.net/blog/kl-approx.html); Ziegler et al. 2019 (1909.08593); Stiennon et al. 2020 (2009.01325);
-InstructGPT = Ouyang et al. 2022 (2203.02155); N+ details = Huang et al. 2024 (2403.17031).
+Sources: PPO = Schulman et al. 2017 (arXiv 1707.06347); GAE = Schulman et al. 2016 (1506.02438); KL note =
+Schulman 2020 (http://joschu.net/blog/kl-approx.html); Ziegler et al. 2019 (1909.08593); Stiennon et al. 2020
+(2009.01325); InstructGPT = Ouyang et al. 2022 (2203.02155); N+ details = Huang et al. 2024 (2403.17031).
 
 Where this deliberately differs from TRL 1.12's trainer, the reference (everything else is equal to it):
-- The score is added at the last real token. TRL adds it one later, on the first PAD after EOS, so that the critic also
-  values a state behind EOS (trl issue 3750); a response that fills the whole length gets it at its last token in both.
+- The score is added at the last real token. TRL adds it one later, on the first PAD after EOS, so that the
+  critic also values a state behind EOS (trl issue 3750); a response that fills the whole length gets it at
+  its last token in both.
 - Responses keep their natural length. TRL always samples `response_length` tokens and masks what follows EOS.
 - Every mean is over real tokens. TRL's approximate KL, ratio and entropy statistics include padding.
-- A minibatch's loss is the mean over all of its tokens, on all ranks and micro-batches. TRL averages the means of its
-  micro-batches, so that gradient accumulation changes the loss.
-- One optimizer step per minibatch. TRL steps every `gradient_accumulation_steps` micro-batches, whatever the minibatch.
+- A minibatch's loss is the mean over all of its tokens, on all ranks and micro-batches. TRL averages the
+  means of its micro-batches, so that gradient accumulation changes the loss.
+- One optimizer step per minibatch. TRL steps every `gradient_accumulation_steps` micro-batches, whatever the
+  minibatch.
 - Gradients are clipped (`max_grad_norm`). TRL never does.
 """
 
@@ -26,14 +28,14 @@ import torch
 from torch import Tensor
 
 
-# --- the reward: a score at the end, a KL penalty on every token -----------------------------------------------------
+# --- the reward: a score at the end, a KL penalty on every token --------------------------------------------
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Per-token estimate (…) of KL(policy ‖ reference) from the log-probs (…) that both give to the sampled tokens.
 
-    With r = p_ref / p_policy (KL note): k1 = −log r, unbiased, may be negative; k2 = (log r)² / 2, biased, low
-    variance; k3 = (r − 1) − log r, unbiased, never negative.
+    With r = p_ref / p_policy (KL note): k1 = −log r, unbiased, may be negative; k2 = (log r)² / 2, biased,
+    low variance; k3 = (r − 1) − log r, unbiased, never negative.
     """
     log_r = ref_logprobs - logprobs
     if estimator == "k1":
@@ -48,7 +50,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Rewards (B, T): −β·KL on every token, plus the score (B,) on the last real token of its response.
 
-    R(x, y) = r(x, y) − β log(π(y|x) / π_ref(y|x)) (Stiennon section 3.4), the log-ratio spread over the tokens (N+).
+    R(x, y) = r(x, y) − β log(π(y|x) / π_ref(y|x)) (Stiennon section 3.4), the log-ratio spread over the
+    tokens (N+).
     """
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
     last = mask.sum(1) - 1
@@ -59,7 +62,8 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns, both (B, T) and 0 outside `mask`, by generalised advantage estimation.
 
-    δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γλ A_{t+1};  R_t = A_t + V_t  (GAE eq. 11–16, V = 0 after the last token).
+    δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γλ A_{t+1};  R_t = A_t + V_t  (GAE eq. 11–16, V = 0 after the
+    last token).
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages = torch.zeros_like(values)
@@ -86,17 +90,20 @@ def masked_var(values: Tensor, mask: Tensor) -> Tensor:
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """`values` (…) scaled to variance 1 over `mask`, and to mean 0 unless `shift_mean` is False; 0 outside the mask.
 
-    Over the global batch, unbiased as TRL's `masked_whiten` (N+: advantages are shifted to mean 0, rewards are not).
+    Over the global batch, unbiased as TRL's `masked_whiten` (N+: advantages are shifted to mean 0, rewards
+    are not).
     """
     mean = masked_mean(values, mask)
     white = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
     return torch.where(mask, white if shift_mean else white + mean, 0.0)
 
 
-# --- the losses: per token, so that whoever sums them decides what the mean is over ----------------------------------
+# --- the losses: per token, so that whoever sums them decides what the mean is over -------------------------
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float
+) -> tuple[Tensor, Tensor]:
     """Clipped surrogate (…) to minimise, and (…) whether its clip was active. PPO eq. 7 with the sign turned."""
     ratio = torch.exp(logprobs - old_logprobs)
     plain = -advantages * ratio
@@ -104,7 +111,9 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
     return torch.maximum(plain, clipped), clipped > plain
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float
+) -> tuple[Tensor, Tensor]:
     """Clipped squared error (…) of the critic, ½·max, and (…) whether its clip was active (N+).
 
     The new value may move at most `cliprange` from the old one before its gradient vanishes.
@@ -130,7 +139,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return 1.0 - masked_var(returns - values, mask) / masked_var(returns, mask)
 
 
-# --- small state that a run carries along ----------------------------------------------------------------------------
+# --- small state that a run carries along -------------------------------------------------------------------
 
 
 class FixedKL:
@@ -152,7 +161,8 @@ class FixedKL:
 class AdaptiveKL(FixedKL):
     """β rises while the KL is above its target and falls while below. Ziegler section 2.2:
 
-    e = clip(KL / target − 1, −0.2, 0.2);  β ← β · (1 + e · episodes / horizon), K_β there being episodes / horizon.
+    e = clip(KL / target − 1, −0.2, 0.2);  β ← β · (1 + e · episodes / horizon), K_β there being episodes /
+    horizon.
     """
 
     def __init__(self, kl_coef: float, target: float, horizon: int):

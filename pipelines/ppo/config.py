@@ -12,21 +12,26 @@ from transformers import TrainingArguments
 class PPOConfig(TrainingArguments):
     """Names are those of TRL 1.12's `PPOConfig` where it had the setting.
 
-    One *update* (one `global_step`: what `logging_steps`, `save_steps`, `eval_steps`, `max_steps` and the learning
-    rate schedule count) samples one answer to each of `batch_size` = `per_device_train_batch_size` ×
-    `gradient_accumulation_steps` × processes prompts and takes `num_ppo_epochs` × `num_mini_batches` optimizer
-    steps on them. `per_device_train_batch_size` bounds the rows of one forward and backward and, like gradient
-    accumulation, changes memory and speed but never the loss.
+    One *update* (one `global_step`: what `logging_steps`, `save_steps`, `eval_steps`, `max_steps` and the
+    learning rate schedule count) samples one answer to each of `batch_size` = `per_device_train_batch_size` ×
+    `gradient_accumulation_steps` × processes prompts and takes `num_ppo_epochs` × `num_mini_batches`
+    optimizer steps on them. `per_device_train_batch_size` bounds the rows of one forward and backward and,
+    like gradient accumulation, changes memory and speed but never the loss.
 
-    Defaults that differ from `TrainingArguments`: `learning_rate` 3e-6 (right at 1B parameters; 1e-5 and more for
-    tiny models), `adam_epsilon` 1e-5 (N+ details, 2403.17031), `logging_steps` 1. Training is in fp32 unless `bf16` is set.
+    Defaults that differ from `TrainingArguments`: `learning_rate` 3e-6 (right at 1B parameters; 1e-5 and more
+    for tiny models), `adam_epsilon` 1e-5 (N+ details, 2403.17031), `logging_steps` 1. Training is in fp32
+    unless `bf16` is set.
     """
 
-    learning_rate: float = field(default=3e-6, metadata={"help": "Higher learns faster and runs away sooner."})
+    learning_rate: float = field(
+        default=3e-6, metadata={"help": "Higher learns faster and runs away sooner."}
+    )
     adam_epsilon: float = field(
         default=1e-5, metadata={"help": "Higher damps the steps of weights with tiny gradients."}
     )
-    logging_steps: float = field(default=1, metadata={"help": "Updates between two log lines (fraction of all if < 1)."})
+    logging_steps: float = field(
+        default=1, metadata={"help": "Updates between two log lines (fraction of all if < 1)."}
+    )
 
     # How much to train
     total_episodes: int | None = field(
@@ -38,7 +43,9 @@ class PPOConfig(TrainingArguments):
     )
     num_ppo_epochs: int = field(
         default=4,
-        metadata={"help": "Passes over each batch of answers. More uses them better but moves further off-policy."},
+        metadata={
+            "help": "Passes over each batch of answers. More uses them better but moves further off-policy."
+        },
     )
     num_mini_batches: int = field(
         default=1,
@@ -48,7 +55,9 @@ class PPOConfig(TrainingArguments):
     # Rollouts
     response_length: int = field(
         default=53,
-        metadata={"help": "Longest answer in tokens. Higher costs time and memory; too low cuts answers before EOS."},
+        metadata={
+            "help": "Longest answer in tokens. Higher costs time and memory; too low cuts answers before EOS."
+        },
     )
     temperature: float = field(
         default=0.7,
@@ -66,11 +75,15 @@ class PPOConfig(TrainingArguments):
     )
     top_p: float = field(
         default=1.0,
-        metadata={"help": "Sample among the likeliest tokens that hold this much probability; see top_k. 1: all."},
+        metadata={
+            "help": "Sample among the likeliest tokens that hold this much probability; see top_k. 1: all."
+        },
     )
     local_rollout_forward_batch_size: int = field(
         default=64,
-        metadata={"help": "Rows per process decoded or scored at once (no gradients). Higher is faster, takes memory."},
+        metadata={
+            "help": "Rows per process decoded or scored at once (no gradients). Higher is faster, takes memory."
+        },
     )
     max_prompt_length: int | None = field(
         default=None,
@@ -83,7 +96,9 @@ class PPOConfig(TrainingArguments):
     # Reward
     kl_coef: float = field(
         default=0.05,
-        metadata={"help": "Weight of the KL penalty. Higher stays nearer to the reference and gains less reward."},
+        metadata={
+            "help": "Weight of the KL penalty. Higher stays nearer to the reference and gains less reward."
+        },
     )
     kl_estimator: Literal["k1", "k2", "k3"] = field(
         default="k1",
@@ -108,11 +123,15 @@ class PPOConfig(TrainingArguments):
     )
     kl_horizon: int = field(
         default=10_000,
-        metadata={"help": "Episodes over which kl_coef adapts. Higher adapts more slowly. Only with kl_target."},
+        metadata={
+            "help": "Episodes over which kl_coef adapts. Higher adapts more slowly. Only with kl_target."
+        },
     )
     missing_eos_penalty: float | None = field(
         default=None,
-        metadata={"help": "Taken from the score of an answer that does not end. Higher makes answers end sooner."},
+        metadata={
+            "help": "Taken from the score of an answer that does not end. Higher makes answers end sooner."
+        },
     )
     normalize_scores: bool = field(
         default=False,
@@ -122,7 +141,9 @@ class PPOConfig(TrainingArguments):
     )
     score_clip: float | None = field(
         default=None,
-        metadata={"help": "Clip scores to ± this, after normalising. Higher lets outliers weigh more. None: never."},
+        metadata={
+            "help": "Clip scores to ± this, after normalising. Higher lets outliers weigh more. None: never."
+        },
     )
     whiten_rewards: bool = field(
         default=False,
@@ -132,7 +153,9 @@ class PPOConfig(TrainingArguments):
     # The losses
     cliprange: float = field(
         default=0.2,
-        metadata={"help": "How far a token's probability ratio may move from 1 in one update. Higher: bolder steps."},
+        metadata={
+            "help": "How far a token's probability ratio may move from 1 in one update. Higher: bolder steps."
+        },
     )
     vf_coef: float = field(
         default=0.1, metadata={"help": "Weight of the critic's loss. Higher: the critic learns faster."}
@@ -142,11 +165,14 @@ class PPOConfig(TrainingArguments):
         metadata={"help": "How far a value may move in one update. Raise it when scores are large."},
     )
     gamma: float = field(
-        default=1.0, metadata={"help": "Discount per token. Lower makes the score at the end count less early on."}
+        default=1.0,
+        metadata={"help": "Discount per token. Lower makes the score at the end count less early on."},
     )
     lam: float = field(
         default=0.95,
-        metadata={"help": "GAE's λ. Higher trusts the critic less: less bias, more variance of the advantages."},
+        metadata={
+            "help": "GAE's λ. Higher trusts the critic less: less bias, more variance of the advantages."
+        },
     )
     entropy_coef: float = field(
         default=0.0, metadata={"help": "Weight of an entropy bonus. Higher keeps the policy more random."}
@@ -160,13 +186,17 @@ class PPOConfig(TrainingArguments):
     )
     critic_warmup_steps: int = field(
         default=0,
-        metadata={"help": "Updates that train the critic alone. More gives a useless critic time to become one."},
+        metadata={
+            "help": "Updates that train the critic alone. More gives a useless critic time to become one."
+        },
     )
 
     # Watching, and the gates before training
     num_sample_generations: int = field(
         default=10,
-        metadata={"help": "How often in the whole training sample answers are written to samples.jsonl. 0: never."},
+        metadata={
+            "help": "How often in the whole training sample answers are written to samples.jsonl. 0: never."
+        },
     )
     best_kl_cap: float | None = field(
         default=None,
@@ -200,14 +230,26 @@ class PPOConfig(TrainingArguments):
             if not ok:
                 out.append(text)
 
-        for name in ("num_ppo_epochs", "num_mini_batches", "response_length", "local_rollout_forward_batch_size"):
+        for name in (
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "response_length",
+            "local_rollout_forward_batch_size",
+        ):
             need(getattr(self, name) >= 1, f"{name} must be at least 1, is {getattr(self, name)}")
         for name in ("total_episodes", "max_prompt_length", "kl_horizon"):
             value = getattr(self, name)
             need(value is None or value >= 1, f"{name} must be at least 1, is {value}")
         for name in ("temperature", "cliprange", "cliprange_value"):
             need(getattr(self, name) > 0, f"{name} must be above 0, is {getattr(self, name)}")
-        for name in ("kl_coef", "vf_coef", "entropy_coef", "top_k", "num_sample_generations", "critic_warmup_steps"):
+        for name in (
+            "kl_coef",
+            "vf_coef",
+            "entropy_coef",
+            "top_k",
+            "num_sample_generations",
+            "critic_warmup_steps",
+        ):
             need(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
         for name in ("kl_target", "score_clip", "max_approx_kl", "best_kl_cap", "missing_eos_penalty"):
             value = getattr(self, name)
@@ -215,8 +257,14 @@ class PPOConfig(TrainingArguments):
         need(0 < self.top_p <= 1, f"top_p must be in (0, 1], is {self.top_p}")
         need(0 <= self.gamma <= 1, f"gamma must be in [0, 1], is {self.gamma}")
         need(0 <= self.lam <= 1, f"lam must be in [0, 1], is {self.lam}")
-        need(self.kl_estimator in ("k1", "k2", "k3"), f"kl_estimator must be k1, k2 or k3, is {self.kl_estimator!r}")
-        need(self.kl_placement in ("reward", "loss"), f"kl_placement must be reward or loss, is {self.kl_placement!r}")
+        need(
+            self.kl_estimator in ("k1", "k2", "k3"),
+            f"kl_estimator must be k1, k2 or k3, is {self.kl_estimator!r}",
+        )
+        need(
+            self.kl_placement in ("reward", "loss"),
+            f"kl_placement must be reward or loss, is {self.kl_placement!r}",
+        )
         need(
             self.kl_target is None or self.kl_coef > 0,
             "kl_target multiplies kl_coef up and down, which does nothing while kl_coef is 0",

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 def collate(sequences: list[tuple[list[int], list[int]]], device) -> dict[str, Tensor]:
     """(prompt ids, response ids) pairs as one right-padded batch.
 
-    `input_ids`, `attention_mask`, `position_ids`: (b, L). `states` (N,): where, in the flattened (b·L), the state
-    before each response token is; `labels` (N,): that token. N counts all response tokens, row after row.
+    `input_ids`, `attention_mask`, `position_ids`: (b, L). `states` (N,): where, in the flattened (b·L), the
+    state before each response token is; `labels` (N,): that token. N counts all response tokens, row after
+    row.
     """
     width = max(len(p) + len(r) for p, r in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.int64)
@@ -48,7 +49,9 @@ def states_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return hidden.flatten(0, 1)[batch["states"]]
 
 
-def token_logprobs(model: nn.Module, batch: dict[str, Tensor], temperature: float, grad_entropy: bool = False):
+def token_logprobs(
+    model: nn.Module, batch: dict[str, Tensor], temperature: float, grad_entropy: bool = False
+):
     """Log-probs (N,) of the response tokens under softmax(logits / temperature), and that distribution's entropies (N,).
 
     The entropy carries gradients only with `grad_entropy`.
@@ -78,7 +81,9 @@ class PolicyAndCritic(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], temperature: float, grad_entropy: bool = False):
         """`(logprobs, entropies, values)`, each (N,) float32."""
-        return *token_logprobs(self.policy, batch, temperature, grad_entropy), token_values(self.critic, batch)
+        return *token_logprobs(self.policy, batch, temperature, grad_entropy), token_values(
+            self.critic, batch
+        )
 
 
 @torch.no_grad()
@@ -107,7 +112,8 @@ def right_padded(sequences: list[list[int]], device) -> tuple[Tensor, Tensor, in
 def disable_dropout(model: nn.Module) -> None:
     """Turn every dropout off, also those that attention modules hold as a number; the config keeps its values.
 
-    With dropout the log-prob of one token differs from forward to forward, and the ratio of an unchanged policy from 1.
+    With dropout the log-prob of one token differs from forward to forward, and the ratio of an unchanged
+    policy from 1.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):

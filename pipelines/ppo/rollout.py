@@ -1,8 +1,8 @@
 """Sampling answers: exact inverse-CDF sampling from per-prompt random streams, so that every run repeats itself.
 
-Each prompt draws its uniforms from a generator seeded for it alone. Its answer then depends neither on the prompts
-beside it in the batch, nor on how many processes share the work, nor on what was sampled before (resuming!), up to
-rounding of the logits.
+Each prompt draws its uniforms from a generator seeded for it alone. Its answer then depends neither on the
+prompts beside it in the batch, nor on how many processes share the work, nor on what was sampled before
+(resuming!), up to rounding of the logits.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ def generate(
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Sample one answer to each of `prompts` (token ids); returns `(responses, logprobs)` in the same order.
 
-    A response ends with the first of `eos_token_ids` (included) or after `max_new_tokens`. `logprobs[i]` is a float32
-    CPU tensor with the log-prob of every token of `responses[i]` under softmax(logits / temperature): the sampled
-    distribution when `top_k` is 0 and `top_p` is 1, and the one before truncation otherwise. `seeds[i]` is anything
-    that `numpy.random.default_rng` takes. Prompts are decoded `batch_size` at a time, those of like length together.
+    A response ends with the first of `eos_token_ids` (included) or after `max_new_tokens`. `logprobs[i]` is a
+    float32 CPU tensor with the log-prob of every token of `responses[i]` under softmax(logits / temperature):
+    the sampled distribution when `top_k` is 0 and `top_p` is 1, and the one before truncation otherwise.
+    `seeds[i]` is anything that `numpy.random.default_rng` takes. Prompts are decoded `batch_size` at a time,
+    those of like length together.
     """
     responses: list = [None] * len(prompts)
     logprobs: list = [None] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]
-        uniforms = np.stack([np.random.default_rng(seeds[i]).random(max_new_tokens, np.float32) for i in rows])
+        uniforms = np.stack(
+            [np.random.default_rng(seeds[i]).random(max_new_tokens, np.float32) for i in rows]
+        )
         draw = Sampler(torch.from_numpy(uniforms), temperature, top_k, top_p)
         tokens, logps = _hf_generate(model, [prompts[i] for i in rows], max_new_tokens, eos_token_ids, draw)
         for i, ids, logp in zip(rows, tokens.tolist(), logps):
@@ -55,7 +58,9 @@ class Sampler:
     def __init__(self, uniforms: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
         self.uniforms, self.temperature, self.top_k, self.top_p = uniforms, temperature, top_k, top_p
 
-    def __call__(self, logits: Tensor, step: int, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, logits: Tensor, step: int, rows: Tensor | slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
         """Tokens (b,) and their log-probs (b,) from logits (b, V) of the batch's `rows` at `step`."""
         logits = logits.float() / self.temperature
         top = logits.max(-1, keepdim=True).values
@@ -106,13 +111,19 @@ def _hf_generate(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sampl
     """Tokens and log-probs (b, T), both CPU, by transformers' own `generate`: for any architecture it can decode."""
     ids, mask = left_padded(prompts, model.device)
     chooser = _Chooser(draw)
-    config, model.generation_config = model.generation_config, GenerationConfig()  # its penalties are not ours
+    config, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(),
+    )  # its penalties are not ours
     try:
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(eos_token_ids), pad_token_id=0
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=list(eos_token_ids),
+                pad_token_id=0,
             ),
             logits_processor=LogitsProcessorList([chooser]),
         )

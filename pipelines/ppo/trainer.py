@@ -1,11 +1,12 @@
 """PPOTrainer: rollout → score → advantages → epochs × minibatches → log → evaluate → save, read top to bottom.
 
-What is global stays simple here: after scoring, every process gathers all rollouts of the batch (token ids and a few
-floats per token, small beside any model), so rewards, whitening, advantages and statistics are computed from the
-global batch by the same code on 1 and on N processes. Only the forwards and backwards are shared out.
+What is global stays simple here: after scoring, every process gathers all rollouts of the batch (token ids
+and a few floats per token, small beside any model), so rewards, whitening, advantages and statistics are
+computed from the global batch by the same code on 1 and on N processes. Only the forwards and backwards are
+shared out.
 
-Nothing depends on a global random state: prompts, sampling and minibatches are drawn from generators seeded by
-(seed, position), so a resumed run continues with exactly what an uninterrupted one would have done.
+Nothing depends on a global random state: prompts, sampling and minibatches are drawn from generators seeded
+by (seed, position), so a resumed run continues with exactly what an uninterrupted one would have done.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ from trl.trainer.base_trainer import _BaseTrainer
 from pipelines.chat import as_text, encode_answer, encode_prompt
 from pipelines.ppo import algorithm
 from pipelines.ppo.config import PPOConfig
-from pipelines.ppo.forward import PolicyAndCritic, collate, disable_dropout, plain_model, sequence_scores, token_logprobs
+from pipelines.ppo.forward import (
+    PolicyAndCritic,
+    collate,
+    disable_dropout,
+    plain_model,
+    sequence_scores,
+    token_logprobs,
+)
 from pipelines.ppo.rollout import generate
 
 STATE = "ppo_state.json"
@@ -66,16 +74,15 @@ class PPOTrainer(_BaseTrainer):
         model: the policy, a causal language model (or a PEFT model around one).
         args: `PPOConfig`.
         reward_funcs: sequence-classification models with one label, and/or callables
-            `(prompts, completions, **columns) -> list[float]`. These get the prompts as they are in the dataset, the
-            completions as text, the dataset's other columns as lists, and `completion_ids`.
-        value_model: the critic, a causal `AutoModelForSequenceClassification` with one label that shares the policy's
-            token ids; usually a second copy of the reward model. Trained in place.
-        train_dataset, eval_dataset: column `prompt` (text or messages), any others go to the callables.
-        processing_class: the policy's tokenizer.
-        ref_model: frozen reference. None: a copy of `model`, or with PEFT the policy with its adapters off.
-        reward_weights: one per reward function, all 1 by default.
-        reward_processing_classes: a tokenizer for each reward model that has its own; None: the policy's.
-        callbacks, optimizers: as in `transformers.Trainer`.
+            `(prompts, completions, **columns) -> list[float]`. These get the prompts as they are in the
+            dataset, the completions as text, the dataset's other columns as lists, and `completion_ids`.
+            value_model: the critic, a causal `AutoModelForSequenceClassification` with one label that shares
+            the policy's token ids; usually a second copy of the reward model. Trained in place.
+            train_dataset, eval_dataset: column `prompt` (text or messages), any others go to the callables.
+            processing_class: the policy's tokenizer. ref_model: frozen reference. None: a copy of `model`, or
+            with PEFT the policy with its adapters off. reward_weights: one per reward function, all 1 by
+            default. reward_processing_classes: a tokenizer for each reward model that has its own; None: the
+            policy's. callbacks, optimizers: as in `transformers.Trainer`.
     """
 
     _tag_names = ["trl", "ppo"]
@@ -136,7 +143,9 @@ class PPOTrainer(_BaseTrainer):
             episodes = args.total_episodes or math.ceil(args.num_train_epochs * len(train_dataset))
             self.max_steps = math.ceil(episodes / self.batch_size)
         self.train_prompts = self._encode_prompts(train_dataset, "train_dataset")
-        self.eval_prompts = None if eval_dataset is None else self._encode_prompts(eval_dataset, "eval_dataset")
+        self.eval_prompts = (
+            None if eval_dataset is None else self._encode_prompts(eval_dataset, "eval_dataset")
+        )
 
         if args.kl_target is None:
             self.kl_controller = algorithm.FixedKL(args.kl_coef)
@@ -145,7 +154,7 @@ class PPOTrainer(_BaseTrainer):
         self.score_normalizer = algorithm.ScoreNormalizer() if args.normalize_scores else None
         self._unlogged = defaultdict(list)  # metrics of the updates since the last log line
 
-    # --- the loop ----------------------------------------------------------------------------------------------------
+    # --- the loop -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Train to `max_steps` updates, from the checkpoint folder given (True: the last one in output_dir)."""
@@ -198,7 +207,7 @@ class PPOTrainer(_BaseTrainer):
         self.is_in_train = False
         return TrainOutput(self.state.global_step, float("nan"), metrics)
 
-    # --- rollouts ----------------------------------------------------------------------------------------------------
+    # --- rollouts -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _rollout(self, dataset, prompts: list[list[int]], rows: list[int], seeds: list) -> Rollouts:
@@ -212,7 +221,10 @@ class PPOTrainer(_BaseTrainer):
         self.model_wrapped.eval()
 
         began = time.perf_counter()
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model, self.accelerator.autocast():
+        with (
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
+            self.accelerator.autocast(),
+        ):
             responses, _ = generate(
                 model.policy,
                 my_prompts,
@@ -229,7 +241,10 @@ class PPOTrainer(_BaseTrainer):
         began = time.perf_counter()
         answers = list(zip(my_prompts, responses))
         per_token: list = [None] * share  # (3, length): log-probs of policy and reference, values
-        for chunk in _chunks(sorted(range(share), key=lambda i: sum(map(len, answers[i]))), args.local_rollout_forward_batch_size):
+        for chunk in _chunks(
+            sorted(range(share), key=lambda i: sum(map(len, answers[i]))),
+            args.local_rollout_forward_batch_size,
+        ):
             batch = collate([answers[i] for i in chunk], device)
             logprobs, _, values = self.model_wrapped(batch, args.temperature)
             with self._reference() as reference, self.accelerator.autocast():
@@ -261,7 +276,9 @@ class PPOTrainer(_BaseTrainer):
             seconds=seconds,
         )
 
-    def _rewards(self, dataset, rows: list[int], prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+    def _rewards(
+        self, dataset, rows: list[int], prompts: list[list[int]], responses: list[list[int]]
+    ) -> Tensor:
         """What each reward function says of each answer: (answers, functions), CPU float32."""
         device = self.accelerator.device
         completions = self._completions(responses)
@@ -285,14 +302,18 @@ class PPOTrainer(_BaseTrainer):
                 for text, completion, response in zip(texts, completions, responses):
                     prompt_ids, answer_ids = encode_answer(tokenizer, text, completion)
                     # an answer that was cut off has no EOS under the reward model's tokenizer either
-                    sequences.append(prompt_ids + answer_ids[: None if response[-1] in self.eos_token_ids else -1])
+                    sequences.append(
+                        prompt_ids + answer_ids[: None if response[-1] in self.eos_token_ids else -1]
+                    )
             order = sorted(range(len(rows)), key=lambda i: len(sequences[i]))
             for chunk in _chunks(order, self.args.local_rollout_forward_batch_size):
                 with self.accelerator.autocast():
-                    out[chunk, column] = sequence_scores(function, [sequences[i] for i in chunk], device).cpu()
+                    out[chunk, column] = sequence_scores(
+                        function, [sequences[i] for i in chunk], device
+                    ).cpu()
         return out
 
-    # --- the update --------------------------------------------------------------------------------------------------
+    # --- the update -----------------------------------------------------------------------------------------
 
     def _update(self, rollouts: Rollouts) -> dict[str, float]:
         """All optimizer steps on one batch of rollouts; returns the update's metrics."""
@@ -312,23 +333,34 @@ class PPOTrainer(_BaseTrainer):
         lengths = mask.sum(1).tolist()
         statistics, grad_norms, stopped = [], [], False
         for epoch in range(args.num_ppo_epochs):
-            order = np.random.default_rng((args.seed, self.state.global_step, epoch)).permutation(self.batch_size)
+            order = np.random.default_rng((args.seed, self.state.global_step, epoch)).permutation(
+                self.batch_size
+            )
             for minibatch in _chunks(order.tolist(), self.mini_batch_size):
-                minibatch.sort(key=lambda i: lengths[i] + len(rollouts.prompts[i]))  # so that shares are alike
+                minibatch.sort(
+                    key=lambda i: lengths[i] + len(rollouts.prompts[i])
+                )  # so that shares are alike
                 tokens = sum(lengths[i] for i in minibatch)
                 micros = _chunks(minibatch[rank::world], args.per_device_train_batch_size)
                 stats = torch.zeros(len(STATISTICS), device=accelerator.device)
                 for last, micro in zip([*[False] * (len(micros) - 1), True], micros):
                     chosen = mask[micro]  # (b, T); indexing with it gives the flat (N,) order of `collate`
                     old_logprobs = rollouts.logprobs[micro][chosen]
-                    batch = collate([(rollouts.prompts[i], rollouts.responses[i]) for i in micro], accelerator.device)
+                    batch = collate(
+                        [(rollouts.prompts[i], rollouts.responses[i]) for i in micro], accelerator.device
+                    )
                     with contextlib.nullcontext() if last else accelerator.no_sync(self.model_wrapped):
-                        logprobs, entropies, values = self.model_wrapped(batch, args.temperature, args.entropy_coef > 0)
+                        logprobs, entropies, values = self.model_wrapped(
+                            batch, args.temperature, args.entropy_coef > 0
+                        )
                         pg, pg_clipped = algorithm.policy_loss(
                             logprobs, old_logprobs, advantages[micro][chosen], args.cliprange
                         )
                         vf, vf_clipped = algorithm.value_loss(
-                            values, rollouts.values[micro][chosen], returns[micro][chosen], args.cliprange_value
+                            values,
+                            rollouts.values[micro][chosen],
+                            returns[micro][chosen],
+                            args.cliprange_value,
                         )
                         of_policy = pg - args.entropy_coef * entropies
                         if args.kl_placement == "loss":
@@ -354,7 +386,9 @@ class PPOTrainer(_BaseTrainer):
                 if not args.max_grad_norm:
                     grad_norm = float(self._get_grad_norm(self.model_wrapped))
                 if not math.isfinite(grad_norm):
-                    raise TrainingDiverged(self._where("the gradient is not finite", rollouts.rows, minibatch))
+                    raise TrainingDiverged(
+                        self._where("the gradient is not finite", rollouts.rows, minibatch)
+                    )
                 self.optimizer.step()
                 self.model_wrapped.zero_grad()
                 statistics.append(stats)
@@ -362,7 +396,11 @@ class PPOTrainer(_BaseTrainer):
             if stopped:
                 break
 
-        statistics = accelerator.reduce(torch.stack(statistics), "sum") if statistics else torch.zeros(1, len(STATISTICS))
+        statistics = (
+            accelerator.reduce(torch.stack(statistics), "sum")
+            if statistics
+            else torch.zeros(1, len(STATISTICS))
+        )
         kl_of_answers = torch.where(mask, kl, 0.0).sum(1).mean().item()
         self.kl_controller.update(kl_of_answers, self.batch_size)
         response_tokens = int(mask.sum())
@@ -403,7 +441,7 @@ class PPOTrainer(_BaseTrainer):
             scores = scores - self.args.missing_eos_penalty * (~rollouts.ended).float()
         return scores
 
-    # --- log, evaluate, save -----------------------------------------------------------------------------------------
+    # --- log, evaluate, save --------------------------------------------------------------------------------
 
     def _log_evaluate_save(self) -> None:
         if self.control.should_log and self._unlogged:
@@ -421,11 +459,13 @@ class PPOTrainer(_BaseTrainer):
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """One answer to each held-out prompt, always from the same random streams: score, KL, length, EOS rate.
 
-        The score is the weighted sum of the reward functions, without normalisation or penalties; the KL is the
-        mean over answers of log π/π_ref (nats).
+        The score is the weighted sum of the reward functions, without normalisation or penalties; the KL is
+        the mean over answers of log π/π_ref (nats).
         """
         began = time.time()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -433,7 +473,9 @@ class PPOTrainer(_BaseTrainer):
             raise ValueError("evaluate needs an eval_dataset")
         prompts = self.eval_prompts if eval_dataset is None else self._encode_prompts(dataset, "eval_dataset")
         n, world = len(dataset), self.accelerator.num_processes
-        rows = [i % n for i in range(math.ceil(n / world) * world)]  # equal shares; the repeats are dropped below
+        rows = [
+            i % n for i in range(math.ceil(n / world) * world)
+        ]  # equal shares; the repeats are dropped below
         rollouts = self._rollout(dataset, prompts, rows, [(self.args.seed, EVAL, row) for row in rows])
         kl = torch.where(rollouts.mask, rollouts.logprobs - rollouts.ref_logprobs, 0.0).sum(1)[:n]
         metrics = {
@@ -483,7 +525,9 @@ class PPOTrainer(_BaseTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # collective: every process takes part
             whole = self.accelerator.get_state_dict(self.model_wrapped)
             for part in weights:
-                weights[part] = {k.removeprefix(f"{part}."): v for k, v in whole.items() if k.startswith(f"{part}.")}
+                weights[part] = {
+                    k.removeprefix(f"{part}."): v for k, v in whole.items() if k.startswith(f"{part}.")
+                }
         if self.args.should_save:
             self.policy.save_pretrained(folder, state_dict=weights["policy"])
             self.critic.save_pretrained(folder / "critic", state_dict=weights["critic"])
@@ -502,14 +546,16 @@ class PPOTrainer(_BaseTrainer):
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
-    # --- setting up and resuming -------------------------------------------------------------------------------------
+    # --- setting up and resuming ----------------------------------------------------------------------------
 
     def _set_up(self, checkpoint: str | None) -> None:
         """Optimizer, scheduler, wrapped model and trainer state, from the checkpoint where there is one."""
         args = self.args
         if args.activation_checkpointing:
             for module in (self.policy, self.critic):
-                module.activation_checkpointing_enable(dict(args.activation_checkpointing_kwargs or {}) or None)
+                module.activation_checkpointing_enable(
+                    dict(args.activation_checkpointing_kwargs or {}) or None
+                )
         if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._load_from_checkpoint(checkpoint)
         steps_per_epoch = max(1, len(self.train_dataset) // self.batch_size)
@@ -595,7 +641,10 @@ class PPOTrainer(_BaseTrainer):
                 f"{name}: "
                 + "; ".join(
                     f"{len(rows)} prompt(s) {what}, first rows {rows[:5]}"
-                    for rows, what in ((long, f"longer than {limit} tokens"), (empty, "without a single token"))
+                    for rows, what in (
+                        (long, f"longer than {limit} tokens"),
+                        (empty, "without a single token"),
+                    )
                     if rows
                 )
                 + f". Drop or shorten them (response_length is {self.args.response_length}, context {context})"
@@ -641,7 +690,9 @@ class PPOTrainer(_BaseTrainer):
         for name, column in zip(self.reward_names, rewards.T):
             bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
             if bad:
-                raise TrainingDiverged(self._where(f"reward function {name} returned {column[bad[0]].item()}", rows, bad))
+                raise TrainingDiverged(
+                    self._where(f"reward function {name} returned {column[bad[0]].item()}", rows, bad)
+                )
 
     def _where(self, what: str, rows: list[int], of: list[int]) -> str:
         """An error text: what, when, for which prompts, and what to go back to."""
@@ -671,7 +722,9 @@ STATISTICS = (
 def end_tokens(model, tokenizer) -> list[int]:
     """Token ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    configured = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
+    configured = (
+        [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
+    )
     ids = {tokenizer.eos_token_id, *configured} - {None}
     if not ids:
         raise ValueError("the tokenizer has no EOS token: an answer could never end")
@@ -710,7 +763,9 @@ def _check_models(model, value_model, ref_model, reward_funcs, tokenizer) -> Non
         )
     frozen = [ref_model, *reward_funcs]
     if any(m is not None and (m is model or m is value_model) for m in frozen) or model is value_model:
-        problems.append("model, value_model, ref_model and reward models must be separate objects: load each for itself")
+        problems.append(
+            "model, value_model, ref_model and reward models must be separate objects: load each for itself"
+        )
     rows = plain_model(value_model).get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):
         problems.append(

@@ -1,0 +1,537 @@
+"""PPOTrainer: learns, resumes to the bit, counts tokens not micro-batches, shares work out without changing it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+
+from pipelines.ppo.config import PPOConfig
+from pipelines.ppo.trainer import PPOTrainer, TrainingDiverged
+
+WORDS, EOS, PAD, GOAL = 30, 30, 31, 3
+
+
+def tokenizer(reverse=False):
+    order = range(WORDS)[::-1] if reverse else range(WORDS)
+    vocabulary = {f"w{word}": i for i, word in enumerate(order)} | {"<eos>": EOS, "<pad>": PAD}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
+
+
+def gpt2(kind=GPT2LMHeadModel, seed=0, **settings):
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=32,
+        n_positions=48,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        **settings,
+    )
+    if kind is GPT2ForSequenceClassification:
+        config.num_labels = 1
+    return kind(config)
+
+
+def critic(seed=1):
+    return gpt2(GPT2ForSequenceClassification, seed)
+
+
+def prompts(n=64):
+    return Dataset.from_dict(
+        {
+            "prompt": [" ".join(f"w{(i * 7 + j) % WORDS}" for j in range(1 + i % 5)) for i in range(n)],
+            "number": list(range(n)),
+        }
+    )
+
+
+def count_goal(prompts, completions, completion_ids, **columns):
+    """The share of GOAL among an answer's tokens: best at 1, about 1/32 for an untrained policy."""
+    return [sum(token == GOAL for token in ids) / len(ids) for ids in completion_ids]
+
+
+def make(folder, *, reward_funcs=count_goal, callbacks=None, data=None, eval_data=None, models=None, **settings):
+    defaults = dict(
+        output_dir=str(folder),
+        use_cpu=True,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=1,
+        response_length=8,
+        temperature=1.0,
+        learning_rate=1e-3,
+        num_ppo_epochs=2,
+        num_mini_batches=2,
+        max_steps=4,
+        save_strategy="no",
+        disable_tqdm=True,
+        num_sample_generations=0,
+    )
+    policy, value = models or (gpt2(), critic())
+    return PPOTrainer(
+        model=policy,
+        value_model=value,
+        args=PPOConfig(**defaults | settings),
+        reward_funcs=reward_funcs,
+        train_dataset=data or prompts(),
+        eval_dataset=eval_data,
+        processing_class=tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def weights(trainer):
+    return {name: w.detach().clone() for name, w in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
+
+
+def assert_same_weights(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        if tolerance:
+            torch.testing.assert_close(one[name], other[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+        else:
+            assert torch.equal(one[name], other[name]), name
+
+
+# --- it learns -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_bandit_like_task_is_solved(tmp_path, seed):
+    trainer = make(
+        tmp_path,
+        seed=seed,
+        max_steps=14,
+        per_device_train_batch_size=64,
+        learning_rate=4e-3,
+        num_ppo_epochs=4,
+        kl_coef=0.0,
+        vf_coef=0.5,
+        response_length=4,
+        allow_no_eos=True,
+    )
+    before = weights(trainer)
+    trainer.train()
+    history = [row["objective/scores"] for row in trainer.state.log_history if "objective/scores" in row]
+    assert history[0] < 0.1 and history[-1] > 0.9
+    moved = [name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])]
+    assert any(n.startswith("policy.") for n in moved) and any(n.startswith("critic.") for n in moved)
+
+
+def test_kl_holds_the_policy_back(tmp_path):
+    kls = []
+    for kl_coef in (0.0, 1.0):
+        trainer = make(tmp_path, kl_coef=kl_coef, max_steps=8, learning_rate=3e-3)
+        trainer.train()
+        kls.append(trainer.state.log_history[-2]["objective/kl"])
+    assert kls[1] < kls[0] / 2
+
+
+# --- what it computes ------------------------------------------------------------------------------------------------
+
+
+def test_log_has_the_names_that_people_watch(tmp_path):
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    for name in (
+        "objective/kl objective/scores objective/rlhf_reward objective/entropy policy/approxkl_avg "
+        "policy/clipfrac_avg loss/policy_avg loss/value_avg val/clipfrac_avg val/explained_variance val/ratio "
+        "episode eos_rate response_length lr reward/count_goal tokens_per_second/generate tokens_per_second/update"
+    ).split():
+        assert math.isfinite(row[name]), name
+    assert row["objective/kl"] == 0  # nothing has moved yet
+    assert row["episode"] == 16 and row["optimizer_steps"] == 4
+
+
+def test_first_minibatch_has_ratio_one_and_no_clipping(tmp_path):
+    trainer = make(tmp_path, max_steps=1, num_ppo_epochs=1, num_mini_batches=1)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["val/ratio"] == pytest.approx(1, abs=1e-5)
+    assert row["policy/clipfrac_avg"] == 0 and row["policy/approxkl_avg"] < 1e-10
+
+
+def test_gradient_accumulation_changes_nothing(tmp_path):
+    """Answers of unequal length: a mean of micro-batch means would differ."""
+    results = []
+    for rows, steps in ((16, 1), (4, 4), (3, 0)):
+        if steps == 0:
+            continue
+        trainer = make(tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps, optim="sgd")
+        trainer.train()
+        results.append(weights(trainer))
+    assert_same_weights(*results, atol=1e-6, rtol=1e-5)
+
+
+def test_dropout_is_off(tmp_path):
+    policy = gpt2(attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    trainer = make(tmp_path, models=(policy, critic()), max_steps=1, num_ppo_epochs=1, num_mini_batches=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["val/ratio"] == pytest.approx(1, abs=1e-5)
+    assert policy.config.attn_pdrop == 0.5  # the saved model keeps its own setting
+
+
+def test_critic_warmup_leaves_the_policy_alone(tmp_path):
+    trainer = make(tmp_path, max_steps=2, critic_warmup_steps=2)
+    before = weights(trainer)
+    trainer.train()
+    for name, weight in weights(trainer).items():
+        if name.startswith("policy."):
+            assert torch.equal(weight, before[name]), name
+    assert not torch.equal(trainer.critic.score.weight, before["critic.score.weight"])
+
+
+def test_early_stop_of_an_update(tmp_path):
+    trainer = make(tmp_path, max_steps=1, num_ppo_epochs=8, learning_rate=1e-2, max_approx_kl=0.01)
+    trainer.train()
+    assert 1 <= trainer.state.log_history[0]["optimizer_steps"] < 16
+
+
+def test_missing_eos_is_penalised_and_eos_learned(tmp_path):
+    trainer = make(
+        tmp_path,
+        reward_funcs=lambda prompts, completions, **_: [0.0] * len(prompts),
+        missing_eos_penalty=1.0,
+        allow_constant_scores=True,
+        max_steps=12,
+        per_device_train_batch_size=64,
+        learning_rate=3e-3,
+        kl_coef=0.0,
+    )
+    trainer.train()
+    rates = [row["eos_rate"] for row in trainer.state.log_history if "eos_rate" in row]
+    assert rates[-1] > rates[0] + 0.3
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def test_reward_functions_get_prompts_completions_and_columns(tmp_path):
+    seen = []
+
+    def spy(prompts, completions, completion_ids, number, **rest):
+        seen.append((prompts, completions, completion_ids, number))
+        return [float(n) for n in number]
+
+    trainer = make(tmp_path, reward_funcs=[spy, count_goal], max_steps=1)
+    trainer.reward_weights = [1.0, 0.0]
+    trainer.train()
+    data = prompts()
+    texts, completions, ids, numbers = seen[-1]
+    assert len(texts) == 16 and [data[n]["prompt"] for n in numbers] == texts
+    for completion, answer in zip(completions, ids):
+        assert completion == " ".join(f"w{t}" for t in answer if t < WORDS)
+    row = trainer.state.log_history[0]
+    assert row["objective/scores"] == pytest.approx(sum(numbers) / 16) == pytest.approx(row["reward/spy"])
+
+
+@pytest.mark.parametrize("own_tokenizer", [False, True])
+def test_reward_model_scores_the_last_real_token(tmp_path, own_tokenizer):
+    """Also under a tokenizer of its own: ids differ, so its scores are those of the re-encoded text."""
+    reward_model = critic(seed=5)
+    trainer = make(tmp_path, reward_funcs=[reward_model])
+    trainer.reward_tokenizers = [tokenizer(reverse=True) if own_tokenizer else tokenizer()]
+    trainer._set_up(None)
+    rollouts = trainer._rollout(trainer.train_dataset, trainer.train_prompts, list(range(6)), list(range(6)))
+    for i in range(6):
+        ids = rollouts.prompts[i] + rollouts.responses[i]
+        if own_tokenizer:
+            ids = [WORDS - 1 - t if t < WORDS else t for t in ids]
+        with torch.no_grad():
+            alone = reward_model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)))
+            hidden = reward_model.transformer(torch.tensor([ids])).last_hidden_state
+        if PAD not in ids:
+            torch.testing.assert_close(alone.logits[0, 0], rollouts.scores[i], atol=1e-5, rtol=0)
+        torch.testing.assert_close(reward_model.score(hidden[0, -1])[0], rollouts.scores[i], atol=1e-5, rtol=0)
+
+
+def test_rollout_numbers_equal_plain_forwards(tmp_path):
+    """Log-probs, reference log-probs and values of a ragged batch equal those of each answer alone."""
+    trainer = make(tmp_path, temperature=0.7)
+    trainer._set_up(None)
+    with torch.no_grad():  # a reference that differs
+        for weight in trainer.ref_model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.02)
+    out = trainer._rollout(trainer.train_dataset, trainer.train_prompts, list(range(6)), list(range(6)))
+    for i in range(6):
+        prompt, response, n = out.prompts[i], out.responses[i], len(out.responses[i])
+        assert out.mask[i].tolist() == [t < n for t in range(out.mask.shape[1])]
+        ids, states = torch.tensor([prompt + response]), slice(len(prompt) - 1, -1)
+        with torch.no_grad():
+            for model, found in ((trainer.policy, out.logprobs), (trainer.ref_model, out.ref_logprobs)):
+                expected = (model(ids).logits[0, states] / 0.7).log_softmax(-1)
+                expected = expected.gather(-1, torch.tensor(response)[:, None]).squeeze(-1)
+                torch.testing.assert_close(found[i, :n], expected, atol=1e-5, rtol=0)
+            values = trainer.critic.score(trainer.critic.transformer(ids).last_hidden_state)[0, states, 0]
+            torch.testing.assert_close(out.values[i, :n], values, atol=1e-5, rtol=0)
+
+
+# --- gates and errors ------------------------------------------------------------------------------------------------
+
+
+def test_gates_name_their_override(tmp_path):
+    policy = gpt2()
+    with torch.no_grad():  # never EOS
+        policy.transformer.wte.weight[EOS] = -1.0
+        policy.transformer.ln_f.bias.fill_(1.0)
+    constant = lambda prompts, completions, **_: [1.0] * len(prompts)  # noqa: E731
+    with pytest.raises(ValueError, match="(?s)allow_no_eos.*allow_constant_scores"):
+        make(tmp_path, models=(policy, critic()), reward_funcs=constant).train()
+    make(
+        tmp_path,
+        models=(policy, critic()),
+        reward_funcs=constant,
+        allow_no_eos=True,
+        allow_constant_scores=True,
+        max_steps=1,
+    ).train()
+
+
+def test_nan_stops_with_step_and_prompts(tmp_path):
+    def sometimes_nan(prompts, completions, number, **_):
+        return [math.nan if n == 5 else float(n) for n in number]
+
+    with pytest.raises(TrainingDiverged, match=r"sometimes_nan returned nan in update \d.*rows \[5\].*'w5"):
+        make(tmp_path, reward_funcs=sometimes_nan, max_steps=8).train()
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                model.critic.score.weight.fill_(math.nan)
+
+    with pytest.raises(TrainingDiverged, match=r"gradient is not finite in update 2"):
+        make(tmp_path, callbacks=[Break()]).train()
+
+
+def test_all_problems_of_a_config_come_together(tmp_path):
+    with pytest.raises(ValueError, match="(?s)cliprange.*top_p.*kl_target.*torch_compile"):
+        PPOConfig(output_dir=str(tmp_path), cliprange=0, top_p=2, kl_target=3, kl_coef=0, torch_compile=True)
+
+
+def test_models_are_checked(tmp_path):
+    value = critic()
+    with pytest.raises(ValueError, match="separate objects"):
+        make(tmp_path, models=(gpt2(), value), reward_funcs=[value])
+    with pytest.raises(ValueError, match="without a `score` head"):
+        make(tmp_path, models=(gpt2(), gpt2(seed=1)))
+    with pytest.raises(ValueError, match="does not divide"):
+        make(tmp_path, num_mini_batches=3)
+    with pytest.raises(ValueError, match=r"longer than 40 tokens, first rows \[1\]"):
+        make(tmp_path, data=Dataset.from_dict({"prompt": ["w1", "w1 " * 41]}))
+    with pytest.raises(ValueError, match="no column `prompt`"):
+        make(tmp_path, data=Dataset.from_dict({"text": ["w1"]}))
+
+
+# --- saving, resuming, evaluating ------------------------------------------------------------------------------------
+
+
+class StopAt(TrainerCallback):
+    """What Ctrl-C does: stop after this update, saving."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = control.should_save = True
+
+
+RESUME = dict(
+    max_steps=6,
+    save_strategy="steps",
+    save_steps=0.5,
+    kl_target=0.01,
+    kl_horizon=100,
+    normalize_scores=True,
+    score_clip=2.0,
+    missing_eos_penalty=0.1,
+    logging_steps=4,
+    lr_scheduler_type="cosine",
+    warmup_steps=2,
+    num_sample_generations=6,
+    per_device_train_batch_size=24,  # epochs of 64 prompts end inside a batch
+)
+
+
+def test_resume_is_bit_identical(tmp_path):
+    whole = make(tmp_path / "whole", **RESUME)
+    whole.train()
+    assert sorted(p.name for p in (tmp_path / "whole").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+
+    torch.manual_seed(123)  # whatever the process did before must not matter
+    interrupted = make(tmp_path / "parts", callbacks=[StopAt(2)], **RESUME)
+    interrupted.train()
+    assert interrupted.state.global_step == 2
+    resumed = make(tmp_path / "parts", models=(gpt2(seed=8), critic(seed=9)), **RESUME)
+    resumed.ref_model.load_state_dict(whole.ref_model.state_dict())  # the caller gives the SFT model again
+    torch.manual_seed(456)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+
+    assert_same_weights(weights(resumed), weights(whole))
+    assert resumed.kl_controller.value == whole.kl_controller.value != 0.05
+    for one, other in zip(resumed.state.log_history, whole.state.log_history, strict=True):
+        timeless = {k for k in one if "second" not in k and "runtime" not in k}
+        assert {k: one[k] for k in timeless} == {k: other[k] for k in timeless}
+    samples = [(p / "samples.jsonl").read_text() for p in (tmp_path / "whole", tmp_path / "parts")]
+    assert samples[0] == samples[1] and len(samples[0].splitlines()) == 60
+
+
+def test_resume_true_takes_the_last_checkpoint_and_refuses_another_batch(tmp_path):
+    make(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    longer = make(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 3
+    with pytest.raises(ValueError, match="batches of 16 answers"):
+        make(tmp_path, per_device_train_batch_size=8).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="no PPO checkpoint"):
+        make(tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_checkpoints_rotate(tmp_path):
+    make(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2).train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_saved_models_are_plain_folders(tmp_path):
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    policy = GPT2LMHeadModel.from_pretrained(tmp_path / "model")
+    value = GPT2ForSequenceClassification.from_pretrained(tmp_path / "model" / "critic")
+    for saved, live in ((policy, trainer.policy), (value, trainer.critic)):
+        assert_same_weights(dict(saved.named_parameters()), dict(live.named_parameters()))
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "model").get_vocab() == tokenizer().get_vocab()
+
+
+def test_evaluation(tmp_path):
+    held_out = prompts(7)
+    trainer = make(tmp_path, eval_data=held_out, eval_strategy="steps", eval_steps=2, eval_on_start=True)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "eval_score" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert rows[0]["eval_kl"] == pytest.approx(0, abs=1e-5) and rows[-1]["eval_kl"] != rows[0]["eval_kl"]
+    assert 1 <= rows[0]["eval_length"] <= 8 and 0 <= rows[0]["eval_eos_rate"] <= 1
+    assert trainer.evaluate()["eval_score"] == rows[-1]["eval_score"]  # the same random streams each time
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 * 7 and samples[0]["prompt"] == held_out[0]["prompt"]
+    assert {"step", "prompt", "completion", "score", "kl", "ended"} <= samples[0].keys()
+
+
+def test_best_model_respects_the_kl_cap(tmp_path):
+    settings = dict(eval_data=prompts(16), eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    settings |= dict(load_best_model_at_end=True, metric_for_best_model="score", max_steps=6, learning_rate=3e-3)
+    free = make(tmp_path / "free", **settings)
+    free.train()
+    evaluations = {row["step"]: row for row in free.state.log_history if "eval_score" in row}
+    assert free.state.best_global_step == max(evaluations, key=lambda s: evaluations[s]["eval_score"])
+    cap = sorted(row["eval_kl"] for row in evaluations.values())[2]
+    capped = make(tmp_path / "capped", best_kl_cap=cap, **settings)
+    capped.train()
+    assert evaluations[capped.state.best_global_step]["eval_kl"] <= cap
+    best = GPT2LMHeadModel.from_pretrained(capped.state.best_model_checkpoint)
+    assert_same_weights(dict(best.named_parameters()), dict(capped.policy.named_parameters()))
+
+
+def test_callbacks_hear_everything(tmp_path):
+    heard = []
+
+    class Listener(TrainerCallback):
+        def __getattribute__(self, name):
+            if name.startswith("on_"):
+                return lambda args, state, control, **kwargs: heard.append((name, state.global_step)) or control
+            return super().__getattribute__(name)
+
+    trainer = make(
+        tmp_path,
+        callbacks=[Listener()],
+        max_steps=4,
+        eval_data=prompts(4),
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=4,
+    )
+    trainer.train()
+    for event in (
+        ("on_train_begin", 0),
+        ("on_step_begin", 0),
+        ("on_step_end", 1),
+        ("on_log", 1),
+        ("on_evaluate", 2),
+        ("on_save", 4),
+        ("on_epoch_end", 4),
+        ("on_train_end", 4),
+    ):
+        assert event in heard, event
+    assert trainer.state.max_steps == 4
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def worker(folder):
+    """What each process of the launch below runs."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    trainer = make(
+        folder,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4 // world,
+        whiten_rewards=True,
+        kl_target=0.01,
+        normalize_scores=True,
+        kl_coef=0.2,
+        eval_data=prompts(7),
+        eval_strategy="steps",
+        eval_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    assert trainer.accelerator.num_processes == world and trainer.batch_size == 16
+    trainer.train()
+    trainer.save_model(str(folder / "model"))
+
+
+@pytest.mark.slow
+def test_two_processes_update_like_one(tmp_path):
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    for world in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"] if world == 2 else []
+        folder = tmp_path / str(world)
+        command = [sys.executable, *launch, __file__, str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for model, kind in (("model", GPT2LMHeadModel), ("model/critic", GPT2ForSequenceClassification)):
+        one, two = (dict(kind.from_pretrained(tmp_path / w / model).named_parameters()) for w in "12")
+        assert_same_weights(one, two, atol=2e-6, rtol=1e-4)
+    states = [json.loads((tmp_path / w / "checkpoint-4/trainer_state.json").read_text()) for w in "12"]
+    for one, two in zip(*(state["log_history"] for state in states), strict=True):
+        for name in one:
+            if "second" not in name and "runtime" not in name:
+                assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
