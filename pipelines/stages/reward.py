@@ -69,7 +69,7 @@ def run(stage) -> dict:
         head = model.score if hasattr(model, "score") else model.classifier
         head.weight.normal_(std=1 / math.sqrt(head.weight.shape[-1] + 1))
     chat.install_template(model, tokenizer, section.chat_template)
-    context = models.context_length(model, args.max_length)
+    context = models.context_length(model, stage.sections.get("args", {}).get("max_length"))
 
     train, validation = data.load(stage.sections["data"], ROWS, stage.seed)
     too_long = stage.section("data").too_long

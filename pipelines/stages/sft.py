@@ -67,7 +67,7 @@ def run(stage) -> dict:
     added = chat.install_template(model, tokenizer, section.chat_template)
     if added:
         logger.info("tokens added: %s (embeddings start at the mean of the others)", " ".join(added))
-    context = models.context_length(model, args.max_length)
+    context = models.context_length(model, stage.sections.get("args", {}).get("max_length"))
 
     train, validation = data.load(stage.sections["data"], ROWS, stage.seed)
     too_long = stage.section("data").too_long
