@@ -80,10 +80,8 @@ def callbacks(args) -> list:
 
 
 class StopsOnce:
-    """Mixin before a trainer: a checkpoint in which training was over is not trained one step further on resuming."""
+    """Mixin before `ChainTrainer`: a run that `EarlyStopping` finds stopped when it is resumed takes no further step."""
 
     def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
