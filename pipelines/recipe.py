@@ -41,6 +41,7 @@ REMOVED = {
     "max_seq_length": "max_length",
     "torch_dtype": "model.dtype",
 }
+NOT_YET = ("use_peft", "lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb_")
 
 
 @dataclass
@@ -278,6 +279,10 @@ def _check_model(at: str, model: dict, bad) -> None:
         bad(f"{at}.model", "needs `model_name_or_path` (a hub id, a folder or stage:NAME) or, for a new model, `config`")
     if isinstance(path, str):
         _check_folder(f"{at}.model.model_name_or_path", path, bad)
+    for key in model:
+        if key.startswith(NOT_YET):
+            bad(f"{at}.model.{key}", "adapters and quantized weights are not supported yet: stages train all weights; "
+                "drop this key", model[key])  # fmt: skip
     if isinstance(config, dict) and path is None:
         kind = config.get("model_type")
         keys, types = schema.model_config_keys(str(kind))

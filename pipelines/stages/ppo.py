@@ -35,9 +35,6 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     model, reward = stage.sections.get("model", {}), stage.sections.get("reward", {})
     if not model.get("model_name_or_path"):
         yield "model.model_name_or_path", "the policy starts from a model: stage:NAME, a folder or a hub id", None
-    for key in ("use_peft", "load_in_4bit", "load_in_8bit"):
-        if model.get(key):
-            yield f"model.{key}", "the ppo stage trains all weights; drop this key", model[key]
     functions, models = reward.get("functions") or [], reward.get("models") or []
     if not models and not functions:
         yield "reward", "what is an answer worth? Give `models: [stage:NAME]` and/or `functions: [module:name]`", None

@@ -46,9 +46,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         yield "tokenizer.train", "the model already has a tokenizer; drop this section", tokenizer["train"]
     if tokenizer.get("train") and tokenizer.get("vocab_size", 8192) < 300:
         yield "tokenizer.vocab_size", "byte-level BPE needs at least 300 entries", tokenizer["vocab_size"]
-    for key in ("use_peft", "load_in_4bit", "load_in_8bit", "chat_template"):
-        if model.get(key):
-            yield f"model.{key}", "pretrain trains all weights on plain text; drop this key", model[key]
+    if model.get("chat_template"):
+        yield "model.chat_template", "pretraining reads plain text; set it in the sft stage", model["chat_template"]
 
 
 def run(stage) -> dict:

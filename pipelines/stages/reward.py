@@ -41,9 +41,6 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     model = stage.sections.get("model", {})
     if not model.get("model_name_or_path"):
         yield "model.model_name_or_path", "a reward model starts from a model: stage:NAME, a folder or a hub id", None
-    for key in ("use_peft", "load_in_4bit", "load_in_8bit"):
-        if model.get(key):
-            yield f"model.{key}", "the reward stage trains all weights; drop this key", model[key]
 
 
 def run(stage) -> dict:
