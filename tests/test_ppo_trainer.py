@@ -518,7 +518,7 @@ def test_two_processes_update_like_one(tmp_path):
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     for world in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"] if world == 2 else []
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if world == 2 else []
         folder = tmp_path / str(world)
         command = [sys.executable, *launch, __file__, str(folder)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
