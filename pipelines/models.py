@@ -34,7 +34,9 @@ def load_tokenizer(section):
 def load_model(section, auto_class: str, tokenizer=None, *, allow_new: tuple[str, ...] = (), **settings):
     """The model of a `model:` section as `transformers.<auto_class>`, float32 unless `dtype` says otherwise.
 
-    With `section.config` alone a new model is built, its vocabulary and special tokens taken from `tokenizer`.
+    With `section.config` alone a new model is built, its vocabulary and special tokens taken from `tokenizer`; beside
+    a path, a config without `model_type` changes values of the loaded one, and one with it is not used (and said so),
+    so that a public base model can be swapped into a recipe for a new one by a single override.
     `settings` are config values (num_labels=1, …). Weights missing in the checkpoint raise `ModelError`, except those
     whose name starts with one of `allow_new` (a task head that this stage is to train).
     """
@@ -50,7 +52,9 @@ def load_model(section, auto_class: str, tokenizer=None, *, allow_new: tuple[str
         for key, value in settings.items():
             setattr(config, key, value)
         return auto.from_config(config, dtype=torch.float32 if dtype in (None, "auto") else dtype, **attention)
-    overrides.pop("model_type", None)
+    if "model_type" in overrides:
+        logger.warning("model.config describes a new model and is not used: %s is", section.model_name_or_path)
+        overrides = {}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # missing weights are this function's own business, below
     try:

@@ -24,7 +24,8 @@ class ModelSection(ModelConfig):
         default=None,
         metadata={
             "help": "Without model_name_or_path: the config of a new model, `model_type` and any key of its config "
-            "class (`{model_type: gpt2, n_layer: 4}`). With it: overrides of the loaded config (`{attn_pdrop: 0}`)."
+            "class (`{model_type: gpt2, n_layer: 4}`). With it: overrides of the loaded config (`{attn_pdrop: 0}`); one "
+            "that names a model_type is then not used, so that one override swaps a public model in."
         },
     )
     tokenizer_name_or_path: str | None = field(
@@ -55,7 +56,8 @@ class TokenizerSection:
     train: str | None = field(
         default=None,
         metadata={
-            "help": "Train a tokenizer on the training text: `bpe` (byte-level, as GPT-2's) or `wordpiece` (as BERT's).",
+            "help": "Train a tokenizer on the training text: `bpe` (byte-level, as GPT-2's) or `wordpiece` (as BERT's). "
+            "Not used where the model is loaded: it brings its own.",
             "choices": ["bpe", "wordpiece"],
         },
     )

@@ -72,6 +72,24 @@ def test_a_base_model_is_continued_with_its_own_tokenizer(trained, recipe, write
     assert max((before[k] - after[k]).abs().max() for k in before) < 0.1  # moved, not made anew
 
 
+def test_one_override_swaps_a_base_model_into_a_recipe_for_a_new_one(recipe, write, tiny_gpt2, caplog):
+    from safetensors.torch import load_file
+
+    stage = {
+        "kind": "pretrain",
+        "model": {"config": {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1}},
+        "tokenizer": {"train": "bpe", "vocab_size": 300},
+        "data": {"train": write("t.jsonl", TEXT * 40)},
+        "args": {**ARGS, "max_steps": 1, "learning_rate": 1e-4, "warmup_steps": 0},
+    }
+    loaded = recipes.load(recipe({"base": stage}), [f"stages.base.model.model_name_or_path={tiny_gpt2}"])
+    with caplog.at_level("WARNING", logger="pipelines"):
+        chain.run(loaded)
+    assert "config describes a new model and is not used" in caplog.text and "tokenizer.train is not used" in caplog.text
+    before, after = load_file(tiny_gpt2 / "model.safetensors"), load_file(loaded["base"].folder / "model.safetensors")
+    assert before.keys() == after.keys() and max((before[k] - after[k]).abs().max() for k in before) < 1e-3
+
+
 def test_a_context_beyond_the_positions_is_refused(recipe, write, tiny_gpt2):
     from pipelines.models import ModelError
 

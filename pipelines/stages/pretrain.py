@@ -42,8 +42,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     named = model.get("model_name_or_path") or model.get("tokenizer_name_or_path")
     if not named and not tokenizer.get("train"):
         yield "tokenizer", "a new model needs a tokenizer: `train: bpe`, or model.tokenizer_name_or_path", None
-    if tokenizer.get("train") and named:
-        yield "tokenizer.train", "the model already has a tokenizer; drop this section", tokenizer["train"]
+    if tokenizer.get("train") == "wordpiece":
+        yield "tokenizer.train", "wordpiece is for encoders (kind mlm); a language model takes bpe", "wordpiece"
     if tokenizer.get("train") and tokenizer.get("vocab_size", 8192) < 300:
         yield "tokenizer.vocab_size", "byte-level BPE needs at least 300 entries", tokenizer["vocab_size"]
     if model.get("chat_template"):
@@ -73,9 +73,11 @@ def run(stage) -> dict:
     key = {"data": data.fingerprint(stage.sections["data"]), "section": stage.sections["data"], "seed": stage.seed}
     sides = ["train"] + (["validation"] if stage.sections["data"].get("validation") else [])
     with PartialState().main_process_first():
-        if words.train:
+        if words.train and not section.model_name_or_path:
             tokenizer = corpus.trained_tokenizer(folder, words, documents("train"), key)
         else:
+            if words.train:
+                logger.warning("tokenizer.train is not used: %s brings its tokenizer", section.model_name_or_path)
             tokenizer = models.load_tokenizer(section)
             chat.ensure_pad(tokenizer)
         for side in sides:
