@@ -1,0 +1,305 @@
+"""Text becomes tokens that read back as naive encoding gives them; nothing half-written is ever taken for
+whole."""
+
+import json
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from pipelines import corpus
+
+ODD = [
+    "emoji 🐈‍⬛ and 漢字",
+    "tabs\tand\n\nnew lines \n",
+    "  spaces  ",
+    "ünïcödé – “quotes”",
+    "<|endoftext|> inside",
+    "\x00\x7f",
+]
+TEXTS = [
+    f"the cat number {i} sat on the mat and said hello to the {i * 7} dogs. " * (i % 5 + 1)
+    for i in range(300)
+]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return corpus.train_bpe(TEXTS, 400, special_tokens=("<|im_start|>",))
+
+
+@pytest.fixture(scope="module")
+def wordpiece():
+    return corpus.train_wordpiece(TEXTS + [t.upper() for t in TEXTS], 300)
+
+
+def test_bpe_is_gpt2_like(bpe):
+    assert type(bpe).__name__ == "GPT2Tokenizer" and len(bpe) <= 400
+    assert (bpe.eos_token, bpe.pad_token) == (
+        "<|endoftext|>",
+        "<|pad|>",
+    ) and bpe.pad_token_id != bpe.eos_token_id
+    assert max(bpe.get_vocab().values()) == len(bpe) - 1
+    assert len(bpe("the cat said hello").input_ids) < 12  # merges were learned
+    assert bpe.convert_ids_to_tokens(bpe("<|im_start|>user").input_ids)[0] == "<|im_start|>"
+    for text in ODD:
+        assert bpe.decode(bpe(text).input_ids) == text
+    assert (
+        bpe("a b").input_ids == bpe("a").input_ids + bpe(" b").input_ids
+    )  # no special tokens, spaces lead words
+
+
+@pytest.mark.parametrize("name", ["bpe", "wordpiece"])
+def test_tokenizers_survive_saving(name, request, tmp_path):
+    tokenizer = request.getfixturevalue(name)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is type(tokenizer) and loaded.get_vocab() == tokenizer.get_vocab()
+    for text in ODD + TEXTS[:5]:
+        assert dict(loaded(text)) == dict(tokenizer(text))
+    assert (loaded.pad_token_id, loaded.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+
+
+def test_wordpiece_is_bert_like(wordpiece):
+    encoded = wordpiece("The cat", "a dog")
+    assert type(wordpiece).__name__ == "BertTokenizer"
+    tokens = wordpiece.convert_ids_to_tokens(encoded["input_ids"])
+    assert tokens[0] == "[CLS]" and tokens.count("[SEP]") == 2 and tokens[-1] == "[SEP]"
+    assert set(encoded["token_type_ids"]) == {0, 1} and wordpiece.pad_token_id == 0
+    assert wordpiece("THE CAT").input_ids == wordpiece("the cat").input_ids
+    cased = corpus.train_wordpiece(TEXTS + [t.upper() for t in TEXTS], 300, lowercase=False)
+    assert cased("THE CAT").input_ids != cased("the cat").input_ids
+    assert cased.unk_token_id not in cased("THE CAT").input_ids
+
+
+def test_vocabulary_too_small_is_told():
+    with pytest.raises(ValueError, match="at least 258"):
+        corpus.train_bpe(TEXTS, 257)
+    with pytest.raises(ValueError, match="too small"):
+        corpus.train_wordpiece(TEXTS, 50)
+
+
+def naive(tokenizer, texts):
+    separator = tokenizer.eos_token_id
+    return [i for t in texts if t for i in [*tokenizer(t, add_special_tokens=False).input_ids, separator]]
+
+
+def tokens(folder):
+    index = corpus.read_index(folder)
+    return np.fromfile(folder / "tokens.bin", index["dtype"]).tolist()
+
+
+def test_token_file_equals_naive_encoding(bpe, tmp_path, monkeypatch):
+    texts = TEXTS + ["", *ODD]
+    monkeypatch.setattr(corpus, "BATCH_DOCUMENTS", 7)
+    index = corpus.tokenize_corpus(iter(texts), bpe, tmp_path / "a", separator_id=bpe.eos_token_id)
+    expected = naive(bpe, texts)
+    assert tokens(tmp_path / "a") == expected
+    assert (
+        index["tokens"] == len(expected)
+        and index["documents"] == len(texts) - 1
+        and index["dtype"] == "uint16"
+    )
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["index.json", "tokens.bin"]
+
+
+def test_saved_truncation_and_padding_are_ignored_and_kept(bpe, tmp_path):
+    backend = bpe.backend_tokenizer
+    backend.enable_truncation(4)
+    backend.enable_padding(length=9)
+    try:
+        corpus.tokenize_corpus(TEXTS, bpe, tmp_path, separator_id=0)
+        assert backend.truncation["max_length"] == 4 and backend.padding["length"] == 9
+    finally:
+        backend.no_truncation()
+        backend.no_padding()
+    assert tokens(tmp_path) == naive(bpe, TEXTS)
+
+
+def test_large_vocabulary_takes_four_bytes(bpe, tmp_path):
+    index = corpus.tokenize_corpus(TEXTS[:2], bpe, tmp_path, separator_id=70_000)
+    assert index["dtype"] == "uint32" and tokens(tmp_path)[-1] == 70_000
+
+
+def explode():
+    raise AssertionError("the documents were read")
+    yield
+
+
+def test_second_call_is_free_and_the_key_decides(bpe, wordpiece, tmp_path):
+    first = corpus.tokenize_corpus(TEXTS, bpe, tmp_path, separator_id=0, key={"sha": 1})
+    assert corpus.tokenize_corpus(explode(), bpe, tmp_path, separator_id=0, key={"sha": 1}) == first
+    with pytest.raises(AssertionError, match="were read"):
+        corpus.tokenize_corpus(explode(), bpe, tmp_path, separator_id=0, key={"sha": 2})
+    assert corpus.read_index(tmp_path) is None  # the old tokens are not those of the new key
+    again = corpus.tokenize_corpus(TEXTS, bpe, tmp_path, separator_id=0, key={"sha": 1})
+    assert again == first
+    for change in (dict(separator_id=1), dict(tokenizer=wordpiece), dict(key=None)):
+        settings = dict(tokenizer=bpe, separator_id=0, key={"sha": 1}) | change
+        tokenizer = settings.pop("tokenizer")
+        corpus.tokenize_corpus(TEXTS, bpe, tmp_path, separator_id=0, key={"sha": 1})
+        with pytest.raises(AssertionError, match="were read"):
+            corpus.tokenize_corpus(explode(), tokenizer, tmp_path, **settings)
+
+
+@pytest.mark.parametrize("when", ["while reading", "before the index"])
+def test_a_crash_leaves_no_valid_cache(bpe, tmp_path, monkeypatch, when):
+    corpus.tokenize_corpus(TEXTS[:3], bpe, tmp_path, separator_id=0, key="old")
+
+    def documents():
+        yield from TEXTS
+        if when == "while reading":
+            raise OSError("disk gone")
+
+    if when == "before the index":
+        monkeypatch.setattr(corpus.json, "dumps", lambda *a, **k: (_ for _ in ()).throw(OSError("disk gone")))
+        monkeypatch.setattr(corpus, "_digest", lambda value: "k")
+    with pytest.raises(OSError, match="disk gone"):
+        corpus.tokenize_corpus(documents(), bpe, tmp_path, separator_id=0, key="new")
+    monkeypatch.undo()
+    assert corpus.read_index(tmp_path) is None
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    with pytest.raises(ValueError, match="no finished token file"):
+        corpus.Windows(tmp_path, 8)
+    corpus.tokenize_corpus(TEXTS, bpe, tmp_path, separator_id=0, key="new")
+    assert tokens(tmp_path) == naive(bpe, TEXTS)
+
+
+def test_a_corrupt_cache_is_noticed_and_made_again(bpe, tmp_path, caplog):
+    key = {"sha": 1}
+    first = corpus.tokenize_corpus(TEXTS, bpe, tmp_path, separator_id=0, key=key)
+    with open(tmp_path / "tokens.bin", "r+b") as f:
+        f.truncate(100)
+    with pytest.raises(ValueError, match="no finished token file"):
+        corpus.Windows(tmp_path, 8)
+    assert "has 100 bytes" in caplog.text
+    assert corpus.tokenize_corpus(TEXTS, bpe, tmp_path, separator_id=0, key=key) == first
+    (tmp_path / "index.json").write_text('{"tokens": 5')
+    assert corpus.read_index(tmp_path) is None
+    corpus.tokenize_corpus(TEXTS, bpe, tmp_path, separator_id=0, key=key)
+    assert json.loads((tmp_path / "index.json").read_text()) == first
+
+
+def test_empty_corpus_is_told(bpe, tmp_path):
+    with pytest.raises(ValueError, match="none or all empty"):
+        corpus.tokenize_corpus(["", ""], bpe, tmp_path, separator_id=0)
+    section = SimpleNamespace(train="bpe", vocab_size=300, lowercase=True, max_documents=None)
+    with pytest.raises(ValueError, match="no text"):
+        corpus.trained_tokenizer(tmp_path, section, iter([]))
+
+
+def test_documents_are_consumed_lazily(bpe, tmp_path, monkeypatch):
+    """Never more than a batch ahead of what is written, however long the corpus."""
+    monkeypatch.setattr(corpus, "BATCH_DOCUMENTS", 10)
+    ahead, written = [], 0
+    real = np.concatenate
+
+    def concatenate(parts):
+        nonlocal written
+        written += len(parts)
+        return real(parts)
+
+    monkeypatch.setattr(corpus.np, "concatenate", concatenate)
+
+    def documents():
+        for i in range(95):
+            ahead.append(i - written)
+            yield "hello there"
+
+    corpus.tokenize_corpus(documents(), bpe, tmp_path, separator_id=0)
+    assert written == 95 and max(ahead) <= 10
+
+
+def test_windows(bpe, tmp_path):
+    corpus.tokenize_corpus(TEXTS, bpe, tmp_path, separator_id=0)
+    everything = torch.tensor(tokens(tmp_path))
+    windows = corpus.Windows(tmp_path, 32)
+    assert len(windows) == len(everything) // 32 == windows.index["tokens"] // 32
+    for i in (0, 5, len(windows) - 1):
+        item = windows[i]
+        assert item["input_ids"].dtype == torch.int64 and item["row"] == i
+        assert torch.equal(item["input_ids"], everything[i * 32 : (i + 1) * 32])
+    assert torch.equal(windows[-1]["input_ids"], windows[len(windows) - 1]["input_ids"])
+    with pytest.raises(IndexError):
+        windows[len(windows)]
+    assert windows.where[2] == f"{tmp_path.name} window 2 (tokens 64 to 95)"
+    windows[0]["input_ids"].zero_()  # an item is a copy: training cannot change the corpus
+    assert torch.equal(windows[0]["input_ids"], everything[:32])
+    with pytest.raises(ValueError, match="less than one window"):
+        corpus.Windows(tmp_path, 10**6)
+
+
+def test_windows_in_a_data_loader(bpe, tmp_path):
+    corpus.tokenize_corpus(TEXTS, bpe, tmp_path, separator_id=0)
+    windows = corpus.Windows(tmp_path, 32)
+    windows[0]
+    assert len(pickle.dumps(windows)) < 1000  # the map is not in the pickle
+    batches = {}
+    for workers in (0, 2):
+        loader = torch.utils.data.DataLoader(windows, 4, num_workers=workers, collate_fn=corpus.stack_windows)
+        batches[workers] = list(loader)
+    for a, b in zip(batches[0], batches[2], strict=True):
+        assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["row"], b["row"])
+    batch = batches[0][1]
+    assert batch["input_ids"].shape == (4, 32) and batch["row"].tolist() == [4, 5, 6, 7]
+    assert (batch["labels"][:, 0] == -100).all() and torch.equal(
+        batch["labels"][:, 1:], batch["input_ids"][:, 1:]
+    )
+
+
+STREAM = """
+import resource, sys
+from transformers import AutoTokenizer
+from pipelines import corpus
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+line = "the cat sat on the mat and said hello to the dogs. "
+corpus.tokenize_corpus(["warm " + line] , tokenizer, sys.argv[2], separator_id=0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+text = line * 400                                    # 20 kB, and 2000 of them: 40 MB of text
+index = corpus.tokenize_corpus((text + str(i) for i in range(2000)), tokenizer, sys.argv[2], separator_id=0)
+windows = corpus.Windows(sys.argv[2], 64)
+windows[len(windows) - 1]
+print(index["tokens"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_corpus_larger_than_the_memory_it_may_use(bpe, tmp_path):
+    """40 MB of text (10 MB of tokens) grow the process by less than the text, let alone its token lists."""
+    bpe.save_pretrained(tmp_path / "tokenizer")
+    command = [sys.executable, "-c", STREAM, str(tmp_path / "tokenizer"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, grown = map(int, done.stdout.split())
+    assert count > 5_000_000
+    unit = 1024 if sys.platform == "linux" else 1  # ru_maxrss
+    assert grown * unit < 35e6, grown
+
+
+def test_trained_tokenizer_follows_the_section_and_is_kept(tmp_path):
+    section = SimpleNamespace(train="bpe", vocab_size=300, lowercase=True, max_documents=20)
+    seen = []
+
+    def documents():
+        for text in TEXTS:
+            seen.append(text)
+            yield text
+
+    first = corpus.trained_tokenizer(tmp_path, section, documents(), key={"sha": 1})
+    assert len(first) <= 300 and len(seen) == 20
+    again = corpus.trained_tokenizer(tmp_path, section, explode(), key={"sha": 1})
+    assert again.get_vocab() == first.get_vocab() and again.pad_token == "<|pad|>"
+    section.vocab_size = 320
+    with pytest.raises(AssertionError, match="were read"):
+        corpus.trained_tokenizer(tmp_path, section, explode(), key={"sha": 1})
+    section.train = "wordpiece"
+    assert corpus.trained_tokenizer(tmp_path, section, iter(TEXTS)).cls_token == "[CLS]"
+
+
+def test_tokenizer_training_is_deterministic():
+    assert corpus.train_bpe(TEXTS, 350).get_vocab() == corpus.train_bpe(iter(TEXTS), 350).get_vocab()
