@@ -97,3 +97,18 @@ def test_a_plain_template_is_kept_for_later_stages(recipe, write, tiny_gpt2):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(chat.encode_prompt(tokenizer, "what is it")) == "what is it"
     assert chat.encode_answer(tokenizer, "what", "fish")[1][-1] == tokenizer.eos_token_id
+
+
+def test_gradient_accumulation_changes_nothing(recipe, write, tiny_gpt2, tmp_path):
+    """Rows of very different lengths: a mean of means would weigh their tokens differently."""
+    from safetensors.torch import load_file
+
+    rows = ROWS + [{"prompt": "what is it", "completion": "a fish " * (1 + 3 * i)} for i in range(4)]
+    data, found = write("rows.jsonl", rows * 2), []
+    for micro in (8, 2):
+        folder, _ = run(recipe, tiny_gpt2, {"train": data}, {"global_batch_size": 8, "per_device_train_batch_size": micro, "num_train_epochs": 3, "optim": "sgd", "learning_rate": 0.5})  # fmt: skip
+        found.append(load_file(folder / "model.safetensors"))
+        folder.parent.rename(tmp_path / f"micro{micro}")
+    assert max((found[0][k] - found[1][k]).abs().max().item() for k in found[0]) < 1e-5
+    start = load_file(tiny_gpt2 / "model.safetensors")
+    assert max((found[0][k][:300] - start[k][:300]).abs().max().item() for k in start if k in found[0]) > 1e-2
