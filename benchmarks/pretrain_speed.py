@@ -57,7 +57,7 @@ def environment(fast: bool, threads: int) -> dict[str, str]:
 
 
 class Candidate:
-    """A child process; `step(n)` lets it do n steps and returns their (wall seconds, CPU seconds, loss)."""
+    """A child process; `step(n)` lets it do n steps and returns their (wall s, CPU s, loss, work)."""
 
     def __init__(self, name: str, command: list[str], env: dict[str, str]):
         self.name, self.times = name, []
@@ -65,7 +65,7 @@ class Candidate:
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def step(self, n: int) -> list[tuple[float, float, float]]:
+    def step(self, n: int) -> list[tuple[float, float, float, float]]:
         self.child.stdin.write(f"{n}\n")
         self.child.stdin.flush()
         line = self.child.stdout.readline()
@@ -96,9 +96,9 @@ class Metronome:
         self.left = int(line)
         self.start = time.perf_counter(), time.process_time()
 
-    def tick(self, loss: float) -> None:
+    def tick(self, loss: float, work: float = 0.0) -> None:
         now = time.perf_counter(), time.process_time()
-        self.done.append((now[0] - self.start[0], now[1] - self.start[1], float(loss)))
+        self.done.append((now[0] - self.start[0], now[1] - self.start[1], float(loss), work))
         self.start, self.left = now, self.left - 1
         if self.left == 0:
             print("STEPS " + json.dumps(self.done), flush=True)

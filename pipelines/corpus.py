@@ -21,7 +21,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the meaning of the files changes: old ones are then made anew
-BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**21, 4096  # a batch ends at whichever comes first
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**20, 4096  # a batch ends at whichever comes first
 
 
 # ------------------------------------------------------------------------------------------------------------
