@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from pipelines import schema
 
-LOWER_IS_BETTER = ("loss", "mse")
+LOWER_IS_BETTER = ("loss", "mse", "perplexity")
 
 
 def wanted(args: dict) -> bool:
@@ -40,7 +40,7 @@ def defaults(args: dict) -> dict:
 
 def problems(args: dict, has_validation: bool, metrics: tuple[str, ...]) -> Iterator[tuple[str, str, object]]:
     """`(key path, message, value)` of settings about evaluation that cannot work; `metrics` are the names to choose from."""
-    keys = ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model", "eval_strategy", "eval_steps")
+    keys = ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model", "eval_strategy")
     for key in keys:
         if not has_validation and args.get(key) not in (None, False, "no"):
             yield f"args.{key}", "needs held-out rows: set data.validation", args[key]

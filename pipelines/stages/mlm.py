@@ -1,0 +1,124 @@
+"""Masked-word pretraining: an encoder learns to fill in hidden words of raw text, from scratch or from a public one.
+
+    encoder:
+      kind: mlm
+      model: {config: {model_type: bert, num_hidden_layers: 4, hidden_size: 256, num_attention_heads: 4, intermediate_size: 1024}}
+      tokenizer: {train: wordpiece, vocab_size: 8192}            # or model.model_name_or_path: google-bert/bert-base-uncased
+      data: {train: corpus.jsonl.gz, validation: 0.01}
+      args: {max_length: 128, global_batch_size: 32, learning_rate: 5e-4, max_steps: 5000, whole_word_mask: true}
+
+Documents are streamed once into a memory map of token ids, a [SEP] after each, and cut into full windows
+[CLS] … [SEP] without regard to where documents end (RoBERTa's FULL-SENTENCES, https://arxiv.org/abs/1907.11692). New
+words are hidden in every epoch; validation always hides the same ones. `pseudo_perplexity` is exp(loss on hidden words).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+SECTIONS = {
+    "model": "pipelines.sections:ModelSection",
+    "tokenizer": "pipelines.sections:TokenizerSection",
+    "data": "pipelines.sections:DataSection",
+    "args": "pipelines.sections:MlmArguments",
+}
+ROWS = "text"
+DEFAULTS = {
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.98,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+}
+# Heads that a public encoder may come without: BERT's and DeBERTa's, RoBERTa's, DistilBERT's, ALBERT's, ELECTRA's,
+# ModernBERT's. Output embeddings are tied to the input's.
+NEW = ("cls", "lm_head", "vocab_", "predictions", "generator_", "head", "decoder")
+USED = ("model_name_or_path", "model_revision", "tokenizer_name_or_path", "config", "dtype", "attn_implementation",
+        "trust_remote_code")  # fmt: skip
+
+
+def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
+    """What is wrong with the stage as a whole: `(key path, message, value)`."""
+    from pipelines import best
+
+    model, tokenizer, args = (stage.sections.get(name, {}) for name in ("model", "tokenizer", "args"))
+    for key in model.keys() - set(USED):
+        yield f"model.{key}", "mlm trains all weights on plain text; drop this key", model[key]
+    named = model.get("model_name_or_path") or model.get("tokenizer_name_or_path")
+    if not named and not tokenizer.get("train"):
+        yield "tokenizer", "a new model needs a tokenizer: `train: wordpiece`, or model.tokenizer_name_or_path", None
+    if tokenizer.get("train") and named:
+        yield "tokenizer.train", "the model already has a tokenizer; drop this section", tokenizer["train"]
+    if tokenizer.get("train") == "bpe":
+        yield "tokenizer.train", "has no [MASK] token; masked words need `wordpiece`", "bpe"
+    if tokenizer.get("train") and tokenizer.get("vocab_size", 8192) < 200:
+        yield "tokenizer.vocab_size", "WordPiece needs at least 200 entries", tokenizer["vocab_size"]
+    share = args.get("mlm_probability")
+    if share is not None and not 0 < share < 1:
+        yield "args.mlm_probability", "a share lies between 0 and 1 (BERT: 0.15)", share
+    if args.get("max_length") is not None and args["max_length"] < 8:
+        yield "args.max_length", "a window needs at least 8 tokens", args["max_length"]
+    yield from best.problems(args, bool(stage.sections.get("data", {}).get("validation")), ("accuracy", "pseudo_perplexity"))
+
+
+def run(stage) -> dict:
+    """Train, evaluate, save; returns the metrics."""
+    from accelerate import PartialState
+    from transformers import Trainer, set_seed
+
+    from pipelines import best, chat, corpus, data, masking, models, training
+
+    class MlmTrainer(masking.MaskedWordTrainer, training.ChainTrainer, Trainer):
+        """transformers' Trainer with the loss and the evaluation on hidden words alone."""
+
+    set_seed(stage.seed)
+    section, words = stage.section("model"), stage.section("tokenizer")
+    args = training.build_args(stage, **DEFAULTS, **best.defaults(stage.sections.get("args", {})))
+
+    def documents(side):
+        return (row["text"] for row in data.stream(stage.sections["data"], side, ROWS, stage.seed))
+
+    # Beside the stage's folder, keyed by content: kept when the stage is made again.
+    folder = stage.folder.parent / ".tokens" / stage.name
+    key = {"data": data.fingerprint(stage.sections["data"]), "section": stage.sections["data"], "seed": stage.seed}
+    sides = ["train"] + (["validation"] if stage.sections["data"].get("validation") else [])
+    with PartialState().main_process_first():
+        if words.train:
+            tokenizer = corpus.trained_tokenizer(folder, words, documents("train"), key)
+        else:
+            tokenizer = models.load_tokenizer(section)
+        separator = masking.edges(tokenizer)[1]
+        for side in sides:
+            corpus.tokenize_corpus(
+                documents(side), tokenizer, folder / side, separator_id=separator, key={**key, "side": side}
+            )
+    model = models.load_model(section, "AutoModelForMaskedLM", tokenizer, allow_new=NEW)
+    chat.fit_model(model, tokenizer)
+    context = models.context_length(model, args.max_length)
+    sets = {}
+    for side in sides:
+        windows = corpus.Windows(folder / side, context - 2)  # [CLS] and [SEP] come to it
+        sets[side] = masking.MaskedWindows(
+            windows, tokenizer, args.mlm_probability, args.whole_word_mask, seed=stage.seed, dynamic=side == "train"
+        )
+        stage.report[side] = {**windows.index, "windows": len(windows), "context": context}
+        logger.info("%s: %d tokens in %d windows of %d", side, windows.index["tokens"], len(windows), context)
+
+    trainer = MlmTrainer(
+        model=model,
+        args=args,
+        train_dataset=sets["train"],
+        eval_dataset=sets.get("validation"),
+        processing_class=tokenizer,
+        data_collator=masking.stack,
+    )
+    trainer.where = sets["train"].windows.where
+    training.fit(stage, trainer)
+    metrics = training.final_metrics(trainer)
+    training.save(trainer, stage.folder, tokenizer)
+    return {"parameters": model.num_parameters(), **metrics}
