@@ -18,11 +18,13 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Elements of the logits buffer, and the fewest rows worth a matrix product. Measured on CPU: below 256 rows
-# the products lose speed (the whole d_weight is read and written once per chunk), above 16 MB the buffer
-# leaves the last-level cache. GPUs need more rows to fill and have memory to spare (not measured).
-CPU_CHUNK, CPU_ROWS = 2**22, 512
+# Elements of the logits buffer, and the fewest rows worth a matrix product. Measured on CPU: below 512 rows
+# the products lose speed (the whole d_weight is read and written once per chunk). GPUs need more rows to fill
+# and have memory to spare (not measured).
+CPU_CHUNK, CPU_ROWS = 2**24, 512
 GPU_CHUNK, GPU_ROWS = 2**28, 1024
+# Half-precision logits become float32 so many rows at a time, to stay in the cache.
+CPU_WIDE_ROWS = 64
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -45,34 +47,70 @@ def _no_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False)
 
 
-def _logits(hidden, weight, bias, out: torch.Tensor) -> torch.Tensor:
-    """hidden (n, h) @ weight (v, h)^T + bias as float32, written into the first n rows of `out` (rows, v)."""
-    logits = out[: hidden.size(0)]
-    if hidden.dtype == torch.float32:
-        torch.mm(hidden, weight.T, out=logits)
-    else:
-        logits.copy_(torch.mm(hidden, weight.T))
-    if bias is not None:
-        logits.add_(bias)
-    return logits
+class _Chunk:
+    """The buffers of one walk over the rows: logits (rows, v), overwritten in place by whatever comes of
+    them.
 
-
-def _softmax(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Write the softmax of float32 logits (n, v) to `out` (may be `logits`); returns their logsumexp (n,).
-
-    The largest probability is 1/sum(exp(x - max)), so the logsumexp costs two cheap reads and no second exp
-    (and torch's softmax is four times as fast on CPU as its exp_).
+    Half-precision logits get a float32 buffer of a few rows beside them: `pieces` hands out one piece of rows
+    at a time in float32, and `put_back` writes it over the half-precision logits.
     """
-    peak = logits.amax(-1)
-    torch.softmax(logits, -1, out=out)
-    return peak - out.amax(-1).log_()
+
+    def __init__(self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None, scratch: bool = False):
+        self.weight, self.bias = weight, bias
+        vocabulary, wide = weight.size(0), {"device": weight.device, "dtype": torch.float32}
+        self.logits = torch.empty(rows, vocabulary, device=weight.device, dtype=weight.dtype)
+        self.piece = rows
+        if weight.dtype != torch.float32:
+            self.piece = min(rows, CPU_WIDE_ROWS) if weight.device.type == "cpu" else rows
+            self.wide = torch.empty(self.piece, vocabulary, **wide)
+        if scratch:
+            self.scratch = torch.empty(self.piece, vocabulary, **wide)
+
+    def pieces(self, hidden: torch.Tensor):
+        """Compute the logits of hidden (n, h); yields (span, float32 logits of these rows), bias added."""
+        logits = self.logits[: hidden.size(0)]
+        torch.mm(hidden, self.weight.T, out=logits)
+        for start in range(0, hidden.size(0), self.piece):
+            span = slice(start, min(start + self.piece, hidden.size(0)))
+            part = logits[span]
+            if part.dtype != torch.float32:
+                part = self.wide[: part.size(0)].copy_(part)
+            if self.bias is not None:
+                part.add_(self.bias)
+            yield span, part
+
+    def put_back(self, span: slice, part: torch.Tensor) -> None:
+        """Write float32 rows over the logits they came from; nothing to do where they are the same memory."""
+        if self.logits.dtype != torch.float32:
+            self.logits[span].copy_(part)
+
+
+# A probability this small may have lost its precision: the log is then taken from the logits.
+UNDERFLOW = 1e-30
+
+
+def _log_probability(
+    chosen: torch.Tensor, hidden: torch.Tensor, target: torch.Tensor, chunk: _Chunk, temperature=1.0
+):
+    """log of the softmax's chosen probabilities (n,), exact where they underflow: these few rows are done
+    again.
+
+    Taking the log of the one entry needed saves the passes over the logits that a logsumexp costs.
+    """
+    log = chosen.log()
+    lost = chosen < UNDERFLOW
+    if lost.any():
+        logits = (hidden[lost] @ chunk.weight.T).float()
+        logits = (logits if chunk.bias is None else logits + chunk.bias) / temperature
+        log[lost] = logits.log_softmax(-1).gather(1, target[lost, None])[:, 0]
+    return log
 
 
 class _WeightGradient:
     """Sum over chunks of g^T h, in float32 whatever the products' dtype."""
 
-    def __init__(self, weight: torch.Tensor):
-        self.shape, self.total = weight.shape, None
+    def __init__(self):
+        self.total = None
 
     def add(self, grad: torch.Tensor, hidden: torch.Tensor) -> None:
         if self.total is None:
@@ -90,29 +128,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, rows, train):
         # needs_input_grad stays true under no_grad, hence `train`
         need_hidden, need_weight, need_bias = (train and need for need in ctx.needs_input_grad[:3])
-        count, vocabulary = hidden.size(0), weight.size(0)
-        dtype = _compute_dtype(hidden)
+        count, dtype = hidden.size(0), _compute_dtype(hidden)
         loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
         with _no_autocast(hidden.device):
             x, w = hidden.to(dtype), weight.to(dtype)
             grad_hidden = torch.empty_like(x) if need_hidden else None
-            grad_weight = _WeightGradient(weight) if need_weight else None
-            grad_bias = torch.zeros(vocabulary, device=x.device, dtype=torch.float32) if need_bias else None
-            buffer = torch.empty(min(rows, count), vocabulary, device=x.device, dtype=torch.float32)
+            grad_weight = _WeightGradient() if need_weight else None
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+            chunk = _Chunk(min(rows, count), w, bias)
+            minus_one = torch.full((1, 1), -1.0, device=x.device)
             for start in range(0, count, rows):
-                part, target = x[start : start + rows], labels[start : start + rows, None]
-                logits = _logits(part, w, bias, buffer)
-                picked = logits.gather(1, target)[:, 0]
-                loss += (_softmax(logits, out=logits) - picked).sum()
-                if not (need_hidden or need_weight or need_bias):
-                    continue
-                # d loss / d logits = softmax - onehot, in place
-                logits.scatter_add_(1, target, logits.new_full((1, 1), -1.0).expand_as(target))
-                if need_bias:
-                    grad_bias += logits.sum(0)
-                grad = logits.to(dtype)
+                here = slice(start, start + rows)
+                part, target = x[here], labels[here]
+                for span, probs in chunk.pieces(part):
+                    torch.softmax(probs, -1, out=probs)
+                    at = target[span, None]
+                    chosen = probs.gather(1, at)[:, 0]
+                    loss -= _log_probability(chosen, part[span], target[span], chunk).sum()
+                    if need_hidden or need_weight or need_bias:
+                        # d loss / d logits = softmax - onehot
+                        probs.scatter_add_(1, at, minus_one.expand_as(at))
+                        if need_bias:
+                            grad_bias += probs.sum(0)
+                        chunk.put_back(span, probs)
+                grad = chunk.logits[: part.size(0)]
                 if need_hidden:
-                    torch.mm(grad, w, out=grad_hidden[start : start + rows])
+                    torch.mm(grad, w, out=grad_hidden[here])
                 if need_weight:
                     grad_weight.add(grad, part)
         ctx.grads = (
@@ -190,28 +231,29 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, temperature, entropy, rows):
-        count, vocabulary = hidden.size(0), weight.size(0)
-        dtype = _compute_dtype(hidden)
+        count, dtype = hidden.size(0), _compute_dtype(hidden)
         logprob = torch.empty(count, device=hidden.device, dtype=torch.float32)
         spread = torch.empty_like(logprob) if entropy else None
-        lse = torch.empty_like(logprob)
+        lse = torch.empty_like(logprob) if entropy else None
         with _no_autocast(hidden.device):
             x, w = hidden.to(dtype), weight.to(dtype)
-            buffer = torch.empty(min(rows, count), vocabulary, device=x.device, dtype=torch.float32)
-            scratch = torch.empty_like(buffer) if entropy else None
+            chunk = _Chunk(min(rows, count), w, bias, scratch=entropy)
             for start in range(0, count, rows):
-                span = slice(start, start + rows)
-                logits = _logits(x[span], w, bias, buffer)
-                if temperature != 1.0:
-                    logits.div_(temperature)
-                picked = logits.gather(1, labels[span, None])[:, 0]
-                if entropy:
-                    probs = scratch[: logits.size(0)]
-                    lse[span] = _softmax(logits, out=probs)
-                    spread[span] = lse[span] - probs.mul_(logits).sum(-1)  # H = logsumexp - sum p z
-                else:
-                    lse[span] = _softmax(logits, out=logits)
-                logprob[span] = picked - lse[span]
+                part = x[start : start + rows]
+                for span, logits in chunk.pieces(part):
+                    here = slice(start + span.start, start + span.stop)
+                    if temperature != 1.0:
+                        logits.div_(temperature)
+                    at = labels[here, None]
+                    probs = chunk.scratch[: logits.size(0)] if entropy else logits
+                    picked = logits.gather(1, at)[:, 0]
+                    torch.softmax(logits, -1, out=probs)
+                    chosen = probs.gather(1, at)[:, 0]
+                    log = _log_probability(chosen, part[span], labels[here], chunk, temperature)
+                    logprob[here] = log
+                    if entropy:
+                        lse[here] = picked - log
+                        spread[here] = lse[here] - probs.mul_(logits).sum(-1)  # H = logsumexp - sum p z
         ctx.save_for_backward(hidden, weight, bias, labels, lse, spread)
         ctx.temperature, ctx.rows, ctx.dtype = temperature, rows, dtype
         ctx.set_materialize_grads(False)
@@ -224,43 +266,43 @@ class _LinearLogprobs(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if grad_logprob is None and grad_entropy is None:
             return (None,) * 7
-        count, vocabulary = hidden.size(0), weight.size(0)
+        count, rows = hidden.size(0), ctx.rows
         with _no_autocast(hidden.device):
             x, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
             grad_hidden = torch.empty_like(x) if need_hidden else None
-            grad_weight = _WeightGradient(weight) if need_weight else None
-            grad_bias = torch.zeros(vocabulary, device=x.device, dtype=torch.float32) if need_bias else None
-            buffer = torch.empty(min(ctx.rows, count), vocabulary, device=x.device, dtype=torch.float32)
-            scratch = torch.empty_like(buffer) if grad_entropy is not None else None
-            for start in range(0, count, ctx.rows):
-                span = slice(start, start + ctx.rows)
-                logits = _logits(x[span], w, bias, buffer)
-                if ctx.temperature != 1.0:
-                    logits.div_(ctx.temperature)
-                target = labels[span, None]
-                # d logprob / d z = onehot - p;   d entropy / d z = -p (z - lse + H)
-                if grad_entropy is None:
-                    torch.softmax(logits, -1, out=logits)
-                    logits.mul_(-grad_logprob[span, None])
-                else:
-                    probs = torch.softmax(logits, -1, out=scratch[: logits.size(0)])
-                    slope = grad_entropy[span, None]
-                    # coefficient of -p: grad_entropy * (z - lse + H) + grad_logprob
-                    offset = (spread[span] - lse[span])[:, None] * slope
+            grad_weight = _WeightGradient() if need_weight else None
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+            chunk = _Chunk(min(rows, count), w, bias, scratch=grad_entropy is not None)
+            for start in range(0, count, rows):
+                part = x[start : start + rows]
+                for span, logits in chunk.pieces(part):
+                    here = slice(start + span.start, start + span.stop)
+                    if ctx.temperature != 1.0:
+                        logits.div_(ctx.temperature)
+                    # d logprob / d z = onehot - p;   d entropy / d z = -p (z - lse + H)
+                    if grad_entropy is None:
+                        torch.softmax(logits, -1, out=logits)
+                        logits.mul_(-grad_logprob[here, None])
+                    else:
+                        probs = chunk.scratch[: logits.size(0)]
+                        torch.softmax(logits, -1, out=probs)
+                        slope = -grad_entropy[here, None]
+                        offset = (spread[here] - lse[here])[:, None] * slope
+                        if grad_logprob is not None:
+                            offset = offset - grad_logprob[here, None]
+                        logits.mul_(slope).add_(offset).mul_(probs)
                     if grad_logprob is not None:
-                        offset = offset + grad_logprob[span, None]
-                    logits.mul_(slope).add_(offset).mul_(probs).neg_()
-                if grad_logprob is not None:
-                    logits.scatter_add_(1, target, grad_logprob[span, None])
-                if ctx.temperature != 1.0:
-                    logits.div_(ctx.temperature)
-                if need_bias:
-                    grad_bias += logits.sum(0)
-                grad = logits.to(ctx.dtype)
+                        logits.scatter_add_(1, labels[here, None], grad_logprob[here, None])
+                    if ctx.temperature != 1.0:
+                        logits.div_(ctx.temperature)
+                    if need_bias:
+                        grad_bias += logits.sum(0)
+                    chunk.put_back(span, logits)
+                grad = chunk.logits[: part.size(0)]
                 if need_hidden:
-                    torch.mm(grad, w, out=grad_hidden[span])
+                    torch.mm(grad, w, out=grad_hidden[start : start + rows])
                 if need_weight:
-                    grad_weight.add(grad, x[span])
+                    grad_weight.add(grad, part)
         return (
             grad_hidden.to(hidden.dtype) if need_hidden else None,
             grad_weight.total.to(weight.dtype) if need_weight else None,
