@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipelines.kernels import linear_cross_entropy, linear_logprobs
+from pipelines.kernels import bf16_pays, linear_cross_entropy, linear_logprobs
 
 N, H, V = 23, 12, 37
 
@@ -36,6 +36,14 @@ def test_cross_entropy_equals_torch(bias, reduction, rows):
     theirs = F.cross_entropy(F.linear(hidden, weight, b), labels, reduction=reduction)
     assert_close([ours], [theirs])
     assert_close(grads(3.0 * ours, hidden, weight, b), grads(3.0 * theirs, hidden, weight, b))
+
+
+@pytest.mark.parametrize("divisor", [5, 0.25, torch.tensor(12)])
+def test_divisor_replaces_the_count(divisor):
+    hidden, weight, b, labels = tensors()
+    ours = linear_cross_entropy(hidden, weight, labels, b, divisor=divisor, rows=7)
+    theirs = F.cross_entropy(F.linear(hidden, weight, b), labels, reduction="sum") / divisor
+    assert_close([ours, *grads(ours, hidden, weight, b)], [theirs, *grads(theirs, hidden, weight, b)])
 
 
 def test_cross_entropy_batched_shape_and_other_ignore_index():
@@ -125,6 +133,15 @@ def test_tied_weights():
         return loss.detach(), table.weight.grad
 
     assert_close(run(linear_cross_entropy), run(lambda h, w, y: F.cross_entropy(h @ w.T, y)))
+
+
+def test_bf16_pays_answers_as_timed(monkeypatch):
+    assert bf16_pays() in (True, False)
+    clock = iter([0, 1] * 3 + [0, 2] * 3)  # float32 one second, bfloat16 two
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    assert bf16_pays() is False
+    clock = iter([0, 2] * 3 + [0, 1] * 3)
+    assert bf16_pays() is True
 
 
 def test_misuse_is_told():

@@ -255,6 +255,43 @@ def test_peft_is_packed_and_fused():
     }
 
 
+def _ddp_worker(rank, folder):
+    """One of two processes; rank 1's second batch has no targets at all."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = build("gpt2")
+    fast_model(model)
+    enable_packed_attention(model)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    for step, batch in enumerate(_ddp_batches(rank)):
+        model.zero_grad()
+        packed_loss(wrapped, batch, num_items=10).backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        torch.save(grads, f"{folder}/grads-{step}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _ddp_batches(rank):
+    seqs = sequences([9, 5, 12], seed=rank)
+    silent = [[IGNORE] * len(s) for s in seqs]
+    return [pack(seqs), pack(seqs, silent if rank else None)]
+
+
+@pytest.mark.slow
+def test_ddp_averages_the_gradients(tmp_path):
+    torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
+    for step in range(2):
+        model = build("gpt2")
+        enable_packed_attention(model)
+        sum(packed_loss(model, _ddp_batches(rank)[step], num_items=20) for rank in range(2)).backward()
+        for rank in range(2):
+            got = torch.load(tmp_path / f"grads-{step}-{rank}.pt", weights_only=True)
+            for name, p in model.named_parameters():
+                torch.testing.assert_close(got[name], p.grad, atol=1e-6, rtol=1e-4)
+
+
 def test_tied_weights_train_and_save(tmp_path):
     model, seqs = build("gpt2"), sequences([30, 20, 10])
     fast_model(model)
