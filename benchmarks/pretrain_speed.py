@@ -38,6 +38,8 @@ CANDIDATES = {  # name: (what runs, in the fast environment)
     "nanoGPT compiled": ("nanogpt", False),
     "nanoGPT compiled, fast env": ("nanogpt", True),
     "ours": ("ours", True),
+    "ours, torch_compile": ("ours_compiled", True),
+    "ours, always fp32": ("ours_fp32", True),
 }
 
 
@@ -201,7 +203,7 @@ def run_trainer(size: str, precision: str, kind: str) -> None:
             labels[:, 0] = -100  # or Trainer counts it as a target and reports a loss too low by 1/context
         return {"input_ids": ids, "labels": labels}
 
-    if kind == "ours":
+    if kind.startswith("ours"):
         from pipelines.kernels import fast_model
 
         fast_model(model)
@@ -229,7 +231,8 @@ def run_trainer(size: str, precision: str, kind: str) -> None:
             output_dir=folder,
             max_steps=10**6,
             per_device_train_batch_size=rows,
-            bf16=precision == "bf16",
+            bf16=precision == "bf16" and kind != "ours_fp32",
+            torch_compile=kind == "ours_compiled",
             use_cpu=True,
             learning_rate=1e-3,
             lr_scheduler_type="constant",
@@ -401,6 +404,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=4, help="unmeasured steps before")
     parser.add_argument("--per-turn", type=int, default=3, help="steps before the next candidate's turn")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--compile", action="store_true", help="also ours with torch_compile (a slow start)")
     parser.add_argument("--only", help="comma-separated parts of candidates' names (the first is the base)")
     parser.add_argument("--nanogpt", metavar="PATH", help="a clone of nanoGPT to take its model from")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
@@ -412,9 +416,10 @@ def main() -> None:
             return run_nanogpt(args.size, precision, args.nanogpt)
         return run_trainer(args.size, precision, kind)
 
-    names = [
-        n for n in CANDIDATES if not args.only or n == "ours" or any(p in n for p in args.only.split(","))
-    ]
+    wanted = args.only.split(",") if args.only else [""]
+    names = [name for name in CANDIDATES if name == "ours" or any(part in name for part in wanted)]
+    if not args.compile:
+        names.remove("ours, torch_compile")
     *_, rows, context = SIZES[args.size]
     print(
         f"{args.size}: {rows} x {context} tokens a step, {args.threads} threads, median of {args.steps} steps"
@@ -423,7 +428,8 @@ def main() -> None:
     results = {}
     for precision in args.precision or ["fp32", "bf16"]:
         candidates = []
-        for name in names:
+        # what a machine without bf16 arithmetic should do instead
+        for name in names if precision == "bf16" else [n for n in names if n != "ours, always fp32"]:
             kind, fast = CANDIDATES[name]
             command = [sys.executable, __file__, "--size", args.size, "--child", f"{kind}:{precision}"]
             command += ["--nanogpt", args.nanogpt] if args.nanogpt else []
