@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from pipelines.ppo.config import PPOConfig
-from pipelines.ppo.trainer import PPOTrainer, TrainingDiverged
+from pipelines.ppo.trainer import PPOTrainer
+from pipelines.training import NotFinite
 
 WORDS, EOS, PAD, GOAL = 30, 30, 31, 3
 
@@ -69,7 +70,9 @@ def count_goal(prompts, completions, completion_ids, **columns):
     return [sum(token == GOAL for token in ids) / len(ids) for ids in completion_ids]
 
 
-def make(folder, *, reward_funcs=count_goal, callbacks=None, data=None, eval_data=None, models=None, **settings):
+def make(
+    folder, *, reward_funcs=count_goal, callbacks=None, data=None, eval_data=None, models=None, **settings
+):
     defaults = dict(
         output_dir=str(folder),
         use_cpu=True,
@@ -99,14 +102,19 @@ def make(folder, *, reward_funcs=count_goal, callbacks=None, data=None, eval_dat
 
 
 def weights(trainer):
-    return {name: w.detach().clone() for name, w in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
+    return {
+        name: w.detach().clone()
+        for name, w in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    }
 
 
 def assert_same_weights(one, other, **tolerance):
     assert one.keys() == other.keys()
     for name in one:
         if tolerance:
-            torch.testing.assert_close(one[name], other[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+            torch.testing.assert_close(
+                one[name], other[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance
+            )
         else:
             assert torch.equal(one[name], other[name]), name
 
@@ -176,7 +184,9 @@ def test_gradient_accumulation_changes_nothing(tmp_path):
     for rows, steps in ((16, 1), (4, 4), (3, 0)):
         if steps == 0:
             continue
-        trainer = make(tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps, optim="sgd")
+        trainer = make(
+            tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps, optim="sgd"
+        )
         trainer.train()
         results.append(weights(trainer))
     assert_same_weights(*results, atol=1e-6, rtol=1e-5)
@@ -261,7 +271,9 @@ def test_reward_model_scores_the_last_real_token(tmp_path, own_tokenizer):
             hidden = reward_model.transformer(torch.tensor([ids])).last_hidden_state
         if PAD not in ids:
             torch.testing.assert_close(alone.logits[0, 0], rollouts.scores[i], atol=1e-5, rtol=0)
-        torch.testing.assert_close(reward_model.score(hidden[0, -1])[0], rollouts.scores[i], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            reward_model.score(hidden[0, -1])[0], rollouts.scores[i], atol=1e-5, rtol=0
+        )
 
 
 def test_rollout_numbers_equal_plain_forwards(tmp_path):
@@ -310,7 +322,7 @@ def test_nan_stops_with_step_and_prompts(tmp_path):
     def sometimes_nan(prompts, completions, number, **_):
         return [math.nan if n == 5 else float(n) for n in number]
 
-    with pytest.raises(TrainingDiverged, match=r"sometimes_nan returned nan in update \d.*rows \[5\].*'w5"):
+    with pytest.raises(NotFinite, match=r"sometimes_nan returned nan in update \d.*rows \[5\].*'w5"):
         make(tmp_path, reward_funcs=sometimes_nan, max_steps=8).train()
 
     class Break(TrainerCallback):
@@ -318,7 +330,7 @@ def test_nan_stops_with_step_and_prompts(tmp_path):
             with torch.no_grad():
                 model.critic.score.weight.fill_(math.nan)
 
-    with pytest.raises(TrainingDiverged, match=r"gradient is not finite in update 2"):
+    with pytest.raises(NotFinite, match=r"gradient is not finite in update 2"):
         make(tmp_path, callbacks=[Break()]).train()
 
 
@@ -375,7 +387,10 @@ RESUME = dict(
 def test_resume_is_bit_identical(tmp_path):
     whole = make(tmp_path / "whole", **RESUME)
     whole.train()
-    assert sorted(p.name for p in (tmp_path / "whole").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert sorted(p.name for p in (tmp_path / "whole").glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-6",
+    ]
 
     torch.manual_seed(123)  # whatever the process did before must not matter
     interrupted = make(tmp_path / "parts", callbacks=[StopAt(2)], **RESUME)
@@ -437,8 +452,12 @@ def test_evaluation(tmp_path):
 
 
 def test_best_model_respects_the_kl_cap(tmp_path):
-    settings = dict(eval_data=prompts(16), eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
-    settings |= dict(load_best_model_at_end=True, metric_for_best_model="score", max_steps=6, learning_rate=3e-3)
+    settings = dict(
+        eval_data=prompts(16), eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1
+    )
+    settings |= dict(
+        load_best_model_at_end=True, metric_for_best_model="score", max_steps=6, learning_rate=3e-3
+    )
     free = make(tmp_path / "free", **settings)
     free.train()
     evaluations = {row["step"]: row for row in free.state.log_history if "eval_score" in row}
@@ -457,7 +476,9 @@ def test_callbacks_hear_everything(tmp_path):
     class Listener(TrainerCallback):
         def __getattribute__(self, name):
             if name.startswith("on_"):
-                return lambda args, state, control, **kwargs: heard.append((name, state.global_step)) or control
+                return lambda args, state, control, **kwargs: (
+                    heard.append((name, state.global_step)) or control
+                )
             return super().__getattribute__(name)
 
     trainer = make(
@@ -518,7 +539,9 @@ def test_two_processes_update_like_one(tmp_path):
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     for world in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if world == 2 else []
+        launch = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if world == 2 else []
+        )
         folder = tmp_path / str(world)
         command = [sys.executable, *launch, __file__, str(folder)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

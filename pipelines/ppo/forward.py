@@ -1,40 +1,22 @@
-"""The forwards that PPO needs: log-probs, entropies and values of response tokens, and scores of whole answers.
+"""The forwards that PPO needs: log-probs, entropies and values of answer tokens, and scores of whole answers.
 
-Heads are applied at response positions only, so no logits over the vocabulary exist for prompts or padding.
+Sequences of a batch are laid end to end in one row (`pipelines.packing`) where the architecture can, and
+right-padded where it cannot. Heads are applied to answer positions only and logits are never kept
+(`pipelines.kernels`), so nothing of the vocabulary's size exists for prompts or padding.
 """
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
 
+from pipelines.kernels import linear_logprobs
+from pipelines.packing import enable_packed_attention, pack
 
-def collate(sequences: list[tuple[list[int], list[int]]], device) -> dict[str, Tensor]:
-    """(prompt ids, response ids) pairs as one right-padded batch.
-
-    `input_ids`, `attention_mask`, `position_ids`: (b, L). `states` (N,): where, in the flattened (b·L), the
-    state before each response token is; `labels` (N,): that token. N counts all response tokens, row after
-    row.
-    """
-    width = max(len(p) + len(r) for p, r in sequences)
-    ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    states, labels = [], []
-    for row, (prompt, response) in enumerate(sequences):
-        n = len(prompt) + len(response)
-        ids[row, :n] = torch.tensor(prompt + response)
-        mask[row, :n] = 1
-        first = row * width + len(prompt) - 1
-        states += range(first, first + len(response))
-        labels += response
-    batch = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": torch.arange(width).expand_as(ids),
-        "states": torch.tensor(states),
-        "labels": torch.tensor(labels),
-    }
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+logger = logging.getLogger(__name__)
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -42,31 +24,130 @@ def plain_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def states_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Last hidden states (N, H) before each response token."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    hidden = plain_model(model).base_model(**inputs, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[batch["states"]]
+def make_ready(model: nn.Module) -> bool:
+    """Dropout off, fast GELU, and packing where the architecture can; returns whether it can. In place.
 
-
-def token_logprobs(
-    model: nn.Module, batch: dict[str, Tensor], temperature: float, grad_entropy: bool = False
-):
-    """Log-probs (N,) of the response tokens under softmax(logits / temperature), and that distribution's entropies (N,).
-
-    The entropy carries gradients only with `grad_entropy`.
+    Neither changes what the model computes (GELU to rounding) nor what is saved of it.
     """
-    logits = plain_model(model).get_output_embeddings()(states_of(model, batch)).float() / temperature
-    log_total = torch.logsumexp(logits, -1)
-    logprobs = logits.gather(-1, batch["labels"][:, None]).squeeze(-1) - log_total
-    with torch.set_grad_enabled(grad_entropy and torch.is_grad_enabled()):
-        entropies = log_total - (torch.exp(logits - log_total[:, None]) * logits).sum(-1)
-    return logprobs, entropies
+    disable_dropout(model)
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:  # five passes over memory where one kernel does
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    try:
+        enable_packed_attention(model)
+    except ValueError as reason:
+        logger.warning("%s PPO pads its batches instead.", str(reason).partition(" Set `packing")[0])
+        return False
+    return True
 
 
-def token_values(critic: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The critic's value (N,) of the state before each response token."""
+def disable_dropout(model: nn.Module) -> None:
+    """Turn every dropout off, also those that attention modules hold as a number; the config keeps its values.
+
+    With dropout the log-prob of a token differs from forward to forward, and the ratio of an unchanged policy
+    from 1.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def lay_out(sequences: list[list[int]], packed: bool, device) -> tuple[dict, Tensor]:
+    """Model inputs for token sequences, and where each begins in the flattened hidden states.
+
+    Returns `(inputs, starts)`: keyword arguments of a backbone, packed (1, tokens) or right-padded (b, longest),
+    and int64 (b,) on the CPU.
+    """
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    if packed:
+        inputs = pack(sequences)
+        del inputs["labels"]
+        starts = lengths.cumsum(0) - lengths
+    else:
+        width = int(lengths.max())
+        ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+        position_ids = torch.arange(width).expand_as(ids)
+        mask = (position_ids < lengths[:, None]).long()
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+        starts = torch.arange(len(sequences)) * width
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return inputs | {"use_cache": False}, starts
+
+
+def collate(answers: list[tuple[list[int], list[int]]], packed: bool, device) -> dict:
+    """One batch of (prompt ids, answer ids) pairs.
+
+    `inputs`: see `lay_out`. `states` (N,): where in the flattened hidden states the state before each answer token
+    is; `labels` (N,): that token. N counts all answer tokens, answer after answer.
+    """
+    inputs, starts = lay_out([prompt + answer for prompt, answer in answers], packed, device)
+    states = [
+        torch.arange(start + len(prompt) - 1, start + len(prompt) + len(answer) - 1)
+        for start, (prompt, answer) in zip(starts.tolist(), answers, strict=True)
+    ]
+    labels = torch.tensor([token for _, answer in answers for token in answer])
+    return {"inputs": inputs, "states": torch.cat(states).to(device), "labels": labels.to(device)}
+
+
+def states_of(model: nn.Module, batch: dict) -> Tensor:
+    """Last hidden states (N, H) before each answer token."""
+    return plain_model(model).base_model(**batch["inputs"]).last_hidden_state.flatten(0, 1)[batch["states"]]
+
+
+def token_logprobs(model: nn.Module, batch: dict, temperature: float, entropy: bool = False):
+    """Log-probs (N,) of the answer tokens under softmax(logits / temperature), and that distribution's entropies.
+
+    Entropies (N,) only where asked for, else None. Both float32, differentiable.
+    """
+    model = plain_model(model)
+    if has_plain_head(model):
+        head = model.get_output_embeddings()
+        hidden, bias = states_of(model, batch), getattr(head, "bias", None)
+        return linear_logprobs(hidden, head.weight, batch["labels"], bias, temperature, entropy)
+    logits = model(**batch["inputs"]).logits.flatten(0, 1)[batch["states"]].float() / temperature
+    every = logits.log_softmax(-1)
+    logprobs = every.gather(-1, batch["labels"][:, None]).squeeze(-1)
+    return logprobs, -(every.exp() * every).sum(-1) if entropy else None
+
+
+@torch.no_grad()
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether logits are just the output embedding applied to the last hidden state (no soft-capping, scaling …).
+
+    Found out once per model on four tokens, whatever its config says.
+    """
+    if not hasattr(model, "_has_plain_head"):
+        head = model.get_output_embeddings()
+        ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+        near = torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
+        model._has_plain_head = type(head) is nn.Linear and near
+    return model._has_plain_head
+
+
+def token_values(critic: nn.Module, batch: dict) -> Tensor:
+    """The critic's value (N,), float32, of the state before each answer token."""
     return plain_model(critic).score(states_of(critic, batch)).squeeze(-1).float()
+
+
+@torch.no_grad()
+def sequence_scores(model: nn.Module, sequences: list[list[int]], packed: bool, device) -> Tensor:
+    """Scores (b,) of a one-label sequence classifier, read at the last real token of each sequence."""
+    inputs, starts = lay_out(sequences, packed, device)
+    if not hasattr(model, "score"):  # an encoder (BERT …): its own head knows where to look
+        return (
+            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float()
+        )
+    last = starts + torch.tensor([len(ids) for ids in sequences]) - 1
+    hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+    return model.score(hidden[last.to(device)])[:, 0].float()
 
 
 class PolicyAndCritic(nn.Module):
@@ -79,45 +160,9 @@ class PolicyAndCritic(nn.Module):
         self.policy, self.critic = policy, critic
         self.config = policy.config  # what the Trainer, DeepSpeed and callbacks look at
 
-    def forward(self, batch: dict[str, Tensor], temperature: float, grad_entropy: bool = False):
-        """`(logprobs, entropies, values)`, each (N,) float32."""
-        return *token_logprobs(self.policy, batch, temperature, grad_entropy), token_values(
-            self.critic, batch
-        )
-
-
-@torch.no_grad()
-def sequence_scores(model: nn.Module, sequences: list[list[int]], device) -> Tensor:
-    """Scores (b,) of a one-label sequence classifier for token sequences, read at the last real token of each."""
-    ids, mask, _ = right_padded(sequences, device)
-    if not hasattr(model, "score"):  # an encoder (BERT …): its own head knows where to look
-        return model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
-    position_ids = torch.arange(ids.shape[1], device=device).expand_as(ids)
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
-    last = hidden.last_hidden_state[torch.arange(len(ids), device=device), mask.sum(1) - 1]
-    return model.score(last)[:, 0].float()
-
-
-def right_padded(sequences: list[list[int]], device) -> tuple[Tensor, Tensor, int]:
-    """Ids and attention mask (b, longest), both int64, padding on the right; and the longest length."""
-    width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    return ids.to(device), mask.to(device), width
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Turn every dropout off, also those that attention modules hold as a number; the config keeps its values.
-
-    With dropout the log-prob of one token differs from forward to forward, and the ratio of an unchanged
-    policy from 1.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+    def forward(
+        self, batch: dict, temperature: float = 1.0, entropy: bool = False, values_only: bool = False
+    ):
+        """`(logprobs, entropies or None, values)`, each (N,) float32; or the values alone."""
+        values = token_values(self.critic, batch)
+        return values if values_only else (*token_logprobs(self.policy, batch, temperature, entropy), values)

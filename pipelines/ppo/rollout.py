@@ -7,10 +7,13 @@ prompts beside it in the batch, nor on how many processes share the work, nor on
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import Cache, DynamicLayer
 
 BLOCK = 128  # the vocabulary is summed in blocks of this many tokens before the cumulative sum
 
@@ -45,7 +48,8 @@ def generate(
             [np.random.default_rng(seeds[i]).random(max_new_tokens, np.float32) for i in rows]
         )
         draw = Sampler(torch.from_numpy(uniforms), temperature, top_k, top_p)
-        tokens, logps = _hf_generate(model, [prompts[i] for i in rows], max_new_tokens, eos_token_ids, draw)
+        decode = lean_decode if can_decode_lean(model) else hf_decode
+        tokens, logps = decode(model, [prompts[i] for i in rows], max_new_tokens, eos_token_ids, draw)
         for i, ids, logp in zip(rows, tokens.tolist(), logps):
             n = next((t + 1 for t, token in enumerate(ids) if token in eos_token_ids), len(ids))
             responses[i], logprobs[i] = ids[:n], logp[:n].clone()
@@ -62,13 +66,10 @@ class Sampler:
         self, logits: Tensor, step: int, rows: Tensor | slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
         """Tokens (b,) and their log-probs (b,) from logits (b, V) of the batch's `rows` at `step`."""
-        logits = logits.float() / self.temperature
-        top = logits.max(-1, keepdim=True).values
-        weights = torch.exp(logits - top)  # (b, V), unnormalised probabilities
-        log_total = top.squeeze(-1) + weights.sum(-1).log()
-        kept = truncate(weights, self.top_k, self.top_p)
+        probabilities = torch.softmax(logits.float() / self.temperature, -1)
+        kept = truncate(probabilities, self.top_k, self.top_p)
         tokens = inverse_cdf(kept, self.uniforms[rows, step].to(kept.device))
-        return tokens, logits.gather(-1, tokens[:, None]).squeeze(-1) - log_total
+        return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
@@ -107,7 +108,90 @@ def truncate(weights: Tensor, top_k: int, top_p: float) -> Tensor:
     return weights
 
 
-def _hf_generate(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sampler) -> tuple[Tensor, Tensor]:
+def can_decode_lean(model) -> bool:
+    """Whether `lean_decode` works for this architecture: attention over an ordinary KV cache in every layer."""
+    config = model.config.get_text_config()
+    parameters = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+    layers = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    return (
+        not config.is_encoder_decoder
+        and not getattr(model, "_is_stateful", False)
+        and not layers
+        and {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"} <= parameters.keys()
+    )
+
+
+def lean_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sampler) -> tuple[Tensor, Tensor]:
+    """Tokens and log-probs (b, T), both CPU; what follows an EOS is arbitrary.
+
+    What `generate` of transformers does, less what costs: keys and values are written into buffers that never grow,
+    rows that have ended are dropped as soon as they are a quarter of the batch, and nothing but the last logits is
+    computed.
+    """
+    device, room = model.device, max(map(len, prompts)) + max_new_tokens
+    ids, mask = left_padded(prompts, device)
+    position = mask.cumsum(1).sub(1).clamp(min=0)
+    mask = torch.cat([mask, mask.new_ones(len(ids), max_new_tokens)], 1)
+    cache = Cache(layers=[KVBuffer(room) for _ in range(model.config.get_text_config().num_hidden_layers)])
+    ends = torch.tensor(list(eos_token_ids), device=device)
+    tokens = torch.zeros(len(ids), max_new_tokens, dtype=torch.int64, device=device)
+    logprobs = torch.zeros(len(ids), max_new_tokens, device=device)
+    rows = torch.arange(len(ids), device=device)  # which row of the batch each row still decoding is
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
+    for step in range(max_new_tokens):
+        seen = room - max_new_tokens + step
+        output = model(
+            input_ids=ids,
+            attention_mask=mask[:, :seen],
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        chosen, logprob = draw(output.logits[:, -1], step, rows)
+        tokens[rows, step], logprobs[rows, step] = chosen, logprob
+        ended |= torch.isin(chosen, ends)
+        gone = int(ended.sum())
+        if gone == len(rows):
+            break
+        ids, position = chosen[:, None], position[:, -1:] + 1
+        if gone * 4 >= len(rows):
+            left = (~ended).nonzero().squeeze(1)
+            cache.batch_select_indices(left)
+            ids, position, mask, rows, ended = (x[left] for x in (ids, position, mask, rows, ended))
+    return tokens.cpu(), logprobs.cpu()
+
+
+class KVBuffer(DynamicLayer):
+    """Keys and values of one layer in buffers of a fixed size: appending writes in place, where others copy it all."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.used, self.buffers = room, 0, None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append (b, heads, new, d) each; returns all so far as views of the buffers."""
+        if self.buffers is None:
+            self.buffers = [
+                x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states)
+            ]
+            self.is_initialized = True
+        begin, self.used = self.used, self.used + key_states.shape[2]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, begin : self.used] = new
+        return tuple(buffer[:, :, : self.used] for buffer in self.buffers)
+
+    def get_seq_length(self) -> int:
+        return self.used
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows (ascending), moved to the front of the same buffers."""
+        for i, buffer in enumerate(self.buffers):
+            buffer[: len(indices), :, : self.used] = buffer[indices, :, : self.used]
+            self.buffers[i] = buffer[: len(indices)]
+
+
+def hf_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sampler) -> tuple[Tensor, Tensor]:
     """Tokens and log-probs (b, T), both CPU, by transformers' own `generate`: for any architecture it can decode."""
     ids, mask = left_padded(prompts, model.device)
     chooser = _Chooser(draw)

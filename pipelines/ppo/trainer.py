@@ -34,20 +34,17 @@ from pipelines.ppo.config import PPOConfig
 from pipelines.ppo.forward import (
     PolicyAndCritic,
     collate,
-    disable_dropout,
+    make_ready,
     plain_model,
     sequence_scores,
     token_logprobs,
 )
 from pipelines.ppo.rollout import generate
+from pipelines.training import NotFinite
 
 STATE = "ppo_state.json"
 SAMPLES = "samples.jsonl"
 TRAIN, EVAL = 0, 1  # which random streams an answer is sampled from
-
-
-class TrainingDiverged(RuntimeError):
-    """NaN or infinity where a number is needed; says at which update and in which prompts."""
 
 
 @dataclass
@@ -113,8 +110,11 @@ class PPOTrainer(_BaseTrainer):
         self.with_adapters = hasattr(model, "disable_adapter")
         if ref_model is None and not self.with_adapters:
             ref_model = copy.deepcopy(model)
-        for module in (model, value_model):
-            disable_dropout(module)
+        together = [model, value_model] if ref_model is None else [model, value_model, ref_model]
+        self.packed = all([make_ready(module) for module in together])
+        self.reward_packed = [
+            isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f) for f in reward_funcs
+        ]
         super().__init__(
             model=PolicyAndCritic(model, value_model),
             args=args,
@@ -225,7 +225,7 @@ class PPOTrainer(_BaseTrainer):
             unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
             self.accelerator.autocast(),
         ):
-            responses, _ = generate(
+            responses, logprobs = generate(
                 model.policy,
                 my_prompts,
                 max_new_tokens=args.response_length,
@@ -241,16 +241,13 @@ class PPOTrainer(_BaseTrainer):
         began = time.perf_counter()
         answers = list(zip(my_prompts, responses))
         per_token: list = [None] * share  # (3, length): log-probs of policy and reference, values
-        for chunk in _chunks(
-            sorted(range(share), key=lambda i: sum(map(len, answers[i]))),
-            args.local_rollout_forward_batch_size,
-        ):
-            batch = collate([answers[i] for i in chunk], device)
-            logprobs, _, values = self.model_wrapped(batch, args.temperature)
+        for chunk in _chunks(_by_length(answers), args.local_rollout_forward_batch_size):
+            batch = collate([answers[i] for i in chunk], self.packed, device)
+            values = self.model_wrapped(batch, values_only=True)
             with self._reference() as reference, self.accelerator.autocast():
                 ref_logprobs, _ = token_logprobs(reference, batch, args.temperature)
-            columns = torch.stack([logprobs, ref_logprobs, values]).float().cpu()
-            for i, part in zip(chunk, columns.split([len(responses[i]) for i in chunk], dim=1)):
+            columns = torch.stack([torch.cat([logprobs[i] for i in chunk]), ref_logprobs.cpu(), values.cpu()])
+            for i, part in zip(chunk, columns.split([len(responses[i]) for i in chunk], dim=1), strict=True):
                 per_token[i] = part
         rewards = self._rewards(dataset, my_rows, my_prompts, responses)  # (share, functions)
         seconds["score"] = time.perf_counter() - began
@@ -305,11 +302,13 @@ class PPOTrainer(_BaseTrainer):
                     sequences.append(
                         prompt_ids + answer_ids[: None if response[-1] in self.eos_token_ids else -1]
                     )
-            order = sorted(range(len(rows)), key=lambda i: len(sequences[i]))
-            for chunk in _chunks(order, self.args.local_rollout_forward_batch_size):
+            for chunk in _chunks(
+                _by_length([(ids,) for ids in sequences]), self.args.local_rollout_forward_batch_size
+            ):
                 with self.accelerator.autocast():
+                    packed = self.reward_packed[column]
                     out[chunk, column] = sequence_scores(
-                        function, [sequences[i] for i in chunk], device
+                        function, [sequences[i] for i in chunk], packed, device
                     ).cpu()
         return out
 
@@ -317,7 +316,7 @@ class PPOTrainer(_BaseTrainer):
 
     def _update(self, rollouts: Rollouts) -> dict[str, float]:
         """All optimizer steps on one batch of rollouts; returns the update's metrics."""
-        args, accelerator, mask = self.args, self.accelerator, rollouts.mask
+        args, mask = self.args, rollouts.mask
         began = time.perf_counter()
         scores = self._training_scores(rollouts)
         kl = algorithm.kl_estimate(rollouts.logprobs, rollouts.ref_logprobs, args.kl_estimator)
@@ -328,107 +327,113 @@ class PPOTrainer(_BaseTrainer):
         advantages, returns = algorithm.gae(rewards, rollouts.values, mask, args.gamma, args.lam)
         advantages = algorithm.whiten(advantages, mask)
 
-        policy_weight = 0.0 if self.state.global_step < args.critic_warmup_steps else 1.0
-        rank, world = accelerator.process_index, accelerator.num_processes
-        lengths = mask.sum(1).tolist()
         statistics, grad_norms, stopped = [], [], False
         for epoch in range(args.num_ppo_epochs):
-            order = np.random.default_rng((args.seed, self.state.global_step, epoch)).permutation(
-                self.batch_size
-            )
-            for minibatch in _chunks(order.tolist(), self.mini_batch_size):
-                minibatch.sort(
-                    key=lambda i: lengths[i] + len(rollouts.prompts[i])
-                )  # so that shares are alike
-                tokens = sum(lengths[i] for i in minibatch)
-                micros = _chunks(minibatch[rank::world], args.per_device_train_batch_size)
-                stats = torch.zeros(len(STATISTICS), device=accelerator.device)
-                for last, micro in zip([*[False] * (len(micros) - 1), True], micros):
-                    chosen = mask[micro]  # (b, T); indexing with it gives the flat (N,) order of `collate`
-                    old_logprobs = rollouts.logprobs[micro][chosen]
-                    batch = collate(
-                        [(rollouts.prompts[i], rollouts.responses[i]) for i in micro], accelerator.device
-                    )
-                    with contextlib.nullcontext() if last else accelerator.no_sync(self.model_wrapped):
-                        logprobs, entropies, values = self.model_wrapped(
-                            batch, args.temperature, args.entropy_coef > 0
-                        )
-                        pg, pg_clipped = algorithm.policy_loss(
-                            logprobs, old_logprobs, advantages[micro][chosen], args.cliprange
-                        )
-                        vf, vf_clipped = algorithm.value_loss(
-                            values,
-                            rollouts.values[micro][chosen],
-                            returns[micro][chosen],
-                            args.cliprange_value,
-                        )
-                        of_policy = pg - args.entropy_coef * entropies
-                        if args.kl_placement == "loss":
-                            ref_logprobs = rollouts.ref_logprobs[micro][chosen]
-                            of_policy = of_policy + kl_coef * algorithm.kl_estimate(
-                                logprobs, ref_logprobs, args.kl_estimator
-                            )
-                        # Mean over the tokens of the global minibatch; DDP averages over ranks, hence × world.
-                        loss = (policy_weight * of_policy + args.vf_coef * vf).sum() / tokens * world
-                        accelerator.backward(loss)
-                    with torch.no_grad():
-                        moved = algorithm.approx_kl(logprobs, old_logprobs)
-                        ratio = torch.exp(logprobs - old_logprobs)
-                        columns = (pg, vf, pg_clipped, vf_clipped, moved, entropies, ratio)
-                        stats += torch.stack([c.detach().float().sum() for c in columns]) / tokens
+            shuffle = np.random.default_rng((args.seed, self.state.global_step, epoch))
+            order = shuffle.permutation(self.batch_size).tolist()
+            for minibatch in _chunks(order, self.mini_batch_size):
+                stats = self._backward(rollouts, advantages, returns, minibatch, first=epoch == 0)
                 if args.max_approx_kl is not None:
-                    moved = accelerator.reduce(stats, "sum")[STATISTICS.index("policy/approxkl_avg")]
+                    moved = self.accelerator.reduce(stats, "sum")[STATISTICS.index("policy/approxkl_avg")]
                     stopped = moved.item() > args.max_approx_kl
                     if stopped:
                         self.model_wrapped.zero_grad()
                         break
-                grad_norm = float(self._clip_grad_norm(self.model_wrapped)) if args.max_grad_norm else 0.0
-                if not args.max_grad_norm:
-                    grad_norm = float(self._get_grad_norm(self.model_wrapped))
+                grad_norm = self._clip_grad_norm(self.model_wrapped) if args.max_grad_norm > 0 else None
+                grad_norm = float(self._get_grad_norm(self.model_wrapped, grad_norm))
                 if not math.isfinite(grad_norm):
-                    raise TrainingDiverged(
-                        self._where("the gradient is not finite", rollouts.rows, minibatch)
-                    )
+                    raise NotFinite(self._where("the gradient is not finite", rollouts.rows, minibatch))
                 self.optimizer.step()
                 self.model_wrapped.zero_grad()
                 statistics.append(stats)
                 grad_norms.append(grad_norm)
             if stopped:
                 break
+        self.kl_controller.update(torch.where(mask, kl, 0.0).sum(1).mean().item(), self.batch_size)
 
-        statistics = (
-            accelerator.reduce(torch.stack(statistics), "sum")
-            if statistics
-            else torch.zeros(1, len(STATISTICS))
-        )
+        seconds = rollouts.seconds | {"update": time.perf_counter() - began}
+        metrics = self._metrics(rollouts, scores, kl, kl_coef, returns, seconds)
+        if statistics:
+            table = self.accelerator.reduce(torch.stack(statistics), "sum")  # (optimizer steps, STATISTICS)
+            metrics |= dict(zip(STATISTICS, table.mean(0).tolist(), strict=True))
+            metrics["val/ratio_var"] = table[:, STATISTICS.index("val/ratio")].var(unbiased=False).item()
+            metrics["policy/entropy_avg"] = table[: args.num_mini_batches, -1].mean().item()
+            metrics["grad_norm"] = sum(grad_norms) / len(grad_norms)
+        return metrics | {"optimizer_steps": len(grad_norms)}
+
+    def _backward(self, rollouts: Rollouts, advantages, returns, minibatch: list[int], first: bool) -> Tensor:
+        """Gradients of the loss of one minibatch (indices into the global batch); returns this share of STATISTICS.
+
+        The loss is the mean over all tokens of the minibatch, however many processes and micro-batches share it.
+        """
+        args, accelerator, mask = self.args, self.accelerator, rollouts.mask
+        rank, world = accelerator.process_index, accelerator.num_processes
+        policy_weight = 0.0 if self.state.global_step < args.critic_warmup_steps else 1.0
+        tokens = int(mask[minibatch].sum())
+        answers = [(rollouts.prompts[i], rollouts.responses[i]) for i in minibatch]
+        mine = [minibatch[i] for i in _by_length(answers)[rank::world]]  # shares of like size
+        micros = _chunks(mine, args.per_device_train_batch_size)
+        stats = torch.zeros(len(STATISTICS), device=accelerator.device)
+        for number, micro in enumerate(micros, 1):
+            chosen = mask[micro]  # (b, T); indexing with it gives the flat order (N,) of `collate`
+            old_logprobs, old_values, ref_logprobs, advantage, target = (
+                x[micro][chosen]
+                for x in (rollouts.logprobs, rollouts.values, rollouts.ref_logprobs, advantages, returns)
+            )
+            batch = collate(
+                [(rollouts.prompts[i], rollouts.responses[i]) for i in micro], self.packed, accelerator.device
+            )
+            with (
+                contextlib.nullcontext() if number == len(micros) else accelerator.no_sync(self.model_wrapped)
+            ):
+                # entropy costs a pass over the vocabulary: without a bonus, the first epoch's is enough to watch
+                logprobs, entropies, values = self.model_wrapped(
+                    batch, args.temperature, entropy=first or args.entropy_coef > 0
+                )
+                pg, pg_clipped = algorithm.policy_loss(logprobs, old_logprobs, advantage, args.cliprange)
+                vf, vf_clipped = algorithm.value_loss(values, old_values, target, args.cliprange_value)
+                of_policy = pg
+                if args.entropy_coef > 0:
+                    of_policy = of_policy - args.entropy_coef * entropies
+                if args.kl_placement == "loss":
+                    kl = algorithm.kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
+                    of_policy = of_policy + self.kl_controller.value * kl
+                loss = (policy_weight * of_policy + args.vf_coef * vf).sum() / tokens
+                accelerator.backward(loss * world)  # DDP averages over the processes
+            with torch.no_grad():
+                moved = algorithm.approx_kl(logprobs, old_logprobs)
+                ratio = torch.exp(logprobs - old_logprobs)
+                entropies = torch.zeros_like(pg) if entropies is None else entropies
+                columns = (pg, vf, pg_clipped, vf_clipped, moved, ratio, entropies)
+                stats += torch.stack([column.detach().float().sum() for column in columns]) / tokens
+        return stats
+
+    def _metrics(
+        self, rollouts: Rollouts, scores, kl, kl_coef: float, returns, seconds: dict
+    ) -> dict[str, float]:
+        """What there is to know of one batch of rollouts, under TRL's names."""
+        mask, responses = rollouts.mask, len(rollouts.responses)
         kl_of_answers = torch.where(mask, kl, 0.0).sum(1).mean().item()
-        self.kl_controller.update(kl_of_answers, self.batch_size)
-        response_tokens = int(mask.sum())
+        tokens = int(mask.sum())
         metrics = {
             "objective/kl": kl_of_answers,
             "objective/entropy": torch.where(mask, -rollouts.logprobs, 0.0).sum(1).mean().item(),
             "objective/non_score_reward": -kl_coef * kl_of_answers,
             "objective/rlhf_reward": scores.mean().item() - kl_coef * kl_of_answers,
             "objective/scores": scores.mean().item(),
-            "objective/scores_std": scores.std().item() if len(scores) > 1 else 0.0,
-            **dict(zip(STATISTICS, statistics.mean(0).tolist())),
-            "val/ratio_var": statistics[:, -1].var().item() if len(statistics) > 1 else 0.0,
+            "objective/scores_std": scores.std(unbiased=False).item(),
             "val/explained_variance": algorithm.explained_variance(rollouts.values, returns, mask).item(),
             "val/num_eos_tokens": int(rollouts.ended.sum()),
             "eos_rate": rollouts.ended.float().mean().item(),
-            "response_length": response_tokens / len(lengths),
+            "response_length": tokens / responses,
             "kl_coef": kl_coef,
-            "grad_norm": sum(grad_norms) / max(len(grad_norms), 1),
-            "optimizer_steps": len(grad_norms),
             "lr": self.lr_scheduler.get_last_lr()[0],
             "episode": (self.state.global_step + 1) * self.batch_size,
         }
-        for name, column in zip(self.reward_names, rollouts.rewards.T):
+        for name, column in zip(self.reward_names, rollouts.rewards.T, strict=True):
             metrics[f"reward/{name}"] = column.mean().item()
-        seconds = rollouts.seconds | {"update": time.perf_counter() - began}
         metrics |= {f"seconds/{phase}": s for phase, s in seconds.items()}
-        metrics |= {f"tokens_per_second/{phase}": response_tokens / s for phase, s in seconds.items()}
-        return metrics
+        return metrics | {f"tokens_per_second/{phase}": tokens / s for phase, s in seconds.items()}
 
     def _training_scores(self, rollouts: Rollouts) -> Tensor:
         """Scores (B,) as PPO sees them: normalised, clipped, and less the penalty for an answer that did not end."""
@@ -690,7 +695,7 @@ class PPOTrainer(_BaseTrainer):
         for name, column in zip(self.reward_names, rewards.T):
             bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
             if bad:
-                raise TrainingDiverged(
+                raise NotFinite(
                     self._where(f"reward function {name} returned {column[bad[0]].item()}", rows, bad)
                 )
 
@@ -714,8 +719,8 @@ STATISTICS = (
     "policy/clipfrac_avg",
     "val/clipfrac_avg",
     "policy/approxkl_avg",
-    "policy/entropy_avg",
     "val/ratio",
+    "policy/entropy_avg",
 )
 
 
@@ -742,6 +747,11 @@ def same_tokenizer(one, other) -> bool:
 
 def _chunks(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _by_length(items: list[tuple]) -> list[int]:
+    """Indices of `items` (tuples of token lists), shortest first."""
+    return sorted(range(len(items)), key=lambda i: sum(map(len, items[i])))
 
 
 def _name_of(function) -> str:
