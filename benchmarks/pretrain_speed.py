@@ -418,8 +418,7 @@ def main() -> None:
 
     wanted = args.only.split(",") if args.only else [""]
     names = [name for name in CANDIDATES if name == "ours" or any(part in name for part in wanted)]
-    if not args.compile:
-        names.remove("ours, torch_compile")
+    names = [name for name in names if args.compile or name != "ours, torch_compile"]
     *_, rows, context = SIZES[args.size]
     print(
         f"{args.size}: {rows} x {context} tokens a step, {args.threads} threads, median of {args.steps} steps"
