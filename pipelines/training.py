@@ -223,7 +223,11 @@ class _StopOnSignal(TrainerCallback):
 class Progress(TrainerCallback):
     """One bar per stage, and a line per log entry with what matters; replaces transformers' bar and raw dicts."""
 
-    SHOWN = ("loss", "accuracy", "perplexity", "f1", "margin", "score", "scores", "kl", "eos_rate", "grad_norm", "learning_rate")
+    SHOWN = (
+        "loss", "accuracy", "masked_accuracy", "perplexity", "f1_macro", "matthews", "bleu", "chrf", "rougeL", "margin",
+        "score", "kl", "eos_rate", "length", "objective/scores", "objective/kl", "policy/clipfrac_avg", "grad_norm",
+        "learning_rate",
+    )  # fmt: skip
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = None
@@ -238,7 +242,7 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        short = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and k.split("/")[-1].removeprefix("eval_") in self.SHOWN}
+        short = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and k.removeprefix("eval_") in self.SHOWN}
         if short:
             line = f"  step {state.global_step}: " + "  ".join(f"{k.split('/')[-1]} {v:.4g}" for k, v in short.items())
             tqdm.write(line, file=sys.stderr)
