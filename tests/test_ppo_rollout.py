@@ -2,9 +2,24 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from pipelines.ppo.rollout import Sampler, generate, inverse_cdf, truncate
+from pipelines.ppo.rollout import (
+    Sampler,
+    can_decode_lean,
+    generate,
+    hf_decode,
+    inverse_cdf,
+    lean_decode,
+    truncate,
+)
 
 EOS = 10
 
@@ -170,3 +185,62 @@ def test_top_k_one_is_greedy():
     one, _ = generate(model, prompts, seeds=[1, 2], **settings)
     two, _ = generate(model, prompts, seeds=[3, 4], **settings)
     assert one == two
+
+
+SMALL = dict(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=0,
+    eos_token_id=1,
+)
+ARCHITECTURES = {
+    "gpt2": dict(
+        vocab_size=40, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1
+    ),
+    "llama": SMALL,
+    "qwen2": SMALL,
+    "qwen3": SMALL,
+    "mistral": SMALL | dict(sliding_window=6),
+    "gemma2": SMALL | dict(sliding_window=6, query_pre_attn_scalar=4),
+    "gpt_neox": SMALL,
+    "opt": SMALL | dict(ffn_dim=32, word_embed_proj_dim=16),
+    "phi": SMALL,
+    "olmo2": SMALL,
+    "bloom": SMALL | dict(n_head=4),
+    "mamba": SMALL,
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_our_decoding_equals_transformers_own(name):
+    """Same random streams, so the very same tokens; prompts of all lengths, rows that end early and are dropped."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **ARCHITECTURES[name])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    prompts = [[2 + (7 * i + j) % 38 for j in range(1 + i % 9)] for i in range(24)]
+    uniforms = torch.rand(24, 12)
+    ends = [1, 5, 7, 9]
+    if name in ("mamba", "bloom"):
+        assert not can_decode_lean(model)
+        return
+    assert can_decode_lean(model)
+    theirs, ours = (
+        decode(model, prompts, 12, ends, Sampler(uniforms, 1.0)) for decode in (hf_decode, lean_decode)
+    )
+    lengths = []
+    for row in range(24):
+        tokens = theirs[0][row].tolist()
+        n = next((i + 1 for i, token in enumerate(tokens) if token in ends), 12)
+        assert ours[0][row, :n].tolist() == tokens[:n]
+        torch.testing.assert_close(ours[1][row, :n], theirs[1][row, :n], atol=1e-5, rtol=0)
+        lengths.append(n)
+    assert len(set(lengths)) > 3 and max(lengths) == 12
