@@ -1,0 +1,280 @@
+"""Translation and summarisation: an encoder-decoder (T5, BART, Marian …) learns to write a target for each source.
+
+    translate:
+      kind: seq2seq
+      model: {model_name_or_path: google-t5/t5-small}     # or config: {model_type: t5, …} with tokenizer: {train: bpe}
+      task: {prefix: "translate English to German: ", metrics: [sacrebleu, chrf]}
+      data: {train: train.jsonl, validation: validation.jsonl}                  # source, target
+      args: {global_batch_size: 32, learning_rate: 3e-4, max_source_length: 128, max_target_length: 128}
+
+Validation generates every target and compares it with the text of the data (sacreBLEU, chrF, ROUGE); the last round
+is written to samples.jsonl. Texts that are too long are truncated unless data.too_long says otherwise, and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+SECTIONS = {
+    "model": "pipelines.sections:ModelSection",
+    "tokenizer": "pipelines.sections:TokenizerSection",
+    "task": "pipelines.sections:TranslationSection",
+    "data": "pipelines.sections:DataSection",
+    "args": "pipelines.sections:Seq2SeqArguments",
+}
+ROWS = "seq2seq"
+DEFAULTS = {
+    "learning_rate": 1e-4,
+    "num_train_epochs": 3,
+    "warmup_steps": 0.05,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "predict_with_generate": True,
+}
+METRICS = {"sacrebleu": ("sacrebleu",), "chrf": ("chrf",), "rouge": ("rouge1", "rouge2", "rougeL")}
+SAMPLES = 100  # rows of samples.jsonl
+USED = ("model_name_or_path", "model_revision", "tokenizer_name_or_path", "config", "dtype", "attn_implementation",
+        "trust_remote_code")  # fmt: skip
+
+
+def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
+    """What is wrong with the stage as a whole: `(key path, message, value)`."""
+    from pipelines import best, schema
+
+    model, tokenizer, task, args = (stage.sections.get(name, {}) for name in ("model", "tokenizer", "task", "args"))
+    for key in model.keys() - set(USED):
+        yield f"model.{key}", "seq2seq trains all weights on plain text; drop this key", model[key]
+    named = model.get("model_name_or_path") or model.get("tokenizer_name_or_path")
+    if not named and not tokenizer.get("train"):
+        yield "tokenizer", "a new model needs a tokenizer: `train: bpe`, or model.tokenizer_name_or_path", None
+    if tokenizer.get("train") and named:
+        yield "tokenizer.train", "the model already has a tokenizer; drop this section", tokenizer["train"]
+    if tokenizer.get("train") == "wordpiece" and "lowercase" not in tokenizer:
+        yield "tokenizer.lowercase", "say true (the model then writes lower case only) or false, or train bpe", None
+    least = 300 if tokenizer.get("train") == "bpe" else 200
+    if tokenizer.get("train") and tokenizer.get("vocab_size", 8192) < least:
+        yield "tokenizer.vocab_size", f"{tokenizer['train']} needs at least {least} entries", tokenizer["vocab_size"]
+    names = task.get("metrics", ["sacrebleu", "chrf"])
+    for name in names:
+        if name not in METRICS:
+            yield "task.metrics", f"must be any of {', '.join(METRICS)}{schema.meant(name, METRICS)}", name
+    for key in ("max_source_length", "max_target_length"):
+        if args.get(key, 8) < 2:
+            yield f"args.{key}", "must be at least 2 tokens", args[key]
+    figures = tuple(figure for name in names for figure in METRICS.get(name, ()))
+    if not args.get("predict_with_generate", True):
+        figures = ()  # only the loss is there to choose from
+    yield from best.problems(args, bool(stage.sections.get("data", {}).get("validation")), figures)
+
+
+def run(stage) -> dict:
+    """Train, evaluate, save; returns the metrics."""
+    import torch
+    from accelerate import PartialState
+    from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, set_seed
+
+    from pipelines import best, data, models, training
+
+    class TranslationTrainer(best.StopsOnce, training.ChainTrainer, Seq2SeqTrainer):
+        """transformers' Seq2SeqTrainer with losses that are means over target tokens, at any batch and world size.
+
+        The losses inside T5 and BART ignore `num_items_in_batch`: gradient accumulation and several processes would
+        train something else.
+        """
+
+        loss_is_scaled_for_ga = True  # divided by the tokens of the whole step
+        validation_tokens = 0
+
+        def _get_num_items_in_batch(self, batch_samples, device):
+            count = sum(batch["labels"].ne(-100).sum() for batch in batch_samples)
+            return self.accelerator.reduce(torch.as_tensor(count, device=device), "sum")
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
+            loss = torch.nn.functional.cross_entropy(
+                outputs.logits.float().flatten(0, 1),
+                inputs["labels"].flatten(),
+                reduction="sum",
+                label_smoothing=self.args.label_smoothing_factor,
+            )
+            if model.training:
+                loss = loss / num_items_in_batch * self.accelerator.num_processes  # DDP averages over processes
+            else:
+                loss = loss / inputs["labels"].ne(-100).sum()
+            return (loss, outputs) if return_outputs else loss
+
+        def evaluation_loop(self, *args, **kwargs):
+            # The parent's `evaluate` also counts the rows that only fill up the last batch.
+            self.gather_function = self.accelerator.gather_for_metrics
+            return super().evaluation_loop(*args, **kwargs)
+
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **settings):
+            inputs = self._prepare_inputs(inputs)
+            loss, generated, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **settings)
+            # The parent averages these over rows: weighed so, the result is the mean over all validation tokens.
+            loss = loss * inputs["labels"].ne(-100).sum() / len(inputs["labels"])
+            return loss * len(self.eval_dataset) / self.validation_tokens, generated, labels
+
+    set_seed(stage.seed)
+    section, task = stage.section("model"), stage.section("task")
+    args = training.build_args(stage, **DEFAULTS, **best.defaults(stage.sections.get("args", {})))
+    train, validation = data.load(stage.sections["data"], ROWS, stage.seed)
+    for row in [*train, *validation]:
+        row["source"] = task.prefix + row["source"]
+    with PartialState().main_process_first():
+        tokenizer = load_tokenizer(stage, section, train)
+    new = {} if section.model_name_or_path else new_settings(section.config, tokenizer)
+    model = models.load_model(section, "AutoModelForSeq2SeqLM", tokenizer, **new)
+    check(model, tokenizer, args)
+    too_long = stage.sections["data"].get("too_long", "truncate")
+    train_set, train = _encode(stage, "train", train, tokenizer, args, too_long)
+    validation_set, validation = _encode(stage, "validation", validation, tokenizer, args, too_long) if validation else (None, [])
+    args.generation_max_length = args.generation_max_length or args.max_target_length + 1  # and the start token
+    model.generation_config.max_length = args.generation_max_length
+
+    measure = Measure(tokenizer, [row["target"] for row in validation], task.metrics) if args.predict_with_generate else None
+    trainer = TranslationTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_set,
+        eval_dataset=validation_set,
+        processing_class=tokenizer,
+        data_collator=training.RowCollator(DataCollatorForSeq2Seq(tokenizer, model=model)),
+        compute_metrics=measure,
+        callbacks=best.callbacks(args),
+    )
+    trainer.where = [row["where"] for row in train]
+    trainer.validation_tokens = sum(len(feature["labels"]) for feature in validation_set or [])
+    training.fit(stage, trainer)
+    metrics = training.final_metrics(trainer)
+    if measure and measure.generated and PartialState().is_main_process:
+        with open(stage.folder / "samples.jsonl", "w", encoding="utf-8") as stream:
+            for row, text in list(zip(validation, measure.generated, strict=True))[:SAMPLES]:
+                sample = {"source": row["source"], "target": row["target"], "generated": text}
+                stream.write(json.dumps(sample, ensure_ascii=False) + "\n")
+    model.config.use_cache = True  # off while training; whoever loads the model wants it
+    training.save(trainer, stage.folder, tokenizer)
+    return {"parameters": model.num_parameters(), **metrics}
+
+
+def load_tokenizer(stage, section, train: list[dict]):
+    """The model's tokenizer, or one trained on sources and targets that ends every text with EOS."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    from pipelines import corpus, data, models
+
+    words = stage.section("tokenizer")
+    if not words.train:
+        return models.load_tokenizer(section)
+    folder = stage.folder.parent / ".tokens" / stage.name
+    sections = {name: stage.sections.get(name) for name in ("data", "task")}
+    key = {"data": data.fingerprint(stage.sections["data"]), "sections": sections, "seed": stage.seed}
+    texts = (text for row in train for text in (row["source"], row["target"]))
+    tokenizer = corpus.trained_tokenizer(folder, words, texts, key)
+    if words.train == "wordpiece":
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+        return tokenizer
+    # GPT-2's class puts nothing around a text. Its merges stay, but an EOS follows each text, here and after loading.
+    end = tokenizer.eos_token
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(
+        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=end, unk_token=end, pad_token=tokenizer.pad_token, clean_up_tokenization_spaces=False
+    )
+
+
+def new_settings(config: dict, tokenizer) -> dict:
+    """Config values without which a new encoder-decoder would start and end with ids of another vocabulary."""
+    from transformers import AutoConfig
+
+    settings = {"decoder_start_token_id": config.get("decoder_start_token_id", tokenizer.pad_token_id)}  # as T5
+    if getattr(AutoConfig.for_model(config["model_type"]), "forced_eos_token_id", None) is not None:  # as BART
+        settings["forced_eos_token_id"] = config.get("forced_eos_token_id", tokenizer.eos_token_id)
+    return settings
+
+
+def check(model, tokenizer, args) -> None:
+    """Raises `ModelError` for a model or tokenizer that would learn or generate something else without a word."""
+    from pipelines.models import ModelError
+
+    config = model.config
+    if model.generation_config.decoder_start_token_id is None and getattr(config, "decoder_start_token_id", None) is None:
+        raise ModelError("the model's config names no decoder_start_token_id; set it with model.config, e.g. the PAD id")
+    if tokenizer.eos_token_id not in tokenizer("x")["input_ids"]:
+        raise ModelError("the tokenizer does not end a text with EOS: the model would never learn to stop")
+    if hasattr(tokenizer, "tgt_lang"):
+        raise ModelError(
+            f"{type(tokenizer).__name__} needs the codes of both languages, which this stage does not set: use a model "
+            "for one pair of languages (Marian) or with the task in its prefix (T5)"
+        )
+    limit = getattr(config, "max_position_embeddings", None)  # T5's n_positions is no limit: its positions are relative
+    for key in ("max_source_length", "max_target_length"):
+        if limit and getattr(args, key) > limit:
+            raise ModelError(f"args.{key} {getattr(args, key)} is more than the model's {limit} positions; use {limit} or less")
+
+
+def _encode(stage, side: str, rows: list[dict], tokenizer, args, too_long: str) -> tuple[list[dict], list[dict]]:
+    """`(features with input_ids, attention_mask, labels, row; rows kept)`; long rows are counted, said and recorded."""
+    from pipelines.data import DataError
+
+    sources, targets = [row["source"] for row in rows], [row["target"] for row in rows]
+    limits = {"source": args.max_source_length, "target": args.max_target_length}
+    encoded, labels = tokenizer(sources)["input_ids"], tokenizer(text_target=targets)["input_ids"]
+    features, kept, long = [], [], []
+    for row, ids, goal in zip(rows, encoded, labels, strict=True):
+        if len(ids) > limits["source"] or len(goal) > limits["target"]:
+            long.append(row["where"])
+            if too_long == "drop":
+                continue
+            ids = tokenizer(row["source"], truncation=True, max_length=limits["source"])["input_ids"]
+            goal = tokenizer(text_target=row["target"], truncation=True, max_length=limits["target"])["input_ids"]
+        features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": goal, "row": len(kept)})
+        kept.append(row)
+    if long:
+        words = {"drop": "dropped", "truncate": "cut at their end", "error": "found"}
+        text = (
+            f"{side}: {len(long)} of {len(rows)} rows are longer than {limits['source']} tokens in the source or "
+            f"{limits['target']} in the target: {words[too_long]}"
+        )
+        if too_long == "error":
+            raise DataError(f"{text}, the first at {long[0]}; set data.too_long to drop or truncate, or raise the lengths")
+        logger.warning("%s (the first: %s)", text, long[0])
+    if not features:
+        raise DataError(f"{side}: no row fits; raise args.max_source_length and args.max_target_length")
+    stage.report[side] = {
+        "rows": len(rows),
+        "used": len(kept),
+        "too_long": len(long),
+        "source_tokens": sum(len(f["input_ids"]) for f in features),
+        "target_tokens": sum(len(f["labels"]) for f in features),
+    }
+    return features, kept
+
+
+class Measure:
+    """`compute_metrics` of the Trainer: generated ids against the texts of the data; `generated` are the last texts."""
+
+    def __init__(self, tokenizer, references: list[str], names: list[str]):
+        import evaluate
+
+        from pipelines import metrics
+
+        self.tokenizer, self.references, self.generated = tokenizer, references, []
+        self.combined = evaluate.combine([metrics.GENERATION[name]() for name in names])
+
+    def __call__(self, prediction) -> dict:
+        """Metrics of generated ids (rows, tokens), padded with PAD or -100, in the order of the validation rows."""
+        import numpy as np
+
+        ids = np.where(prediction.predictions == -100, self.tokenizer.pad_token_id, prediction.predictions)
+        self.generated = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        ends = (ids == self.tokenizer.eos_token_id)[:, 1:].any(1)  # the first token may be EOS where decoding starts with it
+        scores = self.combined.compute(predictions=self.generated, references=self.references)
+        return {**scores, "ended": float(ends.mean())}
