@@ -21,10 +21,13 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines import schema
+
+logger = logging.getLogger(__name__)
 
 NEEDS = {
     "text": ["text"],
@@ -475,6 +478,23 @@ def _draw(row: dict, seed: int, salt: str) -> float:
     key = next((row[c] for c in ("prompt", "text", "source", "messages") if c in row), row)
     digest = hashlib.blake2b(f"{seed}|{salt}|{json.dumps(key, sort_keys=True)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
+
+
+def report_length(stage, side: str, total: int, used: int, long: list[str], limit: str, policy: str, cut: str) -> None:
+    """Count, log and record the rows of a side that exceed the context; `DataError` when that is asked or none is left.
+
+    `long` names the rows, `limit` says what they exceed ("256 tokens"), `policy` is the section's `too_long` and `cut`
+    what truncating did to them.
+    """
+    done = {"drop": "dropped", "truncate": cut, "error": "found"}[policy]
+    text = f"{side}: {len(long)} of {total} rows are longer than {limit}: {done}"
+    if long and policy == "error":
+        raise DataError(f"{text}, the first at {long[0]}; set data.too_long to drop or truncate, or raise the length")
+    if long:
+        logger.warning("%s (the first: %s)", text, long[0])
+    if not used:
+        raise DataError(f"{side}: no row fits into {limit}; raise the length, or set data.too_long: truncate")
+    stage.report[side] = {"rows": total, "used": used, "too_long": len(long)}
 
 
 def fingerprint(section: dict) -> dict[str, dict]:

@@ -95,8 +95,7 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_lon
     """`(Dataset of chosen_ids, rejected_ids, row; names of the rows)`; long rows are counted, said and recorded."""
     from datasets import Dataset
 
-    from pipelines import chat
-    from pipelines.data import DataError
+    from pipelines import chat, data
 
     columns, where, long = {"chosen_ids": [], "rejected_ids": [], "row": []}, [], []
     for row in rows:
@@ -113,15 +112,7 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_lon
         columns["rejected_ids"].append(pair[1])
         columns["row"].append(len(where))
         where.append(row["where"])
-    if long:
-        words = {"drop": "dropped", "truncate": "cut at their beginning", "error": "found"}
-        text = f"{side}: {len(long)} of {len(rows)} rows are longer than {context} tokens: {words[too_long]}"
-        if too_long == "error":
-            raise DataError(f"{text}, the first at {long[0]}; set data.too_long to drop or truncate, or args.max_length")
-        logger.warning("%s (the first: %s)", text, long[0])
-    if not where:
-        raise DataError(f"{side}: no row fits into {context} tokens; raise args.max_length")
-    stage.report[side] = {"rows": len(rows), "used": len(where), "too_long": len(long)}
+    data.report_length(stage, side, len(rows), len(where), long, f"{context} tokens", too_long, "cut at their beginning")
     return Dataset.from_dict(columns), where
 
 

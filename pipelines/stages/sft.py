@@ -102,8 +102,7 @@ def run(stage) -> dict:
 
 def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_long: str) -> list[dict]:
     """Rows as `{"input_ids", "labels", "where"}`; what exceeds the context is counted, said and recorded."""
-    from pipelines import chat
-    from pipelines.data import DataError
+    from pipelines import chat, data
 
     out, long = [], []
     for row in rows:
@@ -118,14 +117,8 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_lon
                 continue
             ids, labels = ids[:context], labels[:context]
         out.append({"input_ids": ids, "labels": labels, "where": row["where"]})
-    if long:
-        words = {"drop": "dropped", "truncate": "cut (what held no answer token was dropped)", "error": "found"}
-        text = f"{side}: {len(long)} of {len(rows)} rows are longer than {context} tokens: {words[too_long]}"
-        if too_long == "error":
-            raise DataError(f"{text}, the first at {long[0]}; set data.too_long to drop or truncate, or args.max_length")
-        logger.warning("%s (the first: %s)", text, long[0])
-    if not out:
-        raise DataError(f"{side}: no row fits into {context} tokens; raise args.max_length")
-    tokens = sum(len(r["input_ids"]) for r in out)
-    stage.report[side] = {"rows": len(rows), "used": len(out), "too_long": len(long), "tokens": tokens}
+    data.report_length(
+        stage, side, len(rows), len(out), long, f"{context} tokens", too_long, "cut (what held no answer token was dropped)"
+    )
+    stage.report[side]["tokens"] = sum(len(row["input_ids"]) for row in out)
     return out
