@@ -232,6 +232,93 @@ def test_missing_eos_is_penalised_and_eos_learned(tmp_path):
     assert rates[-1] > rates[0] + 0.3
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_trains_adapters_only_and_its_reference_is_the_policy_without_them(tmp_path, checkpointing):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def lora(seed=0):
+        settings = LoraConfig(
+            r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+        )
+        return get_peft_model(gpt2(seed=seed), settings)
+
+    policy = lora()
+    trainer = make(tmp_path, models=(policy, critic()), activation_checkpointing=checkpointing, max_steps=3)
+    assert trainer.ref_model is None
+    before = weights(trainer)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "objective/kl" in row]
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5) != rows[-1]["objective/kl"]
+    for name, weight in weights(trainer).items():
+        if name.startswith("policy.") and "lora" not in name:
+            assert torch.equal(weight, before[name]), name
+        elif "lora_B" in name:
+            assert not torch.equal(weight, before[name]), name
+    trainer.save_model(str(tmp_path / "model"))
+    again = PeftModel.from_pretrained(gpt2(), tmp_path / "model")
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(again(ids).logits, policy(ids).logits)
+    with pytest.raises(ValueError, match="merge the adapter"):
+        make(tmp_path, models=(policy, critic()))
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    plain, checkpointed = make(tmp_path), make(tmp_path, activation_checkpointing=True)
+    for trainer in (plain, checkpointed):
+        trainer.train()
+    assert checkpointed.policy.is_activation_checkpointing and checkpointed.critic.is_activation_checkpointing
+    assert_same_weights(weights(plain), weights(checkpointed), atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_is_really_bf16(tmp_path):
+    trainer = make(tmp_path, bf16=True, max_steps=2)
+    seen = set()
+    for module in (trainer.policy.transformer.h[0].mlp.c_fc, trainer.critic.transformer.h[0].mlp.c_fc):
+        module.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    trainer.train()
+    assert seen == {torch.bfloat16}
+    assert all(weight.dtype == torch.float32 for weight in trainer.policy.parameters())
+    row = trainer.state.log_history[0]
+    assert row["val/ratio"] == pytest.approx(1, abs=0.05) and abs(row["objective/kl"]) < 0.1
+
+
+def test_architectures_that_cannot_be_packed_are_padded(tmp_path, monkeypatch):
+    """Same rollouts, same update."""
+    results = []
+    for packed in (True, False):
+        trainer = make(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+        trainer.packed = packed
+        trainer.train()
+        results.append(weights(trainer))
+    assert_same_weights(*results, atol=2e-6, rtol=1e-4)
+
+
+def test_a_head_that_does_more_than_multiply_is_respected(tmp_path):
+    """Gemma 2 soft-caps its logits: log-probs must be those of the model, not of its bare head."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    policy = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            final_logit_softcapping=0.5,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+            bos_token_id=EOS,
+        )
+    )
+    policy.lm_head.weight.data.mul_(30)
+    trainer = make(tmp_path, models=(policy, critic()), max_steps=1, num_ppo_epochs=1, num_mini_batches=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["val/ratio"] == pytest.approx(1, abs=1e-5)
+
+
 # --- rewards ---------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +417,7 @@ def test_nan_stops_with_step_and_prompts(tmp_path):
             with torch.no_grad():
                 model.critic.score.weight.fill_(math.nan)
 
-    with pytest.raises(NotFinite, match=r"gradient is not finite in update 2"):
+    with pytest.raises(NotFinite, match=r"the gradient norm is nan in update 2"):
         make(tmp_path, callbacks=[Break()]).train()
 
 

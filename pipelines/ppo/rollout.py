@@ -39,6 +39,9 @@ def generate(
     `seeds[i]` is anything that `numpy.random.default_rng` takes. Prompts are decoded `batch_size` at a time,
     those of like length together.
     """
+    model = (
+        model.get_base_model() if hasattr(model, "get_base_model") else model
+    )  # PEFT's adapters stay inside
     responses: list = [None] * len(prompts)
     logprobs: list = [None] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -111,7 +114,7 @@ def truncate(weights: Tensor, top_k: int, top_p: float) -> Tensor:
 def can_decode_lean(model) -> bool:
     """Whether `lean_decode` works for this architecture: attention over an ordinary KV cache in every layer."""
     config = model.config.get_text_config()
-    parameters = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     layers = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     return (
         not config.is_encoder_decoder

@@ -107,8 +107,7 @@ class PPOTrainer(_BaseTrainer):
         self.eos_token_ids = end_tokens(model, processing_class)
         _check_models(model, value_model, ref_model, reward_funcs, processing_class)
         _check_lengths(reward_funcs, self.reward_weights, self.reward_tokenizers)
-        self.with_adapters = hasattr(model, "disable_adapter")
-        if ref_model is None and not self.with_adapters:
+        if ref_model is None and not hasattr(model, "peft_config"):
             ref_model = copy.deepcopy(model)
         together = [model, value_model] if ref_model is None else [model, value_model, ref_model]
         self.packed = all([make_ready(module) for module in together])
@@ -279,7 +278,7 @@ class PPOTrainer(_BaseTrainer):
         """What each reward function says of each answer: (answers, functions), CPU float32."""
         device = self.accelerator.device
         completions = self._completions(responses)
-        columns = {name: [dataset[row][name] for row in rows] for name in dataset.column_names}
+        columns = dataset[rows]
         texts = columns.pop("prompt")
         out = torch.empty(len(rows), len(self.reward_funcs))
         for column, (function, tokenizer) in enumerate(zip(self.reward_funcs, self.reward_tokenizers)):
@@ -329,9 +328,7 @@ class PPOTrainer(_BaseTrainer):
 
         statistics, grad_norms, stopped = [], [], False
         for epoch in range(args.num_ppo_epochs):
-            shuffle = np.random.default_rng((args.seed, self.state.global_step, epoch))
-            order = shuffle.permutation(self.batch_size).tolist()
-            for minibatch in _chunks(order, self.mini_batch_size):
+            for minibatch in _chunks(self._order(epoch), self.mini_batch_size):
                 stats = self._backward(rollouts, advantages, returns, minibatch, first=epoch == 0)
                 if args.max_approx_kl is not None:
                     moved = self.accelerator.reduce(stats, "sum")[STATISTICS.index("policy/approxkl_avg")]
@@ -339,10 +336,13 @@ class PPOTrainer(_BaseTrainer):
                     if stopped:
                         self.model_wrapped.zero_grad()
                         break
-                grad_norm = self._clip_grad_norm(self.model_wrapped) if args.max_grad_norm > 0 else None
-                grad_norm = float(self._get_grad_norm(self.model_wrapped, grad_norm))
-                if not math.isfinite(grad_norm):
-                    raise NotFinite(self._where("the gradient is not finite", rollouts.rows, minibatch))
+                clip = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+                grad_norm = float(self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), clip))
+                if (
+                    not math.isfinite(grad_norm) and self.accelerator.scaler is None
+                ):  # fp16's scaler skips such steps
+                    what = f"the gradient norm is {grad_norm}"
+                    raise NotFinite(self._where(what, self.train_dataset, rollouts.rows, minibatch))
                 self.optimizer.step()
                 self.model_wrapped.zero_grad()
                 statistics.append(stats)
@@ -361,18 +361,20 @@ class PPOTrainer(_BaseTrainer):
             metrics["grad_norm"] = sum(grad_norms) / len(grad_norms)
         return metrics | {"optimizer_steps": len(grad_norms)}
 
+    def _order(self, epoch: int) -> list[int]:
+        """The answers of the global batch in the order in which this epoch of this update takes them."""
+        shuffle = np.random.default_rng((self.args.seed, self.state.global_step, epoch))
+        return shuffle.permutation(self.batch_size).tolist()
+
     def _backward(self, rollouts: Rollouts, advantages, returns, minibatch: list[int], first: bool) -> Tensor:
         """Gradients of the loss of one minibatch (indices into the global batch); returns this share of STATISTICS.
 
         The loss is the mean over all tokens of the minibatch, however many processes and micro-batches share it.
         """
         args, accelerator, mask = self.args, self.accelerator, rollouts.mask
-        rank, world = accelerator.process_index, accelerator.num_processes
         policy_weight = 0.0 if self.state.global_step < args.critic_warmup_steps else 1.0
         tokens = int(mask[minibatch].sum())
-        answers = [(rollouts.prompts[i], rollouts.responses[i]) for i in minibatch]
-        mine = [minibatch[i] for i in _by_length(answers)[rank::world]]  # shares of like size
-        micros = _chunks(mine, args.per_device_train_batch_size)
+        micros = self._micro_batches(rollouts, minibatch)
         stats = torch.zeros(len(STATISTICS), device=accelerator.device)
         for number, micro in enumerate(micros, 1):
             chosen = mask[micro]  # (b, T); indexing with it gives the flat order (N,) of `collate`
@@ -399,7 +401,7 @@ class PPOTrainer(_BaseTrainer):
                     kl = algorithm.kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
                     of_policy = of_policy + self.kl_controller.value * kl
                 loss = (policy_weight * of_policy + args.vf_coef * vf).sum() / tokens
-                accelerator.backward(loss * world)  # DDP averages over the processes
+                accelerator.backward(loss * accelerator.num_processes)  # DDP averages over the processes
             with torch.no_grad():
                 moved = algorithm.approx_kl(logprobs, old_logprobs)
                 ratio = torch.exp(logprobs - old_logprobs)
@@ -407,6 +409,23 @@ class PPOTrainer(_BaseTrainer):
                 columns = (pg, vf, pg_clipped, vf_clipped, moved, ratio, entropies)
                 stats += torch.stack([column.detach().float().sum() for column in columns]) / tokens
         return stats
+
+    def _micro_batches(self, rollouts: Rollouts, minibatch: list[int]) -> list[list[int]]:
+        """This process's share of a minibatch, cut to what fits in memory: as many cuts on every process.
+
+        A micro-batch holds about the tokens of `per_device_train_batch_size` answers of full length, hence more
+        answers than that when they are short (padded batches: just that many answers).
+        """
+        args, world = self.args, self.accelerator.num_processes
+        size = {i: len(rollouts.prompts[i]) + len(rollouts.responses[i]) for i in minibatch}
+        ordered = sorted(minibatch, key=lambda i: (size[i], i))
+        shares = [ordered[rank::world] for rank in range(world)]  # of like size
+        mine = shares[self.accelerator.process_index]
+        if not self.packed:
+            return _chunks(mine, args.per_device_train_batch_size)
+        room = args.per_device_train_batch_size * (max(map(len, rollouts.prompts)) + args.response_length)
+        cuts = max(math.ceil(sum(size[i] for i in share) / room) for share in shares)
+        return [mine[cut::cuts] for cut in range(cuts)]
 
     def _metrics(
         self, rollouts: Rollouts, scores, kl, kl_coef: float, returns, seconds: dict
@@ -509,7 +528,6 @@ class PPOTrainer(_BaseTrainer):
             return
         kl = torch.where(rollouts.mask, rollouts.logprobs - rollouts.ref_logprobs, 0.0).sum(1)
         completions = self._completions(rollouts.responses[:count])
-        dataset = self.train_dataset if split == "train" else self.eval_dataset
         with open(Path(self.args.output_dir) / SAMPLES, "a", encoding="utf-8") as file:
             for i, completion in enumerate(completions):
                 sample = {
@@ -557,10 +575,15 @@ class PPOTrainer(_BaseTrainer):
         """Optimizer, scheduler, wrapped model and trainer state, from the checkpoint where there is one."""
         args = self.args
         if args.activation_checkpointing:
+            settings = dict(args.activation_checkpointing_kwargs or {})
             for module in (self.policy, self.critic):
-                module.activation_checkpointing_enable(
-                    dict(args.activation_checkpointing_kwargs or {}) or None
+                plain_model(module).activation_checkpointing_enable(
+                    activation_checkpointing_kwargs=settings or None
                 )
+                if hasattr(
+                    module, "peft_config"
+                ):  # frozen embeddings: the first layer must see gradients flow
+                    module.enable_input_require_grads()
         if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._load_from_checkpoint(checkpoint)
         steps_per_epoch = max(1, len(self.train_dataset) // self.batch_size)
@@ -659,10 +682,13 @@ class PPOTrainer(_BaseTrainer):
     def _row_of(self, episode: int) -> int:
         """The dataset row of the n-th episode of the run: each epoch goes through all rows in an order of its own."""
         epoch, place = divmod(episode, len(self.train_prompts))
-        if getattr(self, "_order", (None,))[0] != epoch:
+        if getattr(self, "_epoch_order", (None,))[0] != epoch:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            self._order = (epoch, np.random.default_rng((seed, epoch)).permutation(len(self.train_prompts)))
-        return int(self._order[1][place])
+            self._epoch_order = (
+                epoch,
+                np.random.default_rng((seed, epoch)).permutation(len(self.train_prompts)),
+            )
+        return int(self._epoch_order[1][place])
 
     def _completions(self, responses: list[list[int]]) -> list[str]:
         return self.processing_class.batch_decode(responses, skip_special_tokens=True)
@@ -696,16 +722,18 @@ class PPOTrainer(_BaseTrainer):
             bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
             if bad:
                 raise NotFinite(
-                    self._where(f"reward function {name} returned {column[bad[0]].item()}", rows, bad)
+                    self._where(
+                        f"reward function {name} returned {column[bad[0]].item()}", dataset, rows, bad
+                    )
                 )
 
-    def _where(self, what: str, rows: list[int], of: list[int]) -> str:
+    def _where(self, what: str, dataset, rows: list[int], of: list[int]) -> str:
         """An error text: what, when, for which prompts, and what to go back to."""
         shown = [rows[i] for i in of[:5]]
         last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
         return (
             f"{what} in update {self.state.global_step + 1}, in {len(of)} answer(s), first dataset rows {shown} "
-            f"({'; '.join(repr(as_text(self.train_dataset[r]['prompt'])[:60]) for r in shown)}). "
+            f"({'; '.join(repr(as_text(dataset[r]['prompt'])[:60]) for r in shown)}). "
             f"Last checkpoint: {last or 'none'}"
         )
 
@@ -771,6 +799,15 @@ def _check_models(model, value_model, ref_model, reward_funcs, tokenizer) -> Non
             f"value_model is a {type(value_model).__name__} without a `score` head over each position: take an "
             "AutoModelForSequenceClassification of a causal model"
         )
+    if ref_model is None and hasattr(model, "peft_config"):
+        trained = [n for n, w in model.named_parameters() if "lora_B" in n and bool(w.detach().any())]
+        if trained:
+            problems.append(
+                "the policy's adapter is already trained, so the policy without it is not what training starts from: "
+                "merge the adapter into the model first, or pass a ref_model"
+            )
+        if any(config.is_prompt_learning for config in model.peft_config.values()):
+            problems.append("prompt-learning adapters are not supported: use LoRA")
     frozen = [ref_model, *reward_funcs]
     if any(m is not None and (m is model or m is value_model) for m in frozen) or model is value_model:
         problems.append(
