@@ -1,4 +1,4 @@
-"""Sampling: the right distribution, the right log-probs, stops at EOS, the same answer whatever stands beside it."""
+"""Sampling: right distribution and log-probs, stops at EOS, the same answer whatever stands beside it."""
 
 import pytest
 import torch
@@ -220,7 +220,7 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_our_decoding_equals_transformers_own(name):
-    """Same random streams, so the very same tokens; prompts of all lengths, rows that end early and are dropped."""
+    """Same random streams, so the very same tokens; prompts of all lengths, ended rows are dropped."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **ARCHITECTURES[name])
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -1,4 +1,4 @@
-"""PPOTrainer: learns, resumes to the bit, counts tokens not micro-batches, shares work out without changing it."""
+"""PPOTrainer: learns, resumes to the bit, counts tokens not micro-batches, shares its work."""
 
 import json
 import math
@@ -119,7 +119,7 @@ def assert_same_weights(one, other, **tolerance):
             assert torch.equal(one[name], other[name]), name
 
 
-# --- it learns -------------------------------------------------------------------------------------------------------
+# --- it learns ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -153,7 +153,7 @@ def test_kl_holds_the_policy_back(tmp_path):
     assert kls[1] < kls[0] / 2
 
 
-# --- what it computes ------------------------------------------------------------------------------------------------
+# --- what it computes ---------------------------------------------------------------------------------------
 
 
 def test_log_has_the_names_that_people_watch(tmp_path):
@@ -162,8 +162,9 @@ def test_log_has_the_names_that_people_watch(tmp_path):
     row = trainer.state.log_history[0]
     for name in (
         "objective/kl objective/scores objective/rlhf_reward objective/entropy policy/approxkl_avg "
-        "policy/clipfrac_avg loss/policy_avg loss/value_avg val/clipfrac_avg val/explained_variance val/ratio "
-        "episode eos_rate response_length lr reward/count_goal tokens_per_second/generate tokens_per_second/update"
+        "policy/clipfrac_avg loss/policy_avg loss/value_avg val/clipfrac_avg val/explained_variance "
+        "val/ratio episode eos_rate response_length lr reward/count_goal tokens_per_second/generate "
+        "tokens_per_second/update"
     ).split():
         assert math.isfinite(row[name]), name
     assert row["objective/kl"] == 0  # nothing has moved yet
@@ -319,7 +320,7 @@ def test_a_head_that_does_more_than_multiply_is_respected(tmp_path):
     assert trainer.state.log_history[0]["val/ratio"] == pytest.approx(1, abs=1e-5)
 
 
-# --- rewards ---------------------------------------------------------------------------------------------------------
+# --- rewards ------------------------------------------------------------------------------------------------
 
 
 def test_reward_functions_get_prompts_completions_and_columns(tmp_path):
@@ -384,7 +385,7 @@ def test_rollout_numbers_equal_plain_forwards(tmp_path):
             torch.testing.assert_close(out.values[i, :n], values, atol=1e-5, rtol=0)
 
 
-# --- gates and errors ------------------------------------------------------------------------------------------------
+# --- gates and errors ---------------------------------------------------------------------------------------
 
 
 def test_gates_name_their_override(tmp_path):
@@ -440,7 +441,7 @@ def test_models_are_checked(tmp_path):
         make(tmp_path, data=Dataset.from_dict({"text": ["w1"]}))
 
 
-# --- saving, resuming, evaluating ------------------------------------------------------------------------------------
+# --- saving, resuming, evaluating ---------------------------------------------------------------------------
 
 
 class StopAt(TrainerCallback):
@@ -593,7 +594,7 @@ def test_callbacks_hear_everything(tmp_path):
     assert trainer.state.max_steps == 4
 
 
-# --- several processes -----------------------------------------------------------------------------------------------
+# --- several processes --------------------------------------------------------------------------------------
 
 
 def worker(folder):

@@ -32,7 +32,7 @@ from torch import Tensor
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """Per-token estimate (…) of KL(policy ‖ reference) from the log-probs (…) that both give to the sampled tokens.
+    """Per-token estimate (…) of KL(policy ‖ reference), from both log-probs (…) of the sampled tokens.
 
     With r = p_ref / p_policy (KL note): k1 = −log r, unbiased, may be negative; k2 = (log r)² / 2, biased,
     low variance; k3 = (r − 1) − log r, unbiased, never negative.
@@ -88,7 +88,7 @@ def masked_var(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """`values` (…) scaled to variance 1 over `mask`, and to mean 0 unless `shift_mean` is False; 0 outside the mask.
+    """`values` (…) with variance 1 over `mask`, and mean 0 unless `shift_mean` is False; 0 outside it.
 
     Over the global batch, unbiased as TRL's `masked_whiten` (N+: advantages are shifted to mean 0, rewards
     are not).
@@ -104,7 +104,7 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float
 ) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate (…) to minimise, and (…) whether its clip was active. PPO eq. 7 with the sign turned."""
+    """Clipped surrogate (…) to minimise (PPO eq. 7, sign turned), and (…) whether its clip was active."""
     ratio = torch.exp(logprobs - old_logprobs)
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
@@ -135,7 +135,7 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 − Var(returns − values) / Var(returns): 1 perfect critic, 0 no better than a constant, < 0 worse. ()"""
+    """1 − Var(returns − values) / Var(returns), (): 1 perfect critic, 0 as good as a constant, < 0 worse."""
     return 1.0 - masked_var(returns - values, mask) / masked_var(returns, mask)
 
 
@@ -175,7 +175,7 @@ class AdaptiveKL(FixedKL):
 
 
 class ScoreNormalizer:
-    """Scores brought to mean 0, standard deviation 1 by the moments of all scores seen so far (this batch included).
+    """Scores brought to mean 0, deviation 1 by the moments of all scores so far (this batch included).
 
     The moments are merged batch by batch (Chan et al. 1979), so they are those of the whole history.
     """

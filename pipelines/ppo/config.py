@@ -1,4 +1,4 @@
-"""Settings of PPO training: `transformers.TrainingArguments` plus PPO's own, each with the effect of raising it."""
+"""Settings of PPO training: `TrainingArguments` plus PPO's own, each with the effect of raising it."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class PPOConfig(TrainingArguments):
     total_episodes: int | None = field(
         default=None,
         metadata={
-            "help": "Answers sampled in all, rounded up to whole updates. None: `num_train_epochs` times the "
-            "prompts. `max_steps`, where given, wins."
+            "help": "Answers sampled in all, rounded up to whole updates. None: `num_train_epochs` times "
+            "the prompts. `max_steps`, where given, wins."
         },
     )
     num_ppo_epochs: int = field(
@@ -62,15 +62,16 @@ class PPOConfig(TrainingArguments):
     temperature: float = field(
         default=0.7,
         metadata={
-            "help": "Divides the logits when sampling, and in every log-prob of policy and reference. Higher "
-            "explores more."
+            "help": "Divides the logits when sampling, and in every log-prob of policy and reference. "
+            "Higher explores more."
         },
     )
     top_k: int = field(
         default=0,
         metadata={
-            "help": "Sample among the k likeliest tokens, 0: all. With k > 0 the sampled distribution is no longer "
-            "the one whose log-probs PPO uses: keep 0 unless the model is weak enough to derail."
+            "help": "Sample among the k likeliest tokens, 0: all. With k > 0 the sampled distribution is no "
+            "longer the one whose log-probs PPO uses: keep 0 unless the model is weak enough to "
+            "derail."
         },
     )
     top_p: float = field(
@@ -82,14 +83,15 @@ class PPOConfig(TrainingArguments):
     local_rollout_forward_batch_size: int = field(
         default=64,
         metadata={
-            "help": "Rows per process decoded or scored at once (no gradients). Higher is faster, takes memory."
+            "help": "Rows per process decoded or scored at once (no gradients). Higher is faster, takes "
+            "memory."
         },
     )
     max_prompt_length: int | None = field(
         default=None,
         metadata={
-            "help": "Prompts with more tokens than this are an error before training (never cut). None: what the "
-            "model's context leaves beside response_length."
+            "help": "Prompts with more tokens than this are an error before training (never cut). None: "
+            "what the model's context leaves beside response_length."
         },
     )
 
@@ -103,22 +105,22 @@ class PPOConfig(TrainingArguments):
     kl_estimator: Literal["k1", "k2", "k3"] = field(
         default="k1",
         metadata={
-            "help": "Per-token KL estimator: k1 unbiased and noisy, k3 unbiased and never negative, k2 biased and "
-            "smooth (http://joschu.net/blog/kl-approx.html)."
+            "help": "Per-token KL estimator: k1 unbiased and noisy, k3 unbiased and never negative, k2 "
+            "biased and smooth (http://joschu.net/blog/kl-approx.html)."
         },
     )
     kl_placement: Literal["reward", "loss"] = field(
         default="reward",
         metadata={
-            "help": "'reward': the KL is subtracted from each token's reward (InstructGPT). 'loss': it is a term of "
-            "the loss instead (there k2 has the right gradient; k1's is 0 on average)."
+            "help": "'reward': the KL is subtracted from each token's reward (InstructGPT). 'loss': it is a "
+            "term of the loss instead (there k2 has the right gradient; k1's is 0 on average)."
         },
     )
     kl_target: float | None = field(
         default=None,
         metadata={
-            "help": "Adapt kl_coef so that the KL per answer (nats) goes to this (Ziegler 2019). Higher allows to "
-            "go further from the reference. None: kl_coef is fixed."
+            "help": "Adapt kl_coef so that the KL per answer (nats) goes to this (Ziegler 2019). Higher "
+            "allows to go further from the reference. None: kl_coef is fixed."
         },
     )
     kl_horizon: int = field(
@@ -136,7 +138,8 @@ class PPOConfig(TrainingArguments):
     normalize_scores: bool = field(
         default=False,
         metadata={
-            "help": "Bring scores to mean 0 and deviation 1 by the running moments of all of them (kept in checkpoints)."
+            "help": "Bring scores to mean 0 and deviation 1 by the running moments of all of them (kept in "
+            "checkpoints)."
         },
     )
     score_clip: float | None = field(
@@ -180,8 +183,8 @@ class PPOConfig(TrainingArguments):
     max_approx_kl: float | None = field(
         default=None,
         metadata={
-            "help": "Skip the rest of an update when a minibatch has moved further than this (½·log-ratio² per "
-            "token, e.g. 0.02). Higher stops later. None: never."
+            "help": "Skip the rest of an update when a minibatch has moved further than this (½·log-ratio² "
+            "per token, e.g. 0.02). Higher stops later. None: never."
         },
     )
     critic_warmup_steps: int = field(
@@ -201,8 +204,8 @@ class PPOConfig(TrainingArguments):
     best_kl_cap: float | None = field(
         default=None,
         metadata={
-            "help": "With load_best_model_at_end: a checkpoint whose eval_kl (nats per answer) is above this is never "
-            "the best. Higher allows stronger and stranger policies."
+            "help": "With load_best_model_at_end: a checkpoint whose eval_kl (nats per answer) is above "
+            "this is never the best. Higher allows stronger and stranger policies."
         },
     )
     allow_constant_scores: bool = field(

@@ -43,7 +43,7 @@ def make_ready(model: nn.Module) -> bool:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turn every dropout off, also those that attention modules hold as a number; the config keeps its values.
+    """Turn every dropout off, also those that attention modules hold as a number; the config keeps its own.
 
     With dropout the log-prob of a token differs from forward to forward, and the ratio of an unchanged policy
     from 1.
@@ -59,8 +59,8 @@ def disable_dropout(model: nn.Module) -> None:
 def lay_out(sequences: list[list[int]], packed: bool, device) -> tuple[dict, Tensor]:
     """Model inputs for token sequences, and where each begins in the flattened hidden states.
 
-    Returns `(inputs, starts)`: keyword arguments of a backbone, packed (1, tokens) or right-padded (b, longest),
-    and int64 (b,) on the CPU.
+    Returns `(inputs, starts)`: keyword arguments of a backbone, packed (1, tokens) or right-padded (b,
+    longest), and int64 (b,) on the CPU.
     """
     lengths = torch.tensor([len(ids) for ids in sequences])
     if packed:
@@ -83,8 +83,8 @@ def lay_out(sequences: list[list[int]], packed: bool, device) -> tuple[dict, Ten
 def collate(answers: list[tuple[list[int], list[int]]], packed: bool, device) -> dict:
     """One batch of (prompt ids, answer ids) pairs.
 
-    `inputs`: see `lay_out`. `states` (N,): where in the flattened hidden states the state before each answer token
-    is; `labels` (N,): that token. N counts all answer tokens, answer after answer.
+    `inputs`: see `lay_out`. `states` (N,): where in the flattened hidden states the state before each answer
+    token is; `labels` (N,): that token. N counts all answer tokens, answer after answer.
     """
     inputs, starts = lay_out([prompt + answer for prompt, answer in answers], packed, device)
     states = [
@@ -101,9 +101,9 @@ def states_of(model: nn.Module, batch: dict) -> Tensor:
 
 
 def token_logprobs(model: nn.Module, batch: dict, temperature: float, entropy: bool = False):
-    """Log-probs (N,) of the answer tokens under softmax(logits / temperature), and that distribution's entropies.
+    """Log-probs (N,) of the answer tokens under softmax(logits / temperature), and its entropies (N,).
 
-    Entropies (N,) only where asked for, else None. Both float32, differentiable.
+    Entropies only where asked for, else None. Both float32, differentiable.
     """
     model = plain_model(model)
     if has_plain_head(model):
@@ -118,7 +118,7 @@ def token_logprobs(model: nn.Module, batch: dict, temperature: float, entropy: b
 
 @torch.no_grad()
 def has_plain_head(model: nn.Module) -> bool:
-    """Whether logits are just the output embedding applied to the last hidden state (no soft-capping, scaling …).
+    """Whether logits are just the output embedding applied to the last hidden state (no soft-capping …).
 
     Found out once per model on four tokens, whatever its config says.
     """

@@ -1,4 +1,4 @@
-"""Sampling answers: exact inverse-CDF sampling from per-prompt random streams, so that every run repeats itself.
+"""Sampling answers: exact inverse-CDF sampling from per-prompt random streams, so that runs repeat.
 
 Each prompt draws its uniforms from a generator seeded for it alone. Its answer then depends neither on the
 prompts beside it in the batch, nor on how many processes share the work, nor on what was sampled before
@@ -76,7 +76,7 @@ class Sampler:
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
-    """The token (b,) at which the cumulative sum of `weights` (b, V; ≥ 0, any scale) passes u (b,) of its total.
+    """The token (b,) at which the cumulative sum of `weights` (b, V; ≥ 0, any scale) passes u (b,) of it.
 
     Exact, and an order of magnitude cheaper than `torch.multinomial`: sums of blocks first, then one block.
     """
@@ -93,13 +93,13 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     columns = block * size + torch.arange(size, device=weights.device)
     inside = weights.gather(-1, columns.clamp(max=vocabulary - 1)).masked_fill(columns >= vocabulary, 0.0)
     place = (inside.cumsum(-1) <= target - before).sum(-1, keepdim=True).clamp(max=size - 1)
-    # Rounding may run past the block's last possible token: then take the likeliest of the block, never an impossible.
+    # Rounding may run past the last possible token of the block: then take its likeliest.
     place = torch.where(inside.gather(-1, place) > 0, place, inside.argmax(-1, keepdim=True))
     return columns.gather(-1, place).squeeze(-1)
 
 
 def truncate(weights: Tensor, top_k: int, top_p: float) -> Tensor:
-    """`weights` (b, V) with all but the `top_k` largest, then all but the largest that hold `top_p`, set to 0."""
+    """`weights` (b, V), 0 but for the `top_k` largest and, of these, the largest that hold `top_p`."""
     if 0 < top_k < weights.shape[-1]:
         least = weights.topk(top_k, -1).values[:, -1:]
         weights = weights.masked_fill(weights < least, 0.0)
@@ -112,7 +112,7 @@ def truncate(weights: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def can_decode_lean(model) -> bool:
-    """Whether `lean_decode` works for this architecture: attention over an ordinary KV cache in every layer."""
+    """Whether `lean_decode` can do this architecture: attention over an ordinary KV cache in every layer."""
     config = model.config.get_text_config()
     parameters = inspect.signature(model.forward).parameters
     layers = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
@@ -127,9 +127,9 @@ def can_decode_lean(model) -> bool:
 def lean_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sampler) -> tuple[Tensor, Tensor]:
     """Tokens and log-probs (b, T), both CPU; what follows an EOS is arbitrary.
 
-    What `generate` of transformers does, less what costs: keys and values are written into buffers that never grow,
-    rows that have ended are dropped as soon as they are a quarter of the batch, and nothing but the last logits is
-    computed.
+    What `generate` of transformers does, less what costs: keys and values are written into buffers that never
+    grow, rows that have ended are dropped as soon as they are a quarter of the batch, and nothing but the
+    last logits is computed.
     """
     device, room = model.device, max(map(len, prompts)) + max_new_tokens
     ids, mask = left_padded(prompts, device)
@@ -166,7 +166,7 @@ def lean_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sample
 
 
 class KVBuffer(DynamicLayer):
-    """Keys and values of one layer in buffers of a fixed size: appending writes in place, where others copy it all."""
+    """Keys and values of one layer in buffers of a fixed size: appending writes in place."""
 
     def __init__(self, room: int):
         super().__init__()
@@ -195,7 +195,7 @@ class KVBuffer(DynamicLayer):
 
 
 def hf_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sampler) -> tuple[Tensor, Tensor]:
-    """Tokens and log-probs (b, T), both CPU, by transformers' own `generate`: for any architecture it can decode."""
+    """Tokens and log-probs (b, T), both CPU, by transformers' own `generate`: any architecture it knows."""
     ids, mask = left_padded(prompts, model.device)
     chooser = _Chooser(draw)
     config, model.generation_config = (

@@ -1,4 +1,4 @@
-"""PPOTrainer: rollout → score → advantages → epochs × minibatches → log → evaluate → save, read top to bottom.
+"""PPOTrainer: rollout → score → advantages → epochs × minibatches → log → evaluate → save.
 
 What is global stays simple here: after scoring, every process gathers all rollouts of the batch (token ids
 and a few floats per token, small beside any model), so rewards, whitening, advantages and statistics are
@@ -133,8 +133,9 @@ class PPOTrainer(_BaseTrainer):
         self.mini_batch_size = self.batch_size // args.num_mini_batches
         if self.batch_size % args.num_mini_batches or self.mini_batch_size % world:
             raise ValueError(
-                f"a batch of {self.batch_size} answers (per_device_train_batch_size × gradient_accumulation_steps × "
-                f"processes) does not divide into num_mini_batches={args.num_mini_batches} minibatches of equal "
+                f"a batch of {self.batch_size} answers (per_device_train_batch_size × "
+                f"gradient_accumulation_steps × processes) does not divide into "
+                f"num_mini_batches={args.num_mini_batches} minibatches of equal "
                 f"shares for {world} process(es): choose numbers that do"
             )
         self.max_steps = args.max_steps
@@ -156,7 +157,7 @@ class PPOTrainer(_BaseTrainer):
     # --- the loop -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
-        """Train to `max_steps` updates, from the checkpoint folder given (True: the last one in output_dir)."""
+        """Train to `max_steps` updates, from the checkpoint folder given (True: the last in output_dir)."""
         args = self.args
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
         self.is_in_train = True
@@ -210,7 +211,7 @@ class PPOTrainer(_BaseTrainer):
 
     @torch.no_grad()
     def _rollout(self, dataset, prompts: list[list[int]], rows: list[int], seeds: list) -> Rollouts:
-        """Sample and score an answer to each of `rows` of the dataset: this process its share, all get everything."""
+        """Sample and score an answer to each of `rows` of the dataset: each process its share."""
         args, device = self.args, self.accelerator.device
         share = len(rows) // self.accelerator.num_processes
         assert share * self.accelerator.num_processes == len(rows)
@@ -367,9 +368,10 @@ class PPOTrainer(_BaseTrainer):
         return shuffle.permutation(self.batch_size).tolist()
 
     def _backward(self, rollouts: Rollouts, advantages, returns, minibatch: list[int], first: bool) -> Tensor:
-        """Gradients of the loss of one minibatch (indices into the global batch); returns this share of STATISTICS.
+        """Gradients of the loss of one minibatch (indices into the global batch); returns its STATISTICS.
 
-        The loss is the mean over all tokens of the minibatch, however many processes and micro-batches share it.
+        The loss is the mean over all tokens of the minibatch, on all processes and in all micro-batches; the
+        statistics are this process's part of such means.
         """
         args, accelerator, mask = self.args, self.accelerator, rollouts.mask
         policy_weight = 0.0 if self.state.global_step < args.critic_warmup_steps else 1.0
@@ -388,7 +390,7 @@ class PPOTrainer(_BaseTrainer):
             with (
                 contextlib.nullcontext() if number == len(micros) else accelerator.no_sync(self.model_wrapped)
             ):
-                # entropy costs a pass over the vocabulary: without a bonus, the first epoch's is enough to watch
+                # entropy costs a pass over the vocabulary: to watch it, the first epoch is enough
                 logprobs, entropies, values = self.model_wrapped(
                     batch, args.temperature, entropy=first or args.entropy_coef > 0
                 )
@@ -413,8 +415,8 @@ class PPOTrainer(_BaseTrainer):
     def _micro_batches(self, rollouts: Rollouts, minibatch: list[int]) -> list[list[int]]:
         """This process's share of a minibatch, cut to what fits in memory: as many cuts on every process.
 
-        A micro-batch holds about the tokens of `per_device_train_batch_size` answers of full length, hence more
-        answers than that when they are short (padded batches: just that many answers).
+        A micro-batch holds about the tokens of `per_device_train_batch_size` answers of full length, hence
+        more answers than that when they are short (padded batches: just that many answers).
         """
         args, world = self.args, self.accelerator.num_processes
         size = {i: len(rollouts.prompts[i]) + len(rollouts.responses[i]) for i in minibatch}
@@ -455,7 +457,7 @@ class PPOTrainer(_BaseTrainer):
         return metrics | {f"tokens_per_second/{phase}": tokens / s for phase, s in seconds.items()}
 
     def _training_scores(self, rollouts: Rollouts) -> Tensor:
-        """Scores (B,) as PPO sees them: normalised, clipped, and less the penalty for an answer that did not end."""
+        """Scores (B,) as PPO sees them: normalised, clipped, less the penalty where an answer did not end."""
         scores = rollouts.scores
         if self.score_normalizer is not None:
             scores = self.score_normalizer(scores)
@@ -486,7 +488,7 @@ class PPOTrainer(_BaseTrainer):
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """One answer to each held-out prompt, always from the same random streams: score, KL, length, EOS rate.
+        """One answer to each held-out prompt, each time from the same random streams; returns the metrics.
 
         The score is the weighted sum of the reward functions, without normalisation or penalties; the KL is
         the mean over answers of log π/π_ref (nats).
@@ -542,7 +544,7 @@ class PPOTrainer(_BaseTrainer):
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The policy (adapters only, with PEFT) and the tokenizer in `output_dir`, the critic in its `critic` folder."""
+        """The policy (with PEFT: its adapters) and tokenizer, the critic in the folder `critic`."""
         folder = Path(output_dir or self.args.output_dir)
         weights = {"policy": None, "critic": None}
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # collective: every process takes part
@@ -597,9 +599,9 @@ class PPOTrainer(_BaseTrainer):
         state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
         if state["batch_size"] != self.batch_size:
             raise ValueError(
-                f"{checkpoint} was made with batches of {state['batch_size']} answers, this run has {self.batch_size}: "
-                "it would not continue with the right prompts. Keep per_device_train_batch_size × "
-                "gradient_accumulation_steps × processes as it was"
+                f"{checkpoint} was made with batches of {state['batch_size']} answers, this run has "
+                f"{self.batch_size}: it would not continue with the right prompts. Keep "
+                "per_device_train_batch_size × gradient_accumulation_steps × processes as it was"
             )
         self.kl_controller.load_state_dict(state["kl_controller"])
         if self.score_normalizer is not None and state["score_normalizer"] is not None:
@@ -628,7 +630,7 @@ class PPOTrainer(_BaseTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _forget_samples_after(self, step: int) -> None:
-        """Drop samples that an interrupted run wrote after its last checkpoint: they are about to be written again."""
+        """Drop samples that an interrupted run wrote after its last checkpoint: they come again."""
         path = Path(self.args.output_dir) / SAMPLES
         if self.is_world_process_zero() and path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -675,12 +677,12 @@ class PPOTrainer(_BaseTrainer):
                     )
                     if rows
                 )
-                + f". Drop or shorten them (response_length is {self.args.response_length}, context {context})"
+                + f". Drop or shorten them (response_length {self.args.response_length}, context {context})"
             )
         return prompts
 
     def _row_of(self, episode: int) -> int:
-        """The dataset row of the n-th episode of the run: each epoch goes through all rows in an order of its own."""
+        """The dataset row of the run's n-th episode: each epoch takes all rows in its own order."""
         epoch, place = divmod(episode, len(self.train_prompts))
         if getattr(self, "_epoch_order", (None,))[0] != epoch:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -706,13 +708,14 @@ class PPOTrainer(_BaseTrainer):
         problems = []
         if not rollouts.ended.any() and not self.args.allow_no_eos:
             problems.append(
-                f"none of {len(episodes)} answers ended with EOS within response_length={self.args.response_length}: "
-                "the policy has not learned to stop, or the length is too short (allow_no_eos: true to go on)"
+                f"none of {len(episodes)} answers ended with EOS within "
+                f"response_length={self.args.response_length}: the policy has not learned to stop, "
+                "or the length is too short (allow_no_eos: true to go on)"
             )
         if rollouts.scores.std() < 1e-6 and not self.args.allow_constant_scores:
             problems.append(
-                f"all of {len(episodes)} answers got the score {rollouts.scores[0].item():.4g}: there is nothing to "
-                "learn from (allow_constant_scores: true to go on)"
+                f"all of {len(episodes)} answers got the score {rollouts.scores[0].item():.4g}: there is "
+                "nothing to learn from (allow_constant_scores: true to go on)"
             )
         if problems:
             raise ValueError("PPO cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -732,7 +735,8 @@ class PPOTrainer(_BaseTrainer):
         shown = [rows[i] for i in of[:5]]
         last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
         return (
-            f"{what} in update {self.state.global_step + 1}, in {len(of)} answer(s), first dataset rows {shown} "
+            f"{what} in update {self.state.global_step + 1}, in {len(of)} answer(s), first dataset rows "
+            f"{shown} "
             f"({'; '.join(repr(as_text(dataset[r]['prompt'])[:60]) for r in shown)}). "
             f"Last checkpoint: {last or 'none'}"
         )
@@ -796,15 +800,15 @@ def _check_models(model, value_model, ref_model, reward_funcs, tokenizer) -> Non
     problems = []
     if not hasattr(plain_model(value_model), "score"):
         problems.append(
-            f"value_model is a {type(value_model).__name__} without a `score` head over each position: take an "
-            "AutoModelForSequenceClassification of a causal model"
+            f"value_model is a {type(value_model).__name__} without a `score` head over each position: take "
+            "an AutoModelForSequenceClassification of a causal model"
         )
     if ref_model is None and hasattr(model, "peft_config"):
         trained = [n for n, w in model.named_parameters() if "lora_B" in n and bool(w.detach().any())]
         if trained:
             problems.append(
-                "the policy's adapter is already trained, so the policy without it is not what training starts from: "
-                "merge the adapter into the model first, or pass a ref_model"
+                "the policy's adapter is already trained, so the policy without it is not what training "
+                "starts from: merge the adapter into the model first, or pass a ref_model"
             )
         if any(config.is_prompt_learning for config in model.peft_config.values()):
             problems.append("prompt-learning adapters are not supported: use LoRA")
@@ -816,15 +820,15 @@ def _check_models(model, value_model, ref_model, reward_funcs, tokenizer) -> Non
     rows = plain_model(value_model).get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):
         problems.append(
-            f"value_model knows {rows} tokens and the policy's tokenizer has {len(tokenizer)}: a critic must read "
-            "the policy's token ids (initialise it from a reward model with that tokenizer, or from the policy)"
+            f"value_model knows {rows} tokens and the policy's tokenizer has {len(tokenizer)}: a critic must "
+            "read the policy's token ids (start it from the policy, or a reward model with that tokenizer)"
         )
     for function in reward_funcs:
         labels = getattr(getattr(function, "config", None), "num_labels", 1)
         if isinstance(function, nn.Module) and labels != 1:
             problems.append(
-                f"reward model {_name_of(function)} has {labels} labels, not one score: wrap it in a function that "
-                "returns the number to maximise"
+                f"reward model {_name_of(function)} has {labels} labels, not one score: wrap it in a "
+                "function that returns the number to maximise"
             )
         if not isinstance(function, nn.Module) and not callable(function):
             problems.append(f"reward function {function!r} is neither a model nor callable")
