@@ -167,7 +167,7 @@ def test_log_has_the_names_that_people_watch(tmp_path):
         "tokens_per_second/update"
     ).split():
         assert math.isfinite(row[name]), name
-    assert row["objective/kl"] == 0  # nothing has moved yet
+    assert row["objective/kl"] == pytest.approx(0, abs=1e-5)  # nothing has moved yet
     assert row["episode"] == 16 and row["optimizer_steps"] == 4
 
 
@@ -292,6 +292,37 @@ def test_architectures_that_cannot_be_packed_are_padded(tmp_path, monkeypatch):
         trainer.train()
         results.append(weights(trainer))
     assert_same_weights(*results, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_kept_probabilities_give_the_gradients_of_plain_autograd(with_bias):
+    from pipelines.ppo.forward import _KeptLogprobs
+
+    torch.manual_seed(0)
+    shapes = [(7, 5), (11, 5), (11,)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    again = [x.detach().float().requires_grad_() for x in inputs]
+    labels, upstream = torch.randint(11, (7,)), torch.randn(7)
+    hidden, weight, bias = inputs
+    every = ((hidden @ weight.T + (bias if with_bias else 0)) / 0.7).log_softmax(-1)
+    expected = every.gather(-1, labels[:, None]).squeeze(-1)
+    (expected * upstream).sum().backward()
+    hidden, weight, bias = again
+    found, entropies = _KeptLogprobs.apply(hidden, weight, bias if with_bias else None, labels, 0.7, True)
+    (found * upstream).sum().backward()
+    torch.testing.assert_close(found, expected.float())
+    torch.testing.assert_close(entropies, -(every.exp() * every).sum(-1).float())
+    for one, other in list(zip(inputs, again, strict=True))[: 3 if with_bias else 2]:
+        torch.testing.assert_close(other.grad, one.grad.float(), atol=1e-6, rtol=1e-5)
+
+
+def test_entropy_bonus_keeps_the_policy_random(tmp_path):
+    entropies = []
+    for coef in (0.0, 1.0):
+        trainer = make(tmp_path, entropy_coef=coef, max_steps=10, learning_rate=5e-3, kl_coef=0.0)
+        trainer.train()
+        entropies.append(trainer.state.log_history[-2]["policy/entropy_avg"])
+    assert entropies[0] < 3.3 < entropies[1] < math.log(32)
 
 
 def test_a_head_that_does_more_than_multiply_is_respected(tmp_path):

@@ -18,6 +18,8 @@ from pipelines.packing import enable_packed_attention, pack
 
 logger = logging.getLogger(__name__)
 
+KEPT = 2**26  # elements of the probabilities that a micro-batch may keep for its backward (256 MB in fp32)
+
 
 def plain_model(model: nn.Module) -> nn.Module:
     """The transformers model itself: what PEFT has wrapped, adapters inside its layers."""
@@ -100,20 +102,76 @@ def states_of(model: nn.Module, batch: dict) -> Tensor:
     return plain_model(model).base_model(**batch["inputs"]).last_hidden_state.flatten(0, 1)[batch["states"]]
 
 
-def token_logprobs(model: nn.Module, batch: dict, temperature: float, entropy: bool = False):
+def token_logprobs(
+    model: nn.Module, batch: dict, temperature: float, entropy: bool = False, grad_entropy: bool = False
+):
     """Log-probs (N,) of the answer tokens under softmax(logits / temperature), and its entropies (N,).
 
-    Entropies only where asked for, else None. Both float32, differentiable.
+    Both float32. Entropies only where asked for, else None; differentiable only with `grad_entropy`.
     """
     model = plain_model(model)
     if has_plain_head(model):
         head = model.get_output_embeddings()
         hidden, bias = states_of(model, batch), getattr(head, "bias", None)
+        small = len(hidden) * len(head.weight) <= KEPT and torch.is_grad_enabled()
+        if small and not grad_entropy:
+            return _KeptLogprobs.apply(hidden, head.weight, bias, batch["labels"], temperature, entropy)
         return linear_logprobs(hidden, head.weight, batch["labels"], bias, temperature, entropy)
     logits = model(**batch["inputs"]).logits.flatten(0, 1)[batch["states"]].float() / temperature
     every = logits.log_softmax(-1)
     logprobs = every.gather(-1, batch["labels"][:, None]).squeeze(-1)
     return logprobs, -(every.exp() * every).sum(-1) if entropy else None
+
+
+class _KeptLogprobs(torch.autograd.Function):
+    """`linear_logprobs` for few rows: the probabilities are kept, so that backward need not multiply again.
+
+    One buffer (N, V) holds logits, then probabilities, then the gradient of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, temperature, entropy):
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        with torch.autocast(kind, enabled=False):
+            hidden_, weight_ = hidden.to(dtype), weight.to(dtype)
+            logits = (hidden_ @ weight_.T).float()
+            if bias is not None:
+                logits += bias
+            logits /= temperature
+            picked, peak = logits.gather(1, labels[:, None])[:, 0], logits.amax(-1)
+            probabilities = torch.softmax(logits, -1) if entropy else torch.softmax(logits, -1, out=logits)
+            log_total = (
+                peak - probabilities.amax(-1).log()
+            )  # the likeliest token has probability exp(peak - total)
+            entropies = log_total - logits.mul_(probabilities).sum(-1) if entropy else None
+        ctx.save_for_backward(hidden_, weight_, labels)
+        ctx.probabilities, ctx.temperature, ctx.has_bias = (
+            probabilities.to(dtype),
+            temperature,
+            bias is not None,
+        )
+        ctx.dtypes = hidden.dtype, weight.dtype
+        if entropy:
+            ctx.mark_non_differentiable(entropies)
+        return picked - log_total, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        (hidden, weight, labels), logits, ctx.probabilities = ctx.saved_tensors, ctx.probabilities, None
+        with torch.autocast(hidden.device.type, enabled=False):
+            grad = (grad / ctx.temperature).to(logits.dtype)[:, None]
+            logits.mul_(-grad).scatter_add_(1, labels[:, None], grad)  # d logprob / d logit = onehot - p
+            of_bias = logits.sum(0) if ctx.has_bias else None
+            return (
+                (logits @ weight).to(ctx.dtypes[0]),
+                (logits.T @ hidden).to(ctx.dtypes[1]),
+                of_bias,
+                None,
+                None,
+                None,
+            )
 
 
 @torch.no_grad()
@@ -160,9 +218,10 @@ class PolicyAndCritic(nn.Module):
         self.policy, self.critic = policy, critic
         self.config = policy.config  # what the Trainer, DeepSpeed and callbacks look at
 
-    def forward(
-        self, batch: dict, temperature: float = 1.0, entropy: bool = False, values_only: bool = False
-    ):
-        """`(logprobs, entropies or None, values)`, each (N,) float32; or the values alone."""
+    def forward(self, batch: dict, values_only: bool = False, **how):
+        """`(logprobs, entropies or None, values)`, each (N,) float32, or the values alone.
+
+        `how`: temperature, entropy and grad_entropy of `token_logprobs`.
+        """
         values = token_values(self.critic, batch)
-        return values if values_only else (*token_logprobs(self.policy, batch, temperature, entropy), values)
+        return values if values_only else (*token_logprobs(self.policy, batch, **how), values)

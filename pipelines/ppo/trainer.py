@@ -375,7 +375,7 @@ class PPOTrainer(_BaseTrainer):
         """
         args, accelerator, mask = self.args, self.accelerator, rollouts.mask
         policy_weight = 0.0 if self.state.global_step < args.critic_warmup_steps else 1.0
-        tokens = int(mask[minibatch].sum())
+        tokens, bonus = int(mask[minibatch].sum()), args.entropy_coef > 0
         micros = self._micro_batches(rollouts, minibatch)
         stats = torch.zeros(len(STATISTICS), device=accelerator.device)
         for number, micro in enumerate(micros, 1):
@@ -392,12 +392,12 @@ class PPOTrainer(_BaseTrainer):
             ):
                 # entropy costs a pass over the vocabulary: to watch it, the first epoch is enough
                 logprobs, entropies, values = self.model_wrapped(
-                    batch, args.temperature, entropy=first or args.entropy_coef > 0
+                    batch, temperature=args.temperature, entropy=first or bonus, grad_entropy=bonus
                 )
                 pg, pg_clipped = algorithm.policy_loss(logprobs, old_logprobs, advantage, args.cliprange)
                 vf, vf_clipped = algorithm.value_loss(values, old_values, target, args.cliprange_value)
                 of_policy = pg
-                if args.entropy_coef > 0:
+                if bonus:
                     of_policy = of_policy - args.entropy_coef * entropies
                 if args.kl_placement == "loss":
                     kl = algorithm.kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
