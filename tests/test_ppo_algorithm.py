@@ -99,7 +99,7 @@ def test_what_is_in_the_padding_changes_nothing(poison):
 
     clean = everything(logprobs, ref, values)
     poisoned = everything(*(torch.where(mask, x, poison) for x in (logprobs, ref, values)))
-    for one, other in zip(clean, poisoned):
+    for one, other in zip(clean, poisoned, strict=True):
         assert torch.equal(one, other)
 
 

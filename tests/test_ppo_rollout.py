@@ -147,7 +147,7 @@ def test_logprobs_equal_a_plain_forward_and_answers_stop_at_eos(build):
         batch_size=3,
     )
     assert any(len(r) < 12 for r in responses) and any(len(r) > 1 for r in responses)
-    for prompt, response, logprob in zip(prompts, responses, logprobs):
+    for prompt, response, logprob in zip(prompts, responses, logprobs, strict=True):
         assert len(response) == len(logprob) <= 12
         assert not {EOS, 9} & set(response[:-1])
         assert len(response) == 12 or response[-1] in (EOS, 9)

@@ -71,7 +71,15 @@ def count_goal(prompts, completions, completion_ids, **columns):
 
 
 def make(
-    folder, *, reward_funcs=count_goal, callbacks=None, data=None, eval_data=None, models=None, **settings
+    folder,
+    *,
+    reward_funcs=count_goal,
+    reward_tokenizers=None,
+    callbacks=None,
+    data=None,
+    eval_data=None,
+    models=None,
+    **settings,
 ):
     defaults = dict(
         output_dir=str(folder),
@@ -94,6 +102,7 @@ def make(
         value_model=value,
         args=PPOConfig(**defaults | settings),
         reward_funcs=reward_funcs,
+        reward_processing_classes=reward_tokenizers,
         train_dataset=data or prompts(),
         eval_dataset=eval_data,
         processing_class=tokenizer(),
@@ -283,15 +292,17 @@ def test_bf16_is_really_bf16(tmp_path):
     assert row["val/ratio"] == pytest.approx(1, abs=0.05) and abs(row["objective/kl"]) < 0.1
 
 
-def test_architectures_that_cannot_be_packed_are_padded(tmp_path, monkeypatch):
-    """Same rollouts, same update."""
+def test_architectures_that_cannot_be_packed_are_padded(tmp_path):
+    """Same rollouts, same update; also where log-probs must come from the model's own logits."""
     results = []
-    for packed in (True, False):
+    for packed, plain_head in ((True, True), (False, True), (True, False), (False, False)):
         trainer = make(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4)
         trainer.packed = packed
+        trainer.policy._has_plain_head = trainer.ref_model._has_plain_head = plain_head
         trainer.train()
         results.append(weights(trainer))
-    assert_same_weights(*results, atol=2e-6, rtol=1e-4)
+    for other in results[1:]:
+        assert_same_weights(results[0], other, atol=2e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -367,7 +378,7 @@ def test_reward_functions_get_prompts_completions_and_columns(tmp_path):
     data = prompts()
     texts, completions, ids, numbers = seen[-1]
     assert len(texts) == 16 and [data[n]["prompt"] for n in numbers] == texts
-    for completion, answer in zip(completions, ids):
+    for completion, answer in zip(completions, ids, strict=True):
         assert completion == " ".join(f"w{t}" for t in answer if t < WORDS)
     row = trainer.state.log_history[0]
     assert row["objective/scores"] == pytest.approx(sum(numbers) / 16) == pytest.approx(row["reward/spy"])
@@ -377,8 +388,9 @@ def test_reward_functions_get_prompts_completions_and_columns(tmp_path):
 def test_reward_model_scores_the_last_real_token(tmp_path, own_tokenizer):
     """Also under a tokenizer of its own: ids differ, so its scores are those of the re-encoded text."""
     reward_model = critic(seed=5)
-    trainer = make(tmp_path, reward_funcs=[reward_model])
-    trainer.reward_tokenizers = [tokenizer(reverse=True) if own_tokenizer else tokenizer()]
+    theirs = tokenizer(reverse=own_tokenizer)
+    trainer = make(tmp_path, reward_funcs=[reward_model], reward_tokenizers=[theirs])
+    assert trainer.reward_tokenizers == [theirs if own_tokenizer else None]
     trainer._set_up(None)
     rollouts = trainer._rollout(trainer.train_dataset, trainer.train_prompts, list(range(6)), list(range(6)))
     for i in range(6):

@@ -117,7 +117,10 @@ def token_logprobs(
         if small and not grad_entropy:
             return _KeptLogprobs.apply(hidden, head.weight, bias, batch["labels"], temperature, entropy)
         return linear_logprobs(hidden, head.weight, batch["labels"], bias, temperature, entropy)
-    logits = model(**batch["inputs"]).logits.flatten(0, 1)[batch["states"]].float() / temperature
+    if "cu_seq_lens_q" in batch["inputs"]:
+        logits = model(**batch["inputs"], logits_to_keep=batch["states"]).logits[0].float() / temperature
+    else:
+        logits = model(**batch["inputs"]).logits.flatten(0, 1)[batch["states"]].float() / temperature
     every = logits.log_softmax(-1)
     logprobs = every.gather(-1, batch["labels"][:, None]).squeeze(-1)
     return logprobs, -(every.exp() * every).sum(-1) if entropy else None
@@ -178,7 +181,8 @@ class _KeptLogprobs(torch.autograd.Function):
 def has_plain_head(model: nn.Module) -> bool:
     """Whether logits are just the output embedding applied to the last hidden state (no soft-capping …).
 
-    Found out once per model on four tokens, whatever its config says.
+    Found out once per model on four tokens, whatever its config says. A head that ZeRO-3 has cut up can only
+    be reached through the model.
     """
     if not hasattr(model, "_has_plain_head"):
         head = model.get_output_embeddings()
@@ -186,7 +190,7 @@ def has_plain_head(model: nn.Module) -> bool:
         own = model(input_ids=ids, use_cache=False).logits.float()
         ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
         near = torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
-        model._has_plain_head = type(head) is nn.Linear and near
+        model._has_plain_head = type(head) is nn.Linear and not hasattr(head.weight, "ds_id") and near
     return model._has_plain_head
 
 

@@ -53,7 +53,7 @@ def generate(
         draw = Sampler(torch.from_numpy(uniforms), temperature, top_k, top_p)
         decode = lean_decode if can_decode_lean(model) else hf_decode
         tokens, logps = decode(model, [prompts[i] for i in rows], max_new_tokens, eos_token_ids, draw)
-        for i, ids, logp in zip(rows, tokens.tolist(), logps):
+        for i, ids, logp in zip(rows, tokens.tolist(), logps, strict=True):
             n = next((t + 1 for t, token in enumerate(ids) if token in eos_token_ids), len(ids))
             responses[i], logprobs[i] = ids[:n], logp[:n].clone()
     return responses, logprobs

@@ -29,7 +29,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generat
 from trl.trainer.base_trainer import _BaseTrainer
 
 from pipelines.chat import as_text, encode_answer, encode_prompt
-from pipelines.ppo import algorithm
+from pipelines.ppo import algorithm, checks
 from pipelines.ppo.config import PPOConfig
 from pipelines.ppo.forward import (
     PolicyAndCritic,
@@ -73,13 +73,14 @@ class PPOTrainer(_BaseTrainer):
         reward_funcs: sequence-classification models with one label, and/or callables
             `(prompts, completions, **columns) -> list[float]`. These get the prompts as they are in the
             dataset, the completions as text, the dataset's other columns as lists, and `completion_ids`.
-            value_model: the critic, a causal `AutoModelForSequenceClassification` with one label that shares
-            the policy's token ids; usually a second copy of the reward model. Trained in place.
-            train_dataset, eval_dataset: column `prompt` (text or messages), any others go to the callables.
-            processing_class: the policy's tokenizer. ref_model: frozen reference. None: a copy of `model`, or
-            with PEFT the policy with its adapters off. reward_weights: one per reward function, all 1 by
-            default. reward_processing_classes: a tokenizer for each reward model that has its own; None: the
-            policy's. callbacks, optimizers: as in `transformers.Trainer`.
+        value_model: the critic, a causal `AutoModelForSequenceClassification` with one label that shares the
+            policy's token ids; usually a second copy of the reward model. Trained in place.
+        train_dataset, eval_dataset: column `prompt` (text or messages), any others go to the callables.
+        processing_class: the policy's tokenizer.
+        ref_model: frozen reference. None: a copy of `model`, or with PEFT the policy with its adapters off.
+        reward_weights: one per reward function, all 1 by default.
+        reward_processing_classes: a tokenizer for each reward model that has its own; None: the policy's.
+        callbacks, optimizers: as in `transformers.Trainer`.
     """
 
     _tag_names = ["trl", "ppo"]
@@ -104,9 +105,9 @@ class PPOTrainer(_BaseTrainer):
         reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         self.reward_tokenizers = list(reward_processing_classes or [None] * len(reward_funcs))
         self.reward_weights = [1.0] * len(reward_funcs) if reward_weights is None else list(reward_weights)
-        self.eos_token_ids = end_tokens(model, processing_class)
-        _check_models(model, value_model, ref_model, reward_funcs, processing_class)
-        _check_lengths(reward_funcs, self.reward_weights, self.reward_tokenizers)
+        self.eos_token_ids = checks.end_tokens(model, processing_class)
+        checks.check_models(model, value_model, ref_model, reward_funcs, processing_class)
+        checks.check_counts(reward_funcs, self.reward_weights, self.reward_tokenizers)
         if ref_model is None and not hasattr(model, "peft_config"):
             ref_model = copy.deepcopy(model)
         together = [model, value_model] if ref_model is None else [model, value_model, ref_model]
@@ -125,7 +126,11 @@ class PPOTrainer(_BaseTrainer):
         )
         self.policy, self.critic = model, value_model
         self.reward_funcs = [self._frozen(f) if isinstance(f, nn.Module) else f for f in reward_funcs]
-        self.reward_names = _unique([_name_of(f) for f in reward_funcs])
+        self.reward_tokenizers = [
+            None if t is None or checks.same_tokenizer(t, processing_class) else t
+            for t in self.reward_tokenizers
+        ]
+        self.reward_names = _unique([checks.name_of(f) for f in reward_funcs])
         self.ref_model = None if ref_model is None else self._frozen(ref_model)
 
         world = self.accelerator.num_processes
@@ -164,7 +169,8 @@ class PPOTrainer(_BaseTrainer):
         started = time.time()
         self._set_up(checkpoint)
         if checkpoint is None:
-            self._check_gates()
+            probe = math.ceil(64 / self.accelerator.num_processes) * self.accelerator.num_processes
+            checks.check_rollouts(self._train_rollout(range(probe)), args)
 
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         if args.eval_on_start and checkpoint is None:
@@ -172,25 +178,19 @@ class PPOTrainer(_BaseTrainer):
         first_step = self.state.global_step
         while self.state.global_step < self.max_steps and not self.control.should_training_stop:
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
-            step = self.state.global_step
-            episodes = range(step * self.batch_size, (step + 1) * self.batch_size)
-            rollouts = self._rollout(
-                self.train_dataset,
-                self.train_prompts,
-                [self._row_of(episode) for episode in episodes],
-                [(args.seed, TRAIN, episode) for episode in episodes],
-            )
+            seen = self.state.global_step * self.batch_size
+            rollouts = self._train_rollout(range(seen, seen + self.batch_size))
             metrics = self._update(rollouts)
             self.lr_scheduler.step()
 
             self.state.global_step += 1
-            self.state.epoch = self.state.global_step * self.batch_size / len(self.train_dataset)
+            self.state.epoch = (seen + self.batch_size) / len(self.train_dataset)
             for name, value in metrics.items():
                 self._unlogged[name].append(value)
             if self._is_sample_step(self.state.global_step):
                 self._write_samples("train", rollouts)
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-            if int(self.state.epoch) > int(step * self.batch_size / len(self.train_dataset)):
+            if int(self.state.epoch) > seen // len(self.train_dataset):
                 self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
             self._log_evaluate_save()
 
@@ -208,6 +208,12 @@ class PPOTrainer(_BaseTrainer):
         return TrainOutput(self.state.global_step, float("nan"), metrics)
 
     # --- rollouts -------------------------------------------------------------------------------------------
+
+    def _train_rollout(self, episodes: range) -> Rollouts:
+        """Answers number `episodes` of the run, each with its own prompt and random stream."""
+        rows = [self._row_of(episode) for episode in episodes]
+        seeds = [(self.args.seed, TRAIN, episode) for episode in episodes]
+        return self._rollout(self.train_dataset, self.train_prompts, rows, seeds)
 
     @torch.no_grad()
     def _rollout(self, dataset, prompts: list[list[int]], rows: list[int], seeds: list) -> Rollouts:
@@ -239,7 +245,7 @@ class PPOTrainer(_BaseTrainer):
         seconds["generate"] = time.perf_counter() - began
 
         began = time.perf_counter()
-        answers = list(zip(my_prompts, responses))
+        answers = list(zip(my_prompts, responses, strict=True))
         per_token: list = [None] * share  # (3, length): log-probs of policy and reference, values
         for chunk in _chunks(_by_length(answers), args.local_rollout_forward_batch_size):
             batch = collate([answers[i] for i in chunk], self.packed, device)
@@ -249,12 +255,12 @@ class PPOTrainer(_BaseTrainer):
             columns = torch.stack([torch.cat([logprobs[i] for i in chunk]), ref_logprobs.cpu(), values.cpu()])
             for i, part in zip(chunk, columns.split([len(responses[i]) for i in chunk], dim=1), strict=True):
                 per_token[i] = part
-        rewards = self._rewards(dataset, my_rows, my_prompts, responses)  # (share, functions)
+        rewards = self._rewards(dataset, my_rows, answers)  # (share, functions)
         seconds["score"] = time.perf_counter() - began
         self.model_wrapped.train()
 
-        gathered = gather_object(list(zip(responses, per_token, rewards)))
-        responses, per_token, rewards = map(list, zip(*gathered))
+        gathered = gather_object(list(zip(responses, per_token, rewards, strict=True)))
+        responses, per_token, rewards = map(list, zip(*gathered, strict=True))
         lengths = torch.tensor([len(r) for r in responses], device=device)
         padded = nn.utils.rnn.pad_sequence([p.T for p in per_token], batch_first=True).to(device)  # (B, T, 3)
         rewards = torch.stack(rewards).to(device)
@@ -273,44 +279,55 @@ class PPOTrainer(_BaseTrainer):
             seconds=seconds,
         )
 
-    def _rewards(
-        self, dataset, rows: list[int], prompts: list[list[int]], responses: list[list[int]]
-    ) -> Tensor:
-        """What each reward function says of each answer: (answers, functions), CPU float32."""
-        device = self.accelerator.device
+    def _rewards(self, dataset, rows: list[int], answers: list[tuple[list[int], list[int]]]) -> Tensor:
+        """What each reward function says of each answer (prompt ids, response ids): (answers, functions)."""
+        responses = [response for _, response in answers]
         completions = self._completions(responses)
         columns = dataset[rows]
-        texts = columns.pop("prompt")
+        prompts = columns.pop("prompt")
         out = torch.empty(len(rows), len(self.reward_funcs))
-        for column, (function, tokenizer) in enumerate(zip(self.reward_funcs, self.reward_tokenizers)):
-            if not isinstance(function, nn.Module):
-                given = function(prompts=texts, completions=completions, completion_ids=responses, **columns)
-                if len(given) != len(rows):
-                    raise ValueError(
-                        f"reward function {self.reward_names[column]} returned {len(given)} scores for "
-                        f"{len(rows)} completions"
-                    )
-                out[:, column] = torch.tensor([float(score) for score in given])
+        for i, function in enumerate(self.reward_funcs):
+            if isinstance(function, nn.Module):
+                out[:, i] = self._model_scores(i, answers, prompts, completions)
                 continue
-            if tokenizer is None or same_tokenizer(tokenizer, self.processing_class):
-                sequences = [prompt + response for prompt, response in zip(prompts, responses)]
-            else:
-                sequences = []
-                for text, completion, response in zip(texts, completions, responses):
-                    prompt_ids, answer_ids = encode_answer(tokenizer, text, completion)
-                    # an answer that was cut off has no EOS under the reward model's tokenizer either
-                    sequences.append(
-                        prompt_ids + answer_ids[: None if response[-1] in self.eos_token_ids else -1]
-                    )
-            for chunk in _chunks(
-                _by_length([(ids,) for ids in sequences]), self.args.local_rollout_forward_batch_size
-            ):
-                with self.accelerator.autocast():
-                    packed = self.reward_packed[column]
-                    out[chunk, column] = sequence_scores(
-                        function, [sequences[i] for i in chunk], packed, device
-                    ).cpu()
+            scores = function(prompts=prompts, completions=completions, completion_ids=responses, **columns)
+            if len(scores) != len(rows):
+                raise ValueError(
+                    f"reward function {self.reward_names[i]} returned {len(scores)} scores for {len(rows)} "
+                    "answers"
+                )
+            out[:, i] = torch.tensor([float(score) for score in scores])
         return out
+
+    def _model_scores(self, i: int, answers: list, prompts: list, completions: list[str]) -> Tensor:
+        """Scores (answers,) of reward model number `i`, of the ids as they are or under its own tokenizer."""
+        model, tokenizer = self.reward_funcs[i], self.reward_tokenizers[i]
+        sequences = [prompt + response for prompt, response in answers]
+        if tokenizer is not None:
+            for row, (prompt, completion, (_, response)) in enumerate(
+                zip(prompts, completions, answers, strict=True)
+            ):
+                prompt_ids, answer_ids = encode_answer(tokenizer, prompt, completion)
+                cut_off = (
+                    response[-1] not in self.eos_token_ids
+                )  # then it has no EOS for the reward model either
+                sequences[row] = prompt_ids + (answer_ids[:-1] if cut_off else answer_ids)
+        limit = checks.context_of(model)
+        longest = max(map(len, sequences))
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"reward model {self.reward_names[i]} reads at most {limit} tokens and was given {longest}: "
+                "lower response_length or drop the longest prompts"
+            )
+        scores = torch.empty(len(sequences))
+        order = _by_length([(ids,) for ids in sequences])
+        for chunk in _chunks(order, self.args.local_rollout_forward_batch_size):
+            with self.accelerator.autocast():
+                found = sequence_scores(
+                    model, [sequences[j] for j in chunk], self.reward_packed[i], self.accelerator.device
+                )
+            scores[chunk] = found.cpu()
+        return scores
 
     # --- the update -----------------------------------------------------------------------------------------
 
@@ -512,7 +529,7 @@ class PPOTrainer(_BaseTrainer):
             "eos_rate": rollouts.ended[:n].float().mean().item(),
             "runtime": time.time() - began,
         }
-        for name, column in zip(self.reward_names, rollouts.rewards[:n].T):
+        for name, column in zip(self.reward_names, rollouts.rewards[:n].T, strict=True):
             metrics[f"reward/{name}"] = column.mean().item()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self._write_samples(metric_key_prefix, rollouts)
@@ -659,11 +676,13 @@ class PPOTrainer(_BaseTrainer):
         if "prompt" not in dataset.column_names:
             raise ValueError(f"{name} has no column `prompt`, but {', '.join(dataset.column_names)}")
         prompts = [encode_prompt(self.processing_class, prompt) for prompt in dataset["prompt"]]
-        limit = self.args.max_prompt_length
-        context = getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None:
-            room = context - self.args.response_length
-            limit = room if limit is None else min(limit, room)
+        contexts = [checks.context_of(m) for m in (self.policy, self.critic, self.ref_model) if m is not None]
+        context = min((c for c in contexts if c is not None), default=None)
+        limits = [
+            self.args.max_prompt_length,
+            None if context is None else context - self.args.response_length,
+        ]
+        limit = min((x for x in limits if x is not None), default=None)
         long = [i for i, ids in enumerate(prompts) if limit is not None and len(ids) > limit]
         empty = [i for i, ids in enumerate(prompts) if not ids]
         if long or empty:
@@ -695,33 +714,8 @@ class PPOTrainer(_BaseTrainer):
     def _completions(self, responses: list[list[int]]) -> list[str]:
         return self.processing_class.batch_decode(responses, skip_special_tokens=True)
 
-    def _check_gates(self, answers: int = 64) -> None:
-        """Before training: the policy must be able to end an answer, and the score to tell answers apart."""
-        world = self.accelerator.num_processes
-        episodes = range(math.ceil(answers / world) * world)
-        rollouts = self._rollout(
-            self.train_dataset,
-            self.train_prompts,
-            [self._row_of(e) for e in episodes],
-            [(self.args.seed, TRAIN, e) for e in episodes],
-        )
-        problems = []
-        if not rollouts.ended.any() and not self.args.allow_no_eos:
-            problems.append(
-                f"none of {len(episodes)} answers ended with EOS within "
-                f"response_length={self.args.response_length}: the policy has not learned to stop, "
-                "or the length is too short (allow_no_eos: true to go on)"
-            )
-        if rollouts.scores.std() < 1e-6 and not self.args.allow_constant_scores:
-            problems.append(
-                f"all of {len(episodes)} answers got the score {rollouts.scores[0].item():.4g}: there is "
-                "nothing to learn from (allow_constant_scores: true to go on)"
-            )
-        if problems:
-            raise ValueError("PPO cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
-
     def _check_rewards(self, rewards: Tensor, dataset, rows: list[int]) -> None:
-        for name, column in zip(self.reward_names, rewards.T):
+        for name, column in zip(self.reward_names, rewards.T, strict=True):
             bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
             if bad:
                 raise NotFinite(
@@ -756,27 +750,6 @@ STATISTICS = (
 )
 
 
-def end_tokens(model, tokenizer) -> list[int]:
-    """Token ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    configured = (
-        [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
-    )
-    ids = {tokenizer.eos_token_id, *configured} - {None}
-    if not ids:
-        raise ValueError("the tokenizer has no EOS token: an answer could never end")
-    return sorted(ids)
-
-
-def same_tokenizer(one, other) -> bool:
-    """Whether both give the same ids to every prompt and answer."""
-    return one is other or (
-        one.get_vocab() == other.get_vocab()
-        and one.chat_template == other.chat_template
-        and one.eos_token_id == other.eos_token_id
-    )
-
-
 def _chunks(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
@@ -786,57 +759,5 @@ def _by_length(items: list[tuple]) -> list[int]:
     return sorted(range(len(items)), key=lambda i: sum(map(len, items[i])))
 
 
-def _name_of(function) -> str:
-    if isinstance(function, nn.Module):
-        return Path(getattr(function.config, "_name_or_path", "") or "").name or "reward_model"
-    return getattr(function, "__name__", type(function).__name__)
-
-
 def _unique(names: list[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
-
-
-def _check_models(model, value_model, ref_model, reward_funcs, tokenizer) -> None:
-    problems = []
-    if not hasattr(plain_model(value_model), "score"):
-        problems.append(
-            f"value_model is a {type(value_model).__name__} without a `score` head over each position: take "
-            "an AutoModelForSequenceClassification of a causal model"
-        )
-    if ref_model is None and hasattr(model, "peft_config"):
-        trained = [n for n, w in model.named_parameters() if "lora_B" in n and bool(w.detach().any())]
-        if trained:
-            problems.append(
-                "the policy's adapter is already trained, so the policy without it is not what training "
-                "starts from: merge the adapter into the model first, or pass a ref_model"
-            )
-        if any(config.is_prompt_learning for config in model.peft_config.values()):
-            problems.append("prompt-learning adapters are not supported: use LoRA")
-    frozen = [ref_model, *reward_funcs]
-    if any(m is not None and (m is model or m is value_model) for m in frozen) or model is value_model:
-        problems.append(
-            "model, value_model, ref_model and reward models must be separate objects: load each for itself"
-        )
-    rows = plain_model(value_model).get_input_embeddings().weight.shape[0]
-    if rows < len(tokenizer):
-        problems.append(
-            f"value_model knows {rows} tokens and the policy's tokenizer has {len(tokenizer)}: a critic must "
-            "read the policy's token ids (start it from the policy, or a reward model with that tokenizer)"
-        )
-    for function in reward_funcs:
-        labels = getattr(getattr(function, "config", None), "num_labels", 1)
-        if isinstance(function, nn.Module) and labels != 1:
-            problems.append(
-                f"reward model {_name_of(function)} has {labels} labels, not one score: wrap it in a "
-                "function that returns the number to maximise"
-            )
-        if not isinstance(function, nn.Module) and not callable(function):
-            problems.append(f"reward function {function!r} is neither a model nor callable")
-    if problems:
-        raise ValueError("PPOTrainer:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def _check_lengths(reward_funcs, weights, tokenizers) -> None:
-    for name, given in (("reward_weights", weights), ("reward_processing_classes", tokenizers)):
-        if len(given) != len(reward_funcs):
-            raise ValueError(f"{name} has {len(given)} entries for {len(reward_funcs)} reward function(s)")

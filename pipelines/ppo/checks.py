@@ -1,0 +1,110 @@
+"""What must hold before PPO starts: models that fit together, answers that end, scores that differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from pipelines.ppo.forward import plain_model
+
+
+def check_models(model, value_model, ref_model, reward_funcs: list, tokenizer) -> None:
+    """Raise one ValueError with everything that is wrong with the models given to `PPOTrainer`."""
+    problems = []
+    if not hasattr(plain_model(value_model), "score"):
+        problems.append(
+            f"value_model is a {type(value_model).__name__} without a `score` head over each position: take "
+            "an AutoModelForSequenceClassification of a causal model"
+        )
+    every = [model, value_model, ref_model, *(f for f in reward_funcs if isinstance(f, nn.Module))]
+    every = [id(module) for module in every if module is not None]
+    if len(set(every)) < len(every):
+        problems.append(
+            "model, value_model, ref_model and reward models must be separate objects: load each for itself"
+        )
+    rows = plain_model(value_model).get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        problems.append(
+            f"value_model knows {rows} tokens and the policy's tokenizer has {len(tokenizer)}: a critic must "
+            "read the policy's token ids (start it from the policy, or a reward model with that tokenizer)"
+        )
+    if hasattr(model, "peft_config"):
+        if ref_model is None and any("lora_B" in n and w.detach().any() for n, w in model.named_parameters()):
+            problems.append(
+                "the policy's adapter is already trained, so the policy without it is not what training "
+                "starts from: merge the adapter into the model first, or pass a ref_model"
+            )
+        if any(config.is_prompt_learning for config in model.peft_config.values()):
+            problems.append("prompt-learning adapters are not supported: use LoRA")
+    for function in reward_funcs:
+        if isinstance(function, nn.Module):
+            if function.config.num_labels != 1:
+                problems.append(
+                    f"reward model {name_of(function)} has {function.config.num_labels} labels, not one "
+                    "score: wrap it in a function that returns the number to maximise"
+                )
+        elif not callable(function):
+            problems.append(f"reward function {function!r} is neither a model nor callable")
+    if problems:
+        raise ValueError("PPOTrainer:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def check_counts(reward_funcs: list, weights: list, tokenizers: list) -> None:
+    """Raise ValueError unless there is one weight and one tokenizer (or None) per reward function."""
+    for name, given in (("reward_weights", weights), ("reward_processing_classes", tokenizers)):
+        if len(given) != len(reward_funcs):
+            raise ValueError(f"{name} has {len(given)} entries for {len(reward_funcs)} reward function(s)")
+
+
+def check_rollouts(rollouts, args) -> None:
+    """The gate before the first update: raise ValueError unless some answers end and scores differ.
+
+    Args:
+        rollouts: `trainer.Rollouts` of the untrained policy.
+        args: `PPOConfig`, whose `allow_no_eos` and `allow_constant_scores` open the gate.
+    """
+    answers, problems = len(rollouts.responses), []
+    if not rollouts.ended.any() and not args.allow_no_eos:
+        problems.append(
+            f"none of {answers} answers ended with EOS within response_length={args.response_length}: the "
+            "policy has not learned to stop, or the length is too short (allow_no_eos: true to go on)"
+        )
+    if rollouts.scores.std() < 1e-6 and not args.allow_constant_scores:
+        problems.append(
+            f"all of {answers} answers got the score {rollouts.scores[0].item():.4g}: there is nothing to "
+            "learn from (allow_constant_scores: true to go on)"
+        )
+    if problems:
+        raise ValueError("PPO cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """Token ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    ids = {tokenizer.eos_token_id, *configured} - {None}
+    if not ids:
+        raise ValueError("the tokenizer has no EOS token: an answer could never end")
+    return sorted(ids)
+
+
+def same_tokenizer(one, other) -> bool:
+    """Whether both give the same ids to every prompt and answer."""
+    return one is other or (
+        one.get_vocab() == other.get_vocab()
+        and one.chat_template == other.chat_template
+        and one.eos_token_id == other.eos_token_id
+    )
+
+
+def context_of(model) -> int | None:
+    """The most tokens that a model reads; None where its config does not say."""
+    return getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def name_of(function) -> str:
+    """What a reward function is called in logs: its model's folder, or its own name."""
+    if isinstance(function, nn.Module):
+        return Path(getattr(function.config, "_name_or_path", "") or "").name or "reward_model"
+    return getattr(function, "__name__", type(function).__name__)
