@@ -143,6 +143,10 @@ class PPOTrainer(_BaseTrainer):
                 f"num_mini_batches={args.num_mini_batches} minibatches of equal "
                 f"shares for {world} process(es): choose numbers that do"
             )
+        if self.is_deepspeed_enabled and args.max_approx_kl is not None:
+            raise ValueError(
+                "max_approx_kl needs a step that can be skipped, but DeepSpeed steps within backward"
+            )
         self.max_steps = args.max_steps
         if self.max_steps <= 0:
             episodes = args.total_episodes or math.ceil(args.num_train_epochs * len(train_dataset))
@@ -355,7 +359,8 @@ class PPOTrainer(_BaseTrainer):
                         self.model_wrapped.zero_grad()
                         break
                 clip = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-                grad_norm = float(self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), clip))
+                grad_norm = self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), clip)
+                grad_norm = 0.0 if grad_norm is None else float(grad_norm)  # DeepSpeed may not say
                 if (
                     not math.isfinite(grad_norm) and self.accelerator.scaler is None
                 ):  # fp16's scaler skips such steps
@@ -396,6 +401,11 @@ class PPOTrainer(_BaseTrainer):
         micros = self._micro_batches(rollouts, minibatch)
         stats = torch.zeros(len(STATISTICS), device=accelerator.device)
         for number, micro in enumerate(micros, 1):
+            last = number == len(micros)
+            accelerator.gradient_state._set_sync_gradients(
+                last
+            )  # as Trainer does; DeepSpeed then steps by itself
+            share_gradients = last or self.is_deepspeed_enabled
             chosen = mask[micro]  # (b, T); indexing with it gives the flat order (N,) of `collate`
             old_logprobs, old_values, ref_logprobs, advantage, target = (
                 x[micro][chosen]
@@ -404,9 +414,7 @@ class PPOTrainer(_BaseTrainer):
             batch = collate(
                 [(rollouts.prompts[i], rollouts.responses[i]) for i in micro], self.packed, accelerator.device
             )
-            with (
-                contextlib.nullcontext() if number == len(micros) else accelerator.no_sync(self.model_wrapped)
-            ):
+            with contextlib.nullcontext() if share_gradients else accelerator.no_sync(self.model_wrapped):
                 # entropy costs a pass over the vocabulary: to watch it, the first epoch is enough
                 logprobs, entropies, values = self.model_wrapped(
                     batch, temperature=args.temperature, entropy=first or bonus, grad_entropy=bonus
@@ -420,7 +428,10 @@ class PPOTrainer(_BaseTrainer):
                     kl = algorithm.kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
                     of_policy = of_policy + self.kl_controller.value * kl
                 loss = (policy_weight * of_policy + args.vf_coef * vf).sum() / tokens
-                accelerator.backward(loss * accelerator.num_processes)  # DDP averages over the processes
+                scaling = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                accelerator.backward(
+                    loss * accelerator.num_processes, **scaling
+                )  # DDP averages over processes
             with torch.no_grad():
                 moved = algorithm.approx_kl(logprobs, old_logprobs)
                 ratio = torch.exp(logprobs - old_logprobs)
