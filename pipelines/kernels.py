@@ -19,20 +19,23 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Elements of the logits buffer, and the fewest rows worth a matrix product. Measured on CPU: below 512 rows
-# the products lose speed (the whole d_weight is read and written once per chunk). GPUs need more rows to fill
-# and have memory to spare (not measured).
-CPU_CHUNK, CPU_ROWS = 2**24, 512
-GPU_CHUNK, GPU_ROWS = 2**28, 1024
+# Bytes of the logits buffer, and the fewest rows (of float32) in it: each chunk reads and writes all of
+# d_weight once. Measured on CPU in float32: 128 rows cost 5 to 18 % more than
+# 1024, from 256 on it is flat. Faster arithmetic (AMX, GPUs; not measured) needs more rows to hide that
+# traffic.
+CPU_BYTES, CPU_ROWS = 2**26, 512
+GPU_BYTES, GPU_ROWS = 2**30, 1024
 # Half-precision logits become float32 so many rows at a time, to stay in the cache.
 CPU_WIDE_ROWS = 64
 
 
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows of the logits buffer for a vocabulary of this size."""
-    if device.type == "cpu":
-        return max(CPU_ROWS, CPU_CHUNK // vocabulary)
-    return max(GPU_ROWS, GPU_CHUNK // vocabulary)
+def chunk_rows(vocabulary: int, hidden: torch.Tensor) -> int:
+    """Rows per chunk for a vocabulary of this size and the dtype and device these hidden states compute
+    in."""
+    size = _compute_dtype(hidden).itemsize
+    if hidden.device.type == "cpu":
+        return max(CPU_ROWS * 4 // size, CPU_BYTES // (vocabulary * size))
+    return max(GPU_ROWS, GPU_BYTES // (vocabulary * size))
 
 
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -227,7 +230,7 @@ def linear_cross_entropy(
         return sum(x[:0].sum().float() for x in (hidden, weight, bias) if x is not None)
     if count < labels.numel():
         hidden, labels = hidden[valid], labels[valid]
-    rows = rows or chunk_rows(weight.size(0), hidden.device)
+    rows = rows or chunk_rows(weight.size(0), hidden)
     divisor = (count if reduction == "mean" else 1.0) if divisor is None else divisor
     scale = 1.0 / divisor
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, scale, rows, torch.is_grad_enabled())
@@ -359,7 +362,7 @@ def linear_logprobs(
     if hidden.size(0) == 0:
         empty = hidden[:, 0].float()
         return empty, empty.clone() if entropy else None
-    rows = rows or chunk_rows(weight.size(0), hidden.device)
+    rows = rows or chunk_rows(weight.size(0), hidden)
     return _LinearLogprobs.apply(hidden, weight, bias, labels, float(temperature), entropy, rows)
 
 
