@@ -20,18 +20,16 @@ import torch
 logger = logging.getLogger(__name__)
 
 # Bytes of the logits buffer, and the fewest rows (of float32) in it: each chunk reads and writes all of
-# d_weight once. Measured on CPU in float32: 128 rows cost 5 to 18 % more than
-# 1024, from 256 on it is flat. Faster arithmetic (AMX, GPUs; not measured) needs more rows to hide that
-# traffic.
+# d_weight once. Measured on CPU in float32: 128 rows cost 5 to 18 % more than 1024, from 256 on it is flat.
+# Faster arithmetic (AMX, GPUs; not measured) needs more rows to hide that traffic.
 CPU_BYTES, CPU_ROWS = 2**26, 512
-GPU_BYTES, GPU_ROWS = 2**30, 1024
+GPU_BYTES, GPU_ROWS = 2**28, 1024
 # Half-precision logits become float32 so many rows at a time, to stay in the cache.
 CPU_WIDE_ROWS = 64
 
 
 def chunk_rows(vocabulary: int, hidden: torch.Tensor) -> int:
-    """Rows per chunk for a vocabulary of this size and the dtype and device these hidden states compute
-    in."""
+    """Rows per chunk for this vocabulary and the device and dtype these hidden states are multiplied in."""
     size = _compute_dtype(hidden).itemsize
     if hidden.device.type == "cpu":
         return max(CPU_ROWS * 4 // size, CPU_BYTES // (vocabulary * size))
