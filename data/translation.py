@@ -10,8 +10,8 @@ import json
 import random
 from pathlib import Path
 
-NOUNS = {"otter": "lurra", "owl": "hoot", "baker": "pantim", "king": "regul", "child": "nim", "horse": "tagal", "fish": "silp"}
-PLURALS = {"child": "children", "fish": "fish"}
+NOUNS = {"otter": "lurra", "owl": "hoot", "baker": "pantim", "king": "regul", "child": "nim", "horse": "tagal", "goat": "kapro"}
+PLURALS = {"child": "children"}
 ADJECTIVES = {"old": "gram", "small": "pik", "red": "rosk", "happy": "lieb", "tired": "duv"}
 VERBS = {"see": ("sees", "saw", "vid"), "like": ("likes", "liked", "amo"), "carry": ("carries", "carried", "port"),
          "follow": ("follows", "followed", "sek"), "feed": ("feeds", "fed", "nur")}  # fmt: skip
@@ -39,12 +39,12 @@ def pair(chance: random.Random) -> dict:
     if chance.random() < 0.4:
         place = chance.choice(list(PLACES))
         english, velm = f"{english} {place}", f"{PLACES[place]} {velm}"
-    return {"source": f"{english}.".capitalize(), "target": f"{velm}.".capitalize()}
+    return {"source": english, "target": velm}
 
 
 if __name__ == "__main__":
     chance, rows = random.Random(7), {}
-    while len(rows) < 1000:
+    while len(rows) < 1500:
         row = pair(chance)
         rows[row["source"]] = row
     path = Path(__file__).parent / "translation.jsonl"

@@ -129,7 +129,10 @@ def run(stage) -> dict:
     context = models.context_length(model, args.max_length)
     too_long = stage.sections["data"].get("too_long", "truncate")
     train_set, where = _encode(stage, "train", train, names, task, tokenizer, context, too_long)
-    validation_set = _encode(stage, "validation", validation, names, task, tokenizer, context, too_long)[0] if validation else None
+    validation_set = None
+    if validation:
+        validation_set, _ = _encode(stage, "validation", validation, names, task, tokenizer, context, too_long)
+        validation_set.sort(key=lambda feature: len(feature["input_ids"]))  # little padding; the order means nothing here
 
     measure = Measure(task.problem_type, len(names), metrics)
     trainer = ClassifyTrainer(
