@@ -562,6 +562,32 @@ def off_topic(rng: random.Random, query: Query) -> str:
             return statement(other, name, FACTS[other, name]) + "."
 
 
+def garbled(rng: random.Random, query: Query) -> str:
+    """What a half-trained model says: a right answer broken off, or with a word changed or out of place, so that it
+    no longer answers the question."""
+    words = reply(rng, query, wrong=False).rstrip(".").split()
+    wanted = query.attribute if query.form == "ask" else ""
+    while True:
+        style, text = rng.randrange(3), list(words)
+        if style == 0:
+            text = text[: rng.randint(1, len(text))]
+        elif style == 1:
+            other, name = rng.choice(SAYABLE)
+            text[rng.randrange(len(text) // 2, len(text))] = rng.choice(
+                statement(other, name, FACTS[other, name]).split()
+            )
+        else:
+            i, j = rng.randrange(len(text)), rng.randrange(len(text))
+            text[i:j] = text[i:j] * 2
+            rng.shuffle(text)
+        said = claims(" ".join(text), query.entity)
+        answered = any(c.entity == query.entity and wanted in ("", c.attribute) for c in said)
+        if not answered and HELD_OUT.isdisjoint((c.entity, c.attribute) for c in said):
+            return cap(" ".join(text)) + "."
+        if rng.random() < 0.1:
+            words = reply(rng, query, wrong=False).rstrip(".").split()
+
+
 def all_pairs(form: str, held_out: bool) -> list[tuple[str, str]]:
     """The pairs that a form of question may ask about on one side of the held-out line."""
     pairs = {
@@ -688,7 +714,8 @@ def write_rankings(rng: random.Random, count: int) -> list[dict]:
             if len(answers) == 4:
                 answers.clear()
             flaws = rng.choice(kinds)
-            answers.setdefault(answer(rng, query, flaws), flaws)
+            broken = flaws == ("irrelevant",) and query.form in ("ask", "describe", "review") and rng.random() < 0.6
+            answers.setdefault(garbled(rng, query) if broken else answer(rng, query, flaws), flaws)
         seen = [severity(rng.choice(kinds) if rng.random() < SLIP else flaws) for flaws in answers.values()]
         rows.append(
             {
@@ -1026,17 +1053,17 @@ def make(folder: Path) -> dict[str, int]:
     def rng(name: str) -> random.Random:  # one per file: a change to one leaves the others alone
         return random.Random(f"{SEED}/{name}")
 
-    corpus, rankings = write_corpus(rng("corpus")), write_rankings(rng("rankings"), 1250)
+    corpus, rankings = write_corpus(rng("corpus")), write_rankings(rng("rankings"), 3150)
     asked, reviews = list(prompts(rng("prompts"), 1600, held_out=False)), write_reviews(rng("reviews"), 2400)
-    train, validation = rankings[:1100], rankings[1100:]  # by prompt: no prompt is in both
+    train, validation = rankings[:3000], rankings[3000:]  # by prompt: no prompt is in both
     files = {
         "corpus.jsonl.gz": corpus[300:],
         "corpus_validation.jsonl.gz": corpus[:300],
         "instructions.jsonl": write_instructions(rng("instructions")),
         "dialogues.jsonl": write_dialogues(rng("dialogues")),
-        "rankings.jsonl": train,
+        "rankings.jsonl.gz": train,
         "rankings_validation.jsonl": validation,
-        "preferences.jsonl": pairs_of(train),
+        "preferences.jsonl.gz": pairs_of(train),
         "preferences_validation.jsonl": pairs_of(validation),
         "prompts.jsonl": [{"prompt": p} for p in asked[:1500]],
         "prompts_validation.jsonl": [{"prompt": p} for p in asked[1500:]],

@@ -72,8 +72,8 @@ def test_files_are_small_and_have_the_promised_columns():
         "corpus_validation.jsonl.gz": {"text"},
         "instructions.jsonl": {"prompt", "completion"},
         "dialogues.jsonl": {"messages"},
-        "rankings.jsonl": {"prompt", "completions", "ranks", "tags", "labeller"},
-        "preferences.jsonl": {"prompt", "chosen", "rejected"},
+        "rankings.jsonl.gz": {"prompt", "completions", "ranks", "tags", "labeller"},
+        "preferences.jsonl.gz": {"prompt", "chosen", "rejected"},
         "prompts.jsonl": {"prompt"},
         "heldout_prompts.jsonl": {"prompt"},
         "reviews.jsonl": {"text", "label"},
@@ -138,9 +138,9 @@ def trained_texts() -> list[str]:
     found = [turn["content"] for row in rows("dialogues.jsonl") for turn in row["messages"]]
     for name in (
         "instructions.jsonl",
-        "rankings.jsonl",
+        "rankings.jsonl.gz",
         "rankings_validation.jsonl",
-        "preferences.jsonl",
+        "preferences.jsonl.gz",
         "preferences_validation.jsonl",
         "prompts.jsonl",
     ):
@@ -162,7 +162,7 @@ def test_held_out_prompts_ask_only_what_no_stage_has_seen():
 
 
 def test_no_stage_asks_about_or_states_a_held_out_fact():
-    for name in ("instructions.jsonl", "rankings.jsonl", "rankings_validation.jsonl", "prompts.jsonl"):
+    for name in ("instructions.jsonl", "rankings.jsonl.gz", "rankings_validation.jsonl", "prompts.jsonl"):
         for row in rows(name):
             query = world.parse_question(row["prompt"])
             assert world.HELD_OUT.isdisjoint(query.pairs), (name, row["prompt"])
@@ -302,7 +302,7 @@ def test_dialogues_alternate_and_the_second_question_says_it():
 
 def test_rankings_agree_with_the_oracle_but_for_the_labellers_slips():
     wrong = pairs = 0
-    for row in rows("rankings.jsonl") + rows("rankings_validation.jsonl"):
+    for row in rows("rankings.jsonl.gz") + rows("rankings_validation.jsonl"):
         assert row["labeller"] == "script" and len(set(row["completions"])) == 4
         assert sorted(set(row["ranks"])) == list(range(1, max(row["ranks"]) + 1))
         scores = []
@@ -320,18 +320,18 @@ def test_rankings_agree_with_the_oracle_but_for_the_labellers_slips():
 
 
 def test_preferences_are_the_rankings_flattened_and_split_by_prompt():
-    for part in ("", "_validation"):
-        flat = [tuple(row.values()) for row in rows(f"preferences{part}.jsonl")]
+    for part in (".jsonl.gz", "_validation.jsonl"):
+        flat = [tuple(row.values()) for row in rows(f"preferences{part}")]
         wanted = {
             (row["prompt"], a, b)
-            for row in rows(f"rankings{part}.jsonl")
+            for row in rows(f"rankings{part}")
             for a, i in zip(row["completions"], row["ranks"])
             for b, j in zip(row["completions"], row["ranks"])
             if i < j
         }
         assert len(flat) == len(set(flat)) and set(flat) == wanted
     prompts, validation = (
-        {world.bare(row["prompt"]) for row in rows(f"preferences{part}.jsonl")} for part in ("", "_validation")
+        {world.bare(row["prompt"]) for row in rows(f"preferences{part}")} for part in (".jsonl.gz", "_validation.jsonl")
     )
     assert prompts.isdisjoint(validation)
 
