@@ -77,11 +77,3 @@ def callbacks(args) -> list:
                 control.should_training_stop = True
 
     return [EarlyStopping(args.early_stopping_patience)] if args.early_stopping_patience else []
-
-
-class StopsOnce:
-    """Mixin before `ChainTrainer`: a run that `EarlyStopping` finds stopped when it is resumed takes no further step."""
-
-    def _run_epoch(self, *args, **kwargs):
-        if not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)

@@ -82,7 +82,7 @@ def run(stage) -> dict:
 
     from pipelines import best, chat, data, metrics, models, training
 
-    class ClassifyTrainer(best.StopsOnce, training.ChainTrainer, Trainer):
+    class ClassifyTrainer(training.ChainTrainer, Trainer):
         """transformers' Trainer; with `class_weights` (a tensor of one weight per class) the loss is weighted."""
 
         class_weights = None
@@ -193,6 +193,7 @@ def label_names(train: list[dict], validation: list[dict], task) -> list[str]:
 
 def _encode(stage, side: str, rows: list[dict], names: list[str], task, tokenizer, context: int, too_long: str):
     """`(features with input_ids …, labels, row; names of the rows)`; long rows are counted, said and recorded."""
+    from pipelines import data
     from pipelines.data import DataError
 
     pairs = [row.get("text_pair") for row in rows]
@@ -213,15 +214,7 @@ def _encode(stage, side: str, rows: list[dict], names: list[str], task, tokenize
             label = [float(c in label) for c in range(len(names))]
         features.append({**feature, "labels": label, "row": len(where)})
         where.append(row["where"])
-    if long:
-        words = {"drop": "dropped", "truncate": "cut at their end", "error": "found"}
-        text = f"{side}: {len(long)} of {len(rows)} rows are longer than {context} tokens: {words[too_long]}"
-        if too_long == "error":
-            raise DataError(f"{text}, the first at {long[0]}; set data.too_long to drop or truncate, or args.max_length")
-        logger.warning("%s (the first: %s)", text, long[0])
-    if not features:
-        raise DataError(f"{side}: no row fits into {context} tokens; raise args.max_length or set data.too_long: truncate")
-    stage.report[side] = {"rows": len(rows), "used": len(features), "too_long": len(long)}
+    data.report_length(stage, side, len(rows), len(features), long, f"{context} tokens", too_long, "cut at their end")
     if task.problem_type == SINGLE:
         counts = [0] * len(names)
         for feature in features:

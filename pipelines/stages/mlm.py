@@ -52,8 +52,6 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     named = model.get("model_name_or_path") or model.get("tokenizer_name_or_path")
     if not named and not tokenizer.get("train"):
         yield "tokenizer", "a new model needs a tokenizer: `train: wordpiece`, or model.tokenizer_name_or_path", None
-    if tokenizer.get("train") and named:
-        yield "tokenizer.train", "the model already has a tokenizer; drop this section", tokenizer["train"]
     if tokenizer.get("train") == "bpe":
         yield "tokenizer.train", "has no [MASK] token; masked words need `wordpiece`", "bpe"
     if tokenizer.get("train") and tokenizer.get("vocab_size", 8192) < 200:
@@ -88,9 +86,11 @@ def run(stage) -> dict:
     key = {"data": data.fingerprint(stage.sections["data"]), "section": stage.sections["data"], "seed": stage.seed}
     sides = ["train"] + (["validation"] if stage.sections["data"].get("validation") else [])
     with PartialState().main_process_first():
-        if words.train:
+        if words.train and not section.model_name_or_path:
             tokenizer = corpus.trained_tokenizer(folder, words, documents("train"), key)
         else:
+            if words.train:
+                logger.warning("tokenizer.train is not used: %s brings its tokenizer", section.model_name_or_path)
             tokenizer = models.load_tokenizer(section)
         separator = masking.edges(tokenizer)[1]
         for side in sides:

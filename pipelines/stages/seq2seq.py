@@ -51,8 +51,6 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     named = model.get("model_name_or_path") or model.get("tokenizer_name_or_path")
     if not named and not tokenizer.get("train"):
         yield "tokenizer", "a new model needs a tokenizer: `train: bpe`, or model.tokenizer_name_or_path", None
-    if tokenizer.get("train") and named:
-        yield "tokenizer.train", "the model already has a tokenizer; drop this section", tokenizer["train"]
     if tokenizer.get("train") == "wordpiece" and "lowercase" not in tokenizer:
         yield "tokenizer.lowercase", "say true (the model then writes lower case only) or false, or train bpe", None
     least = 300 if tokenizer.get("train") == "bpe" else 200
@@ -79,7 +77,7 @@ def run(stage) -> dict:
 
     from pipelines import best, data, models, training
 
-    class TranslationTrainer(best.StopsOnce, training.ChainTrainer, Seq2SeqTrainer):
+    class TranslationTrainer(training.ChainTrainer, Seq2SeqTrainer):
         """transformers' Seq2SeqTrainer with losses that are means over target tokens, at any batch and world size.
 
         The losses inside T5 and BART ignore `num_items_in_batch`: gradient accumulation and several processes would
@@ -169,7 +167,9 @@ def load_tokenizer(stage, section, train: list[dict]):
     from pipelines import corpus, data, models
 
     words = stage.section("tokenizer")
-    if not words.train:
+    if words.train and section.model_name_or_path:
+        logger.warning("tokenizer.train is not used: %s brings its tokenizer", section.model_name_or_path)
+    if not words.train or section.model_name_or_path:
         return models.load_tokenizer(section)
     folder = stage.folder.parent / ".tokens" / stage.name
     sections = {name: stage.sections.get(name) for name in ("data", "task")}
@@ -222,7 +222,7 @@ def check(model, tokenizer, args) -> None:
 
 def _encode(stage, side: str, rows: list[dict], tokenizer, args, too_long: str) -> tuple[list[dict], list[dict]]:
     """`(features with input_ids, attention_mask, labels, row; rows kept)`; long rows are counted, said and recorded."""
-    from pipelines.data import DataError
+    from pipelines import data
 
     sources, targets = [row["source"] for row in rows], [row["target"] for row in rows]
     limits = {"source": args.max_source_length, "target": args.max_target_length}
@@ -237,24 +237,10 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, args, too_long: str) 
             goal = tokenizer(text_target=row["target"], truncation=True, max_length=limits["target"])["input_ids"]
         features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": goal, "row": len(kept)})
         kept.append(row)
-    if long:
-        words = {"drop": "dropped", "truncate": "cut at their end", "error": "found"}
-        text = (
-            f"{side}: {len(long)} of {len(rows)} rows are longer than {limits['source']} tokens in the source or "
-            f"{limits['target']} in the target: {words[too_long]}"
-        )
-        if too_long == "error":
-            raise DataError(f"{text}, the first at {long[0]}; set data.too_long to drop or truncate, or raise the lengths")
-        logger.warning("%s (the first: %s)", text, long[0])
-    if not features:
-        raise DataError(f"{side}: no row fits; raise args.max_source_length and args.max_target_length")
-    stage.report[side] = {
-        "rows": len(rows),
-        "used": len(kept),
-        "too_long": len(long),
-        "source_tokens": sum(len(f["input_ids"]) for f in features),
-        "target_tokens": sum(len(f["labels"]) for f in features),
-    }
+    limit = f"{limits['source']} tokens in the source or {limits['target']} in the target"
+    data.report_length(stage, side, len(rows), len(kept), long, limit, too_long, "cut at their end")
+    stage.report[side]["source_tokens"] = sum(len(f["input_ids"]) for f in features)
+    stage.report[side]["target_tokens"] = sum(len(f["labels"]) for f in features)
     return features, kept
 
 
