@@ -273,7 +273,10 @@ def _hub(source: dict) -> Iterator[tuple[str, dict]]:
 
     path, split = source["path"], source.get("split", "train")
     try:
-        rows = datasets.load_dataset(path, source.get("name"), split=split, revision=source.get("revision"))
+        # With a row limit only the rows that are read are downloaded; without one the data set is kept on disk.
+        rows = datasets.load_dataset(
+            path, source.get("name"), split=split, revision=source.get("revision"), streaming=source.get("rows") is not None
+        )
     except Exception as error:  # whatever the hub client raises becomes one message that names the source
         raise DataError(
             f"{path}: cannot be loaded ({type(error).__name__}: {error}). A hub id needs network access or the hub's "
