@@ -75,5 +75,6 @@ def callbacks(args) -> list:
             super().on_train_begin(args, state, control, **kwargs)
             if self.early_stopping_patience_counter >= self.early_stopping_patience:
                 control.should_training_stop = True
+                state.max_steps = state.global_step  # `ChainTrainer` takes no further step
 
     return [EarlyStopping(args.early_stopping_patience)] if args.early_stopping_patience else []

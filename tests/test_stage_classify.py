@@ -288,7 +288,7 @@ def test_settings_that_cannot_work_are_refused_at_check(recipe, write, tiny_bert
         assert part in text, part
 
 
-@pytest.mark.parametrize("args", [{"eval_steps": 5}, {"save_steps": 5}, {"eval_strategy": "epoch"}, {}])
+@pytest.mark.parametrize("args", [{"save_steps": 5}, {"eval_strategy": "epoch"}])
 def test_saving_follows_evaluation_when_the_best_model_is_kept(run, write, args):
     data = {"train": write("t.jsonl", rows(64)), "validation": 0.2}
     _, record = run(data, max_steps=12, learning_rate=1e-3, metric_for_best_model="accuracy", **args)

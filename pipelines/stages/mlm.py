@@ -52,6 +52,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     named = model.get("model_name_or_path") or model.get("tokenizer_name_or_path")
     if not named and not tokenizer.get("train"):
         yield "tokenizer", "a new model needs a tokenizer: `train: wordpiece`, or model.tokenizer_name_or_path", None
+    if tokenizer.get("train") and model.get("tokenizer_name_or_path"):
+        yield "tokenizer.train", "model.tokenizer_name_or_path names another tokenizer; drop one of them", tokenizer["train"]
     if tokenizer.get("train") == "bpe":
         yield "tokenizer.train", "has no [MASK] token; masked words need `wordpiece`", "bpe"
     if tokenizer.get("train") and tokenizer.get("vocab_size", 8192) < 200:

@@ -51,6 +51,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     named = model.get("model_name_or_path") or model.get("tokenizer_name_or_path")
     if not named and not tokenizer.get("train"):
         yield "tokenizer", "a new model needs a tokenizer: `train: bpe`, or model.tokenizer_name_or_path", None
+    if tokenizer.get("train") and model.get("tokenizer_name_or_path"):
+        yield "tokenizer.train", "model.tokenizer_name_or_path names another tokenizer; drop one of them", tokenizer["train"]
     if tokenizer.get("train") == "wordpiece" and "lowercase" not in tokenizer:
         yield "tokenizer.lowercase", "say true (the model then writes lower case only) or false, or train bpe", None
     least = 300 if tokenizer.get("train") == "bpe" else 200
