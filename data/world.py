@@ -9,7 +9,8 @@ purpose, rank the answers as a labeller would, and afterwards check what a model
 
 Two graders live here and must not be mixed up. The *labeller* (`rank`) never reads an answer: it knows which
 flaws the answer was written with, and it slips now and then. Its rankings train the reward model. The
-*oracle* (`oracle`) reads nothing but the words of an answer. It evaluates; no stage trains on it.
+*oracle* (`oracle`) reads nothing but the words of an answer. It evaluates; no stage trains on its verdicts.
+They share one part: `garbled` uses `claims` to throw out broken answers that still answer.
 
 Standard library only.
 """

@@ -82,10 +82,14 @@ def test_files_are_small_and_have_the_promised_columns():
         assert all(set(row) == wanted for row in rows(name)), name
 
 
-def test_readme_states_the_rows_of_every_file(made):
+def test_readme_states_the_rows_of_every_file_and_shows_real_ones(made):
     readme = (DATA / "README.md").read_text()
     for name, count in made[1].items():
         assert f"| `{name}` | {count:,} |" in readme, name
+    samples = re.findall(r"`([\w.]+)`\n```json\n(.*)\n```", readme)
+    assert len(samples) == 8
+    for name, sample in samples:
+        assert json.loads(sample) in rows(name), f"{name}: the sample is no row of it"
 
 
 def test_the_oracle_needs_nothing_but_the_standard_library():
