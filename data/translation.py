@@ -10,7 +10,15 @@ import json
 import random
 from pathlib import Path
 
-NOUNS = {"otter": "lurra", "owl": "hoot", "baker": "pantim", "king": "regul", "child": "nim", "horse": "tagal", "goat": "kapro"}
+NOUNS = {
+    "otter": "lurra",
+    "owl": "hoot",
+    "baker": "pantim",
+    "king": "regul",
+    "child": "nim",
+    "horse": "tagal",
+    "goat": "kapro",
+}
 PLURALS = {"child": "children"}
 ADJECTIVES = {"old": "gram", "small": "pik", "red": "rosk", "happy": "lieb", "tired": "duv"}
 VERBS = {"see": ("sees", "saw", "vid"), "like": ("likes", "liked", "amo"), "carry": ("carries", "carried", "port"),

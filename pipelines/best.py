@@ -20,7 +20,7 @@ def wanted(args: dict) -> bool:
 
 
 def defaults(args: dict) -> dict:
-    """Defaults for `training.build_args`: evaluate and save at the same steps, judged by the loss where nothing is named."""
+    """Defaults for `training.build_args`: evaluate and save at the same steps; the loss decides where nothing is named."""
     if not wanted(args):
         return {}
     metric = args.get("metric_for_best_model") or "loss"
@@ -39,7 +39,7 @@ def defaults(args: dict) -> dict:
 
 
 def problems(args: dict, has_validation: bool, metrics: tuple[str, ...]) -> Iterator[tuple[str, str, object]]:
-    """`(key path, message, value)` of settings about evaluation that cannot work; `metrics` are the names to choose from."""
+    """`(key path, message, value)` of evaluation settings that cannot work; `metrics` are the names to choose from."""
     keys = ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model", "eval_strategy")
     for key in keys:
         if not has_validation and args.get(key) not in (None, False, "no"):
@@ -58,10 +58,18 @@ def problems(args: dict, has_validation: bool, metrics: tuple[str, ...]) -> Iter
             yield f"args.{key}", "the best model is found by evaluating and saving: use steps or epoch", "no"
     evaluate, save = args.get("eval_strategy"), args.get("save_strategy")
     if evaluate and save and save not in (evaluate, "best"):
-        yield "args.save_strategy", f"the best model must be saved when it is evaluated ({evaluate}); drop this key", save
+        yield (
+            "args.save_strategy",
+            f"the best model must be saved when it is evaluated ({evaluate}); drop this key",
+            save,
+        )
     if args.get("eval_steps") and args.get("save_steps") and args["eval_steps"] != args["save_steps"]:
         at = args["eval_steps"]
-        yield "args.save_steps", f"the best model must be saved when it is evaluated (every {at}); drop this key", args["save_steps"]
+        yield (
+            "args.save_steps",
+            f"the best model must be saved when it is evaluated (every {at}); drop this key",
+            args["save_steps"],
+        )
 
 
 def callbacks(args) -> list:

@@ -137,7 +137,9 @@ class MaskedWordTrainer:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits, labels = self._logits(model, inputs)
-        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.args.label_smoothing_factor)
+        loss = torch.nn.functional.cross_entropy(
+            logits, labels, reduction="sum", label_smoothing=self.args.label_smoothing_factor
+        )
         loss = loss / num_items_in_batch * self.accelerator.num_processes  # DDP averages over processes
         return (loss, {"logits": logits}) if return_outputs else loss
 

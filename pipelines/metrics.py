@@ -79,7 +79,9 @@ class MultiLabelF1(Metric):
     def _compute(self, predictions, references):
         from sklearn.metrics import f1_score
 
-        score = lambda average: float(f1_score(_matrix(references), _matrix(predictions), average=average, zero_division=0))  # noqa: E731
+        score = lambda average: float(
+            f1_score(_matrix(references), _matrix(predictions), average=average, zero_division=0)
+        )  # noqa: E731
         return {"f1_micro": score("micro"), "f1_macro": score("macro")}
 
 

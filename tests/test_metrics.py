@@ -32,7 +32,9 @@ def test_closed_forms():
     assert metrics.Accuracy().compute(**rows) == {"accuracy": 0.75}
     assert metrics.MacroF1().compute(**rows)["f1_macro"] == pytest.approx((2 / 3 + 4 / 5) / 2)
     assert metrics.Matthews().compute(**rows)["matthews"] == pytest.approx(2 / np.sqrt(1 * 3 * 2 * 2))
-    assert metrics.ConfusionMatrix().compute(**rows, num_classes=3) == {"confusion_matrix": [[1, 1, 0], [0, 2, 0], [0, 0, 0]]}
+    assert metrics.ConfusionMatrix().compute(**rows, num_classes=3) == {
+        "confusion_matrix": [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
+    }
 
 
 def test_a_constant_guess_has_no_correlation():
@@ -69,10 +71,19 @@ def test_regression_metrics():
 
 
 def test_generation_metrics():
-    texts = {"predictions": ["the cat sat on the mat", "a dog"], "references": ["the cat sat on a mat", "the dog barks"]}
+    texts = {
+        "predictions": ["the cat sat on the mat", "a dog"],
+        "references": ["the cat sat on a mat", "the dog barks"],
+    }
     bleu = metrics.SacreBleu().compute(**texts)["sacrebleu"]
-    assert 0 < bleu < metrics.SacreBleu().compute(predictions=texts["references"], references=texts["references"])["sacrebleu"]
-    assert metrics.SacreBleu().compute(predictions=["a b c d e"], references=["a b c d e"])["sacrebleu"] == pytest.approx(100)
+    assert (
+        0
+        < bleu
+        < metrics.SacreBleu().compute(predictions=texts["references"], references=texts["references"])["sacrebleu"]
+    )
+    assert metrics.SacreBleu().compute(predictions=["a b c d e"], references=["a b c d e"])[
+        "sacrebleu"
+    ] == pytest.approx(100)
     # 5 tokens against 6 with the same beginning: all precisions 1, brevity penalty exp(1 - 6/5)
     short = metrics.SacreBleu().compute(predictions=["a b c d e"], references=["a b c d e f"])["sacrebleu"]
     assert short == pytest.approx(100 * np.exp(1 - 6 / 5))

@@ -11,7 +11,11 @@ from pipelines import recipe as recipes
 from pipelines.data import DataError
 from pipelines.recipe import RecipeError
 
-GOOD, BAD, OTHER = ["good", "fine", "great"], ["bad", "poor", "awful"], ["the", "film", "was", "a", "plot", "very", "and"]
+GOOD, BAD, OTHER = (
+    ["good", "fine", "great"],
+    ["bad", "poor", "awful"],
+    ["the", "film", "was", "a", "plot", "very", "and"],
+)
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +52,14 @@ def run(recipe, tiny_bert):
     """`run(data, name=…, task=…, **args)` runs one classify stage and returns `(stage, stage.json)`."""
 
     def run_(data, task=None, name="c", model=None, **args):
-        args = {"max_steps": 40, "per_device_train_batch_size": 16, "learning_rate": 5e-3, "lr_scheduler_type": "constant", "report_to": [], **args}
+        args = {
+            "max_steps": 40,
+            "per_device_train_batch_size": 16,
+            "learning_rate": 5e-3,
+            "lr_scheduler_type": "constant",
+            "report_to": [],
+            **args,
+        }
         body = {"kind": "classify", "model": model or {"model_name_or_path": tiny_bert}, "data": data, "args": args}
         loaded = recipes.load(recipe({name: body | ({"task": task} if task else {})}, name=f"{name}.yaml"))
         chain.run(loaded)
@@ -194,7 +205,13 @@ def test_stops_early_with_the_best_model_even_when_killed_after_stopping(run, wr
     held_out = rows(30, seed=1)
     wrong = [{**r, "label": {"positive": "negative", "negative": "positive"}[r["label"]]} for r in held_out]
     data = {"train": write("t.jsonl", rows(64)), "validation": write("v.jsonl", wrong)}  # training can only hurt
-    common = {"early_stopping_patience": 2, "eval_steps": 4, "max_steps": 400, "save_total_limit": 1, "learning_rate": 1e-3}
+    common = {
+        "early_stopping_patience": 2,
+        "eval_steps": 4,
+        "max_steps": 400,
+        "save_total_limit": 1,
+        "learning_rate": 1e-3,
+    }
     stage, record = run(data, **common)
     losses = [e["eval_loss"] for e in record["log"] if "eval_loss" in e][:-1]  # the last is of the best model again
     assert record["metrics"]["steps"] < 100
@@ -228,7 +245,12 @@ def test_long_texts_are_cut_and_counted_or_dropped_or_refused(run, write):
 
 
 def test_pairs_of_texts(run, write):
-    data = [{"text": a, "text_pair": b, "label": int(a == b)} for a in GOOD + BAD for b in GOOD + BAD for _ in range(1 + 4 * (a == b))]
+    data = [
+        {"text": a, "text_pair": b, "label": int(a == b)}
+        for a in GOOD + BAD
+        for b in GOOD + BAD
+        for _ in range(1 + 4 * (a == b))
+    ]
     stage, record = run({"train": write("t.jsonl", data)}, max_steps=5)
     assert record["metrics"]["labels"] == ["0", "1"]
     data[3].pop("text_pair")

@@ -11,7 +11,11 @@ from pipelines import chain, corpus, masking, training
 from pipelines import recipe as recipes
 from pipelines.recipe import RecipeError
 
-NAMES, COLOURS, PLACES = ["otter", "kettle", "wagon", "lantern"], ["red", "green", "blue", "yellow"], ["mill", "bridge", "harbour", "market"]
+NAMES, COLOURS, PLACES = (
+    ["otter", "kettle", "wagon", "lantern"],
+    ["red", "green", "blue", "yellow"],
+    ["mill", "bridge", "harbour", "market"],
+)
 
 
 def documents(count, seed=0):
@@ -107,7 +111,9 @@ def test_masks_depend_on_seed_epoch_and_row_alone(windows, wordpiece):
 
 def test_whole_words_are_hidden_whole(tmp_path):
     chance = random.Random(0)
-    words = ["".join(chance.choices("abcdefgh", k=7)) for _ in range(60)]  # too many for 105 entries: they come in pieces
+    words = [
+        "".join(chance.choices("abcdefgh", k=7)) for _ in range(60)
+    ]  # too many for 105 entries: they come in pieces
     texts = [" ".join(chance.choices(words, k=9)) for _ in range(60)]
     small = corpus.train_wordpiece(texts, vocab_size=105)
     corpus.tokenize_corpus(texts, small, tmp_path / "tokens", separator_id=small.sep_token_id)

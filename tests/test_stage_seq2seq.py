@@ -12,7 +12,12 @@ from pipelines.data import DataError
 from pipelines.models import ModelError
 from pipelines.recipe import RecipeError
 
-WORDS = [{"red": "rosk", "blue": "lazu"}, {"dog": "kan", "cat": "gat"}, {"eats": "mang", "sees": "vid"}, {"fish": "silp", "bird": "avi"}]
+WORDS = [
+    {"red": "rosk", "blue": "lazu"},
+    {"dog": "kan", "cat": "gat"},
+    {"eats": "mang", "sees": "vid"},
+    {"fish": "silp", "bird": "avi"},
+]
 T5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
 BART = {"model_type": "bart", "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
         "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 32,
@@ -88,7 +93,9 @@ def test_learns_to_translate_from_nothing_and_on_from_there(run, write):
     assert record["metrics"]["eval_chrf"] > 90
 
 
-@pytest.mark.parametrize("tokenizer", [{"train": "bpe", "vocab_size": 360}, {"train": "wordpiece", "vocab_size": 200, "lowercase": False}])
+@pytest.mark.parametrize(
+    "tokenizer", [{"train": "bpe", "vocab_size": 360}, {"train": "wordpiece", "vocab_size": 200, "lowercase": False}]
+)
 def test_bart_generates_with_its_own_special_tokens(run, write, tokenizer):
     data = {"train": write("t.jsonl", pairs(150)), "validation": write("v.jsonl", pairs(10, seed=1))}
     stage, record = run(data, config=BART, tokenizer=tokenizer, max_steps=120, per_device_train_batch_size=16)
@@ -100,7 +107,14 @@ def test_bart_generates_with_its_own_special_tokens(run, write, tokenizer):
 
 def test_accumulation_changes_nothing_and_losses_are_token_means(run, write):
     data = {"train": write("t.jsonl", pairs(16)), "validation": write("v.jsonl", pairs(11, seed=1))}
-    common = {"max_steps": 2, "logging_steps": 1, "global_batch_size": 16, "max_grad_norm": 1000.0, "optim": "sgd", "learning_rate": 0.1}
+    common = {
+        "max_steps": 2,
+        "logging_steps": 1,
+        "global_batch_size": 16,
+        "max_grad_norm": 1000.0,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+    }
     whole, one = run(data, name="whole", per_device_train_batch_size=16, per_device_eval_batch_size=11, **common)
     split, two = run(data, name="split", per_device_train_batch_size=2, per_device_eval_batch_size=3, **common)
     a, b = weights(whole), weights(split)
@@ -113,7 +127,9 @@ def test_accumulation_changes_nothing_and_losses_are_token_means(run, write):
     for pair in pairs(11, seed=1):
         labels = tokenizer(text_target=pair["target"], return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            total += model(**tokenizer(pair["source"], return_tensors="pt"), labels=labels).loss.item() * labels.shape[1]
+            total += (
+                model(**tokenizer(pair["source"], return_tensors="pt"), labels=labels).loss.item() * labels.shape[1]
+            )
         tokens += labels.shape[1]
     assert two["metrics"]["eval_loss"] == pytest.approx(total / tokens, rel=1e-4)
 
@@ -141,7 +157,9 @@ def test_the_best_model_by_a_generation_metric_is_kept(run, write):
     data = {"train": write("t.jsonl", pairs(60)), "validation": write("v.jsonl", pairs(8, seed=1))}
     args = {"metric_for_best_model": "chrf", "early_stopping_patience": 3, "eval_steps": 4, "save_steps": 4}
     _, record = run(data, task={"metrics": ["chrf"]}, max_steps=24, **args)
-    assert record["metrics"]["eval_chrf"] == pytest.approx(max(e["eval_chrf"] for e in record["log"] if "eval_chrf" in e))
+    assert record["metrics"]["eval_chrf"] == pytest.approx(
+        max(e["eval_chrf"] for e in record["log"] if "eval_chrf" in e)
+    )
 
 
 def test_long_rows_are_cut_and_counted_or_dropped_or_refused(run, write):

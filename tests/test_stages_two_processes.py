@@ -34,12 +34,27 @@ def chain(tmp_path_factory):
         return str(folder / name)
 
     text = write("text.jsonl", [{"text": f"the {thing} is {colour} ."} for thing, colour in facts])
-    labelled = write("labelled.jsonl", [{"text": f"the {t} is {c} ." * (1 + i % 3), "label": c} for i, (t, c) in enumerate(facts)])
-    pairs = write("pairs.jsonl", [{"source": f"the {t} is {c}" + " ." * (i % 4), "target": f"{c} {t}"} for i, (t, c) in enumerate(facts)])
-    corpus.train_wordpiece([f"the {t} is {c} ." for t, c in facts], vocab_size=120).save_pretrained(folder / "tokenizer")
+    labelled = write(
+        "labelled.jsonl", [{"text": f"the {t} is {c} ." * (1 + i % 3), "label": c} for i, (t, c) in enumerate(facts)]
+    )
+    pairs = write(
+        "pairs.jsonl",
+        [{"source": f"the {t} is {c}" + " ." * (i % 4), "target": f"{c} {t}"} for i, (t, c) in enumerate(facts)],
+    )
+    corpus.train_wordpiece([f"the {t} is {c} ." for t, c in facts], vocab_size=120).save_pretrained(
+        folder / "tokenizer"
+    )
     bert = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64,
             "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
-    t5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    t5 = {
+        "model_type": "t5",
+        "d_model": 32,
+        "d_kv": 16,
+        "d_ff": 64,
+        "num_layers": 1,
+        "num_heads": 2,
+        "dropout_rate": 0.0,
+    }
     # Micro-batches of 2 rows: 4 are accumulated on one process, 2 on each of two.
     args = {"global_batch_size": 8, "per_device_train_batch_size": 2, "max_steps": 16, "save_steps": 1, "eval_steps": 8,
             "logging_steps": 1, "report_to": [], "learning_rate": 1e-3}  # fmt: skip
@@ -63,10 +78,20 @@ def chain(tmp_path_factory):
 
 def start(recipe, processes):
     config = ROOT / "accelerate_configs" / ("cpu.yaml" if processes == 1 else "cpu_2.yaml")
-    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(config), "-m", "pipelines", str(recipe)]
+    command = [
+        str(Path(sys.executable).parent / "accelerate"),
+        "launch",
+        "--config_file",
+        str(config),
+        "-m",
+        "pipelines",
+        str(recipe),
+    ]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     environment = {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def launch(recipe, processes):
@@ -79,7 +104,9 @@ def launch(recipe, processes):
 def weights(folder):
     from safetensors.torch import load_file
 
-    found = {f"{p.parent.name}/{k}": v for p in sorted(folder.glob("*/model.safetensors")) for k, v in load_file(p).items()}
+    found = {
+        f"{p.parent.name}/{k}": v for p in sorted(folder.glob("*/model.safetensors")) for k, v in load_file(p).items()
+    }
     assert len({name.split("/")[0] for name in found}) == 3
     return found
 

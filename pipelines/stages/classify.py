@@ -66,7 +66,11 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
             yield "task.labels", "needs at least two different names", labels
         numbers = [name for i, name in enumerate(labels) if name.isdigit() and name != str(i)]
         if numbers:
-            yield "task.labels", f"{numbers[0]} could be a name or an id; drop the key (labels are taken from the data)", labels
+            yield (
+                "task.labels",
+                f"{numbers[0]} could be a name or an id; drop the key (labels are taken from the data)",
+                labels,
+            )
     if kind != SINGLE:
         if task.get("class_weights"):
             yield "task.class_weights", f"weighs the classes of {SINGLE} only; drop this key", task["class_weights"]
@@ -123,7 +127,12 @@ def run(stage) -> dict:
     if section.model_name_or_path:
         settings["ignore_mismatched_sizes"] = True  # another number of classes: a new head; all else is refused by name
     model = models.load_model(
-        section, "AutoModelForSequenceClassification", tokenizer, allow_new=NEW, problem_type=task.problem_type, **settings
+        section,
+        "AutoModelForSequenceClassification",
+        tokenizer,
+        allow_new=NEW,
+        problem_type=task.problem_type,
+        **settings,
     )
     chat.fit_model(model, tokenizer)
     context = models.context_length(model, args.max_length)
@@ -132,7 +141,9 @@ def run(stage) -> dict:
     validation_set = None
     if validation:
         validation_set, _ = _encode(stage, "validation", validation, names, task, tokenizer, context, too_long)
-        validation_set.sort(key=lambda feature: len(feature["input_ids"]))  # little padding; the order means nothing here
+        validation_set.sort(
+            key=lambda feature: len(feature["input_ids"])
+        )  # little padding; the order means nothing here
 
     measure = Measure(task.problem_type, len(names), metrics)
     trainer = ClassifyTrainer(
@@ -176,15 +187,18 @@ def label_names(train: list[dict], validation: list[dict], task) -> list[str]:
         if absent:
             logger.warning("no training row has the label %s: it cannot be learned", ", ".join(absent))
         return task.labels
-    order = sorted(seen, key=lambda label: (isinstance(label, str), label))  # ids before names: both may stand in a file
+    order = sorted(
+        seen, key=lambda label: (isinstance(label, str), label)
+    )  # ids before names: both may stand in a file
     if len(order) < (1 if several else 2):
         raise DataError(f"data.train: all rows have the same label {order}: there is nothing to learn")
     ids = {label: i for i, label in enumerate(order)}
     for row in [*train, *validation]:
         for label in row["label"] if several else [row["label"]]:
             if label not in ids:
+                known = ", ".join(map(str, order[:20]))
                 raise DataError(
-                    f"{row['where']}: no training row has the label {label!r} (they have {', '.join(map(str, order[:20]))}). "
+                    f"{row['where']}: no training row has the label {label!r} (they have {known}). "
                     "Add training rows with it, leave the row out, or name all labels in task.labels"
                 )
         row["label"] = [ids[label] for label in row["label"]] if several else ids[row["label"]]

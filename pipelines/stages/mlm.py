@@ -2,14 +2,15 @@
 
     encoder:
       kind: mlm
-      model: {config: {model_type: bert, num_hidden_layers: 4, hidden_size: 256, num_attention_heads: 4, intermediate_size: 1024}}
-      tokenizer: {train: wordpiece, vocab_size: 8192}            # or model.model_name_or_path: google-bert/bert-base-uncased
+      model: {config: {model_type: bert, num_hidden_layers: 4, hidden_size: 256, num_attention_heads: 4}}
+      tokenizer: {train: wordpiece, vocab_size: 8192}          # or model: {model_name_or_path: roberta-base}
       data: {train: corpus.jsonl.gz, validation: 0.01}
       args: {max_length: 128, global_batch_size: 32, learning_rate: 5e-4, max_steps: 5000, whole_word_mask: true}
 
 Documents are streamed once into a memory map of token ids, a [SEP] after each, and cut into full windows
-[CLS] … [SEP] without regard to where documents end (RoBERTa's FULL-SENTENCES, https://arxiv.org/abs/1907.11692). New
-words are hidden in every epoch; validation always hides the same ones. `pseudo_perplexity` is exp(loss on hidden words).
+[CLS] … [SEP] without regard to where documents end (RoBERTa's FULL-SENTENCES, https://arxiv.org/abs/1907.11692).
+Other words are hidden in every epoch; validation always hides the same ones, and its `pseudo_perplexity` is exp(loss
+on the hidden words).
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     if not named and not tokenizer.get("train"):
         yield "tokenizer", "a new model needs a tokenizer: `train: wordpiece`, or model.tokenizer_name_or_path", None
     if tokenizer.get("train") and model.get("tokenizer_name_or_path"):
-        yield "tokenizer.train", "model.tokenizer_name_or_path names another tokenizer; drop one of them", tokenizer["train"]
+        yield (
+            "tokenizer.train",
+            "model.tokenizer_name_or_path names another tokenizer; drop one of them",
+            tokenizer["train"],
+        )
     if tokenizer.get("train") == "bpe":
         yield "tokenizer.train", "has no [MASK] token; masked words need `wordpiece`", "bpe"
     if tokenizer.get("train") and tokenizer.get("vocab_size", 8192) < 200:
@@ -63,7 +68,9 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         yield "args.mlm_probability", "a share lies between 0 and 1 (BERT: 0.15)", share
     if args.get("max_length") is not None and args["max_length"] < 8:
         yield "args.max_length", "a window needs at least 8 tokens", args["max_length"]
-    yield from best.problems(args, bool(stage.sections.get("data", {}).get("validation")), ("accuracy", "pseudo_perplexity"))
+    yield from best.problems(
+        args, bool(stage.sections.get("data", {}).get("validation")), ("accuracy", "pseudo_perplexity")
+    )
 
 
 def run(stage) -> dict:

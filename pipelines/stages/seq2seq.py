@@ -2,7 +2,7 @@
 
     translate:
       kind: seq2seq
-      model: {model_name_or_path: google-t5/t5-small}     # or config: {model_type: t5, …} with tokenizer: {train: bpe}
+      model: {model_name_or_path: google-t5/t5-small}   # or config: {model_type: t5, …} and tokenizer: {train: bpe}
       task: {prefix: "translate English to German: ", metrics: [sacrebleu, chrf]}
       data: {train: train.jsonl, validation: validation.jsonl}                  # source, target
       args: {global_batch_size: 32, learning_rate: 3e-4, max_source_length: 128, max_target_length: 128}
@@ -52,7 +52,11 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     if not named and not tokenizer.get("train"):
         yield "tokenizer", "a new model needs a tokenizer: `train: bpe`, or model.tokenizer_name_or_path", None
     if tokenizer.get("train") and model.get("tokenizer_name_or_path"):
-        yield "tokenizer.train", "model.tokenizer_name_or_path names another tokenizer; drop one of them", tokenizer["train"]
+        yield (
+            "tokenizer.train",
+            "model.tokenizer_name_or_path names another tokenizer; drop one of them",
+            tokenizer["train"],
+        )
     if tokenizer.get("train") == "wordpiece" and "lowercase" not in tokenizer:
         yield "tokenizer.lowercase", "say true (the model then writes lower case only) or false, or train bpe", None
     least = 300 if tokenizer.get("train") == "bpe" else 200
@@ -114,7 +118,9 @@ def run(stage) -> dict:
 
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **settings):
             inputs = self._prepare_inputs(inputs)
-            loss, generated, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **settings)
+            loss, generated, labels = super().prediction_step(
+                model, inputs, prediction_loss_only, ignore_keys, **settings
+            )
             # The parent averages these over rows: weighed so, the result is the mean over all validation tokens.
             loss = loss * inputs["labels"].ne(-100).sum() / len(inputs["labels"])
             return loss * len(self.eval_dataset) / self.validation_tokens, generated, labels
@@ -132,11 +138,15 @@ def run(stage) -> dict:
     check(model, tokenizer, args)
     too_long = stage.sections["data"].get("too_long", "truncate")
     train_set, train = _encode(stage, "train", train, tokenizer, args, too_long)
-    validation_set, validation = _encode(stage, "validation", validation, tokenizer, args, too_long) if validation else (None, [])
+    validation_set, validation = (
+        _encode(stage, "validation", validation, tokenizer, args, too_long) if validation else (None, [])
+    )
     args.generation_max_length = args.generation_max_length or args.max_target_length + 1  # and the start token
     model.generation_config.max_length = args.generation_max_length
 
-    measure = Measure(tokenizer, [row["target"] for row in validation], task.metrics) if args.predict_with_generate else None
+    measure = (
+        Measure(tokenizer, [row["target"] for row in validation], task.metrics) if args.predict_with_generate else None
+    )
     trainer = TranslationTrainer(
         model=model,
         args=args,
@@ -188,7 +198,11 @@ def load_tokenizer(stage, section, train: list[dict]):
         single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, tokenizer.eos_token_id)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=end, unk_token=end, pad_token=tokenizer.pad_token, clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        eos_token=end,
+        unk_token=end,
+        pad_token=tokenizer.pad_token,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -207,8 +221,13 @@ def check(model, tokenizer, args) -> None:
     from pipelines.models import ModelError
 
     config = model.config
-    if model.generation_config.decoder_start_token_id is None and getattr(config, "decoder_start_token_id", None) is None:
-        raise ModelError("the model's config names no decoder_start_token_id; set it with model.config, e.g. the PAD id")
+    if (
+        model.generation_config.decoder_start_token_id is None
+        and getattr(config, "decoder_start_token_id", None) is None
+    ):
+        raise ModelError(
+            "the model's config names no decoder_start_token_id; set it with model.config, e.g. the PAD id"
+        )
     if tokenizer.eos_token_id not in tokenizer("x")["input_ids"]:
         raise ModelError("the tokenizer does not end a text with EOS: the model would never learn to stop")
     if hasattr(tokenizer, "tgt_lang"):
@@ -219,7 +238,9 @@ def check(model, tokenizer, args) -> None:
     limit = getattr(config, "max_position_embeddings", None)  # T5's n_positions is no limit: its positions are relative
     for key in ("max_source_length", "max_target_length"):
         if limit and getattr(args, key) > limit:
-            raise ModelError(f"args.{key} {getattr(args, key)} is more than the model's {limit} positions; use {limit} or less")
+            raise ModelError(
+                f"args.{key} {getattr(args, key)} is more than the model's {limit} positions; use {limit} or less"
+            )
 
 
 def _encode(stage, side: str, rows: list[dict], tokenizer, args, too_long: str) -> tuple[list[dict], list[dict]]:
@@ -263,6 +284,8 @@ class Measure:
 
         ids = np.where(prediction.predictions == -100, self.tokenizer.pad_token_id, prediction.predictions)
         self.generated = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        ends = (ids == self.tokenizer.eos_token_id)[:, 1:].any(1)  # the first token may be EOS where decoding starts with it
+        ends = (ids == self.tokenizer.eos_token_id)[:, 1:].any(
+            1
+        )  # the first token may be EOS where decoding starts with it
         scores = self.combined.compute(predictions=self.generated, references=self.references)
         return {**scores, "ended": float(ends.mean())}
