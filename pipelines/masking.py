@@ -129,6 +129,8 @@ class MaskedWordTrainer:
             logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
         finally:
             hidden, self._hidden = self._hidden, None
+        if logits.dim() == 3:  # MobileBERT multiplies by the embeddings without calling them: nothing was picked
+            logits = logits[hidden]
         return logits.float(), inputs["labels"][hidden]
 
     def _get_num_items_in_batch(self, batch_samples, device):

@@ -276,6 +276,41 @@ def test_a_head_for_another_number_of_classes_is_made_new(run, write):
     assert weights(second)["classifier.weight"].shape[0] == 2
 
 
+COMMON = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+KINDS = {
+    "bert": COMMON,
+    "roberta": COMMON,
+    "distilbert": {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64},
+    "deberta-v2": COMMON,
+    "electra": COMMON | {"embedding_size": 32},
+    "albert": COMMON | {"embedding_size": 16},
+    "modernbert": COMMON | {"pad_token_id": 0},
+    "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2},
+    "bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_heads_may_be_new(kind, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModel
+
+    from pipelines.models import ModelError, load_model
+    from pipelines.sections import ModelSection
+    from pipelines.stages.classify import NEW
+
+    base = AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=50, **KINDS[kind]))
+    base.save_pretrained(tmp_path)
+    section = ModelSection(model_name_or_path=str(tmp_path))
+    model = load_model(section, "AutoModelForSequenceClassification", allow_new=NEW, id2label={0: "a", 1: "b", 2: "c"})
+    assert model.config.num_labels == 3
+    kept = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in kept if "layer" in name.lower() or name.startswith(("h.", "encoder.")))
+    save_file({k: v for k, v in kept.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="they would be random"):
+        load_model(section, "AutoModelForSequenceClassification", allow_new=NEW, id2label={0: "a", 1: "b"})
+
+
 def refused(recipe, body):
     with pytest.raises(RecipeError) as error:
         recipes.load(recipe({"c": {"kind": "classify", **body}}), read_data=False)
