@@ -60,6 +60,7 @@ def start():
             "devices as processes (`nvidia-smi`, CUDA_VISIBLE_DEVICES)."
         )
     if os.environ.get(SWITCH) == "set" and state.is_main_process:
+        os.environ[SWITCH] = "said"
         logger.info("fast environment: %s (switch off with %s=0)", " ".join(FAST), SWITCH)
     return state
 
