@@ -50,8 +50,7 @@ def _no_autocast(device: torch.device):
 
 
 class _Chunk:
-    """The buffers of one walk over the rows: logits (rows, v), overwritten in place by whatever comes of
-    them.
+    """The buffers of one walk over the rows: logits (rows, v), overwritten by whatever comes of them.
 
     Half-precision logits get a float32 buffer of a few rows beside them: `pieces` hands out one piece of rows
     at a time in float32, and `put_back` writes it over the half-precision logits.
@@ -94,8 +93,7 @@ UNDERFLOW = 1e-30
 def _log_probability(
     chosen: torch.Tensor, hidden: torch.Tensor, target: torch.Tensor, chunk: _Chunk, temperature=1.0
 ):
-    """log of the softmax's chosen probabilities (n,), exact where they underflow: these few rows are done
-    again.
+    """log of the softmax's chosen probabilities (n,), exact even where they underflow (computed again).
 
     Taking the log of the one entry needed saves the passes over the logits that a logsumexp costs.
     """
@@ -376,8 +374,7 @@ LOGIT_CHANGES = {
 
 
 def _why_not_fused(model) -> str | None:
-    """Why this causal language model's loss cannot be computed from its last hidden states and its head; or
-    None."""
+    """Why this model's loss cannot be computed from its last hidden states and its head; or None."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
@@ -393,12 +390,14 @@ def _why_not_fused(model) -> str | None:
     if head.weight.device.type == "meta":
         return "its weights are not loaded yet"
     # Anything else a forward may do between backbone and logits shows on four tokens.
-    training, ids = model.training, torch.arange(4, device=head.weight.device)[None] % head.weight.size(0)
+    ids = torch.arange(4, device=head.weight.device)[None] % head.weight.size(0)
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     with torch.no_grad():
         own = model(input_ids=ids, use_cache=False).logits.float()
         ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-    model.train(training)
+    for module, training in modes:
+        module.training = training
     if own.shape != ours.shape or not torch.allclose(
         own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item()
     ):
@@ -414,8 +413,7 @@ def _sharded(head: torch.nn.Linear) -> bool:
 
 
 def fuse_loss(model) -> bool:
-    """Let `model(..., labels=...)` compute its loss with `linear_cross_entropy`: same loss, `logits` is None
-    then.
+    """Let `model(..., labels=...)` compute its loss with `linear_cross_entropy`; its `logits` are None then.
 
     Calls without labels (generation) and with TRL's `fused_lm_head` or `shift_labels` are the model's own.
     Labels are shifted as transformers does; `num_items_in_batch` is the divisor if given. Call it before
@@ -440,7 +438,7 @@ def fuse_loss(model) -> bool:
 def _fuse(model) -> None:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    own_forward = model.forward
+    model.unfused_forward = model.forward  # an attribute, so that deepcopy binds it to the copy
     # With `torch_compile: true` the backbone is compiled around it: chunks of varying size only recompile.
     cross_entropy = torch.compiler.disable(linear_cross_entropy)
 
@@ -452,7 +450,7 @@ def _fuse(model) -> None:
         # PEFT may have wrapped the head, FSDP2 or ZeRO-3 may have sharded it since
         if labels is None or elsewhere or type(head) is not torch.nn.Linear or _sharded(head):
             extra = {"labels": labels, "num_items_in_batch": num_items_in_batch}
-            return own_forward(*args, **{k: v for k, v in extra.items() if v is not None}, **kwargs)
+            return self.unfused_forward(*args, **{k: v for k, v in extra.items() if v is not None}, **kwargs)
         kwargs["use_cache"] = False  # nothing generates from a forward with labels
         kwargs.pop("return_dict", None), kwargs.pop("logits_to_keep", None)
         out = self.base_model(*args, **kwargs)
@@ -470,8 +468,7 @@ def _fuse(model) -> None:
 
 
 def fast_model(model) -> None:
-    """What makes any causal language model train faster at the same function, in place: call before wrapping
-    it.
+    """What makes a causal language model train faster at the same function, in place; before wrapping it.
 
     - `fuse_loss`;
     - GPT-2's tanh-GELU, eight Python operations over the widest activation, becomes PyTorch's single one
@@ -489,8 +486,7 @@ def fast_model(model) -> None:
 def bf16_pays(device: str | torch.device = "cpu") -> bool:
     """Whether bfloat16 matrix products are faster than float32 ones on this device, by trying (50 ms).
 
-    CPUs differ tenfold either way: those with AMX or avx512_bf16 gain, others emulate it at a fraction of the
-    speed.
+    CPUs differ tenfold either way: those with AMX or avx512_bf16 gain, others emulate it slowly.
     """
     a, times = torch.randn(512, 512, device=device), {}
     if a.device.type != "cpu":

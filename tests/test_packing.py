@@ -239,6 +239,34 @@ def test_a_forward_that_changes_the_logits_is_noticed(caplog):
     assert "not head(last hidden states)" in caplog.text
 
 
+def test_a_deep_copy_is_independent():
+    """Such as a reference model: its loss and its logits must come from its own weights."""
+    model, seqs = build("gpt2").eval(), sequences([12, 20])
+    fast_model(model)
+    enable_packed_attention(model)
+    ids = torch.tensor([seqs[0]])
+    before = model(ids).logits.clone(), packed_loss(model, pack(seqs)).item()
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    assert (
+        torch.equal(reference(ids).logits, before[0])
+        and packed_loss(reference, pack(seqs)).item() == before[1]
+    )
+    assert (
+        not torch.equal(model(ids).logits, before[0]) and packed_loss(model, pack(seqs)).item() != before[1]
+    )
+
+
+def test_the_dry_run_leaves_training_flags_alone():
+    model = build("gpt2")
+    model.transformer.h[0].eval()
+    fuse_loss(model)
+    assert model.training and not model.transformer.h[0].training and not model.transformer.h[0].mlp.training
+    assert model.transformer.h[1].training
+
+
 def test_peft_is_packed_and_fused():
     from peft import LoraConfig, get_peft_model
 
