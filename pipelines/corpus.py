@@ -12,6 +12,8 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -347,12 +349,31 @@ def train_wordpiece(
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
-    # every character of the alphabet takes two entries (x and ##x): leave room for words
-    alphabet = min(1000, vocab_size // 4)
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=special, limit_alphabet=alphabet, show_progress=False
-    )
-    _train(backend, documents, trainer, vocab_size)
+    # Left to itself the trainer numbers the "##x" entries in the order of a hash map, another one in each process, and
+    # ties between merges follow: so the alphabet is counted first, and given in a fixed order.
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
+        letters: Counter[str] = Counter()
+        for text in documents:
+            letters.update(backend.normalizer.normalize_str(text))
+            spool.write(json.dumps(text) + "\n")
+        spool.seek(0)
+        common = sorted((c for c in letters if not c.isspace()), key=lambda c: (-letters[c], c))
+        # every character of the alphabet takes two entries (x and ##x): leave room for words
+        alphabet = sorted(common[: min(1000, vocab_size // 4)])
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[*special, *alphabet, *(f"##{c}" for c in alphabet)],
+            limit_alphabet=len(alphabet),
+            show_progress=False,
+        )
+        _train(backend, (json.loads(line) for line in spool), trainer, vocab_size)
+    # The letters were special only to the trainer: as such they would be cut out of words.
+    entries = backend.get_vocab()
+    backend = Tokenizer(models.WordPiece(entries, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    backend.add_special_tokens(special)
     # the generic fast class would leave out token_type_ids
     return BertTokenizer(
         tokenizer_object=backend, do_lower_case=lowercase, extra_special_tokens=list(special_tokens)

@@ -303,3 +303,14 @@ def test_trained_tokenizer_follows_the_section_and_is_kept(tmp_path):
 
 def test_tokenizer_training_is_deterministic():
     assert corpus.train_bpe(TEXTS, 350).get_vocab() == corpus.train_bpe(iter(TEXTS), 350).get_vocab()
+
+
+def test_wordpiece_is_the_same_in_every_process():
+    """Hash order differs from process to process: the vocabulary must not."""
+    code = (
+        "from pipelines.corpus import train_wordpiece\n"
+        "text = [f'the {a} {b} stands at the mill .' for a in ('red', 'green') for b in ('otter', 'kettle', 'wagon')]\n"
+        "print(sorted(train_wordpiece(text * 5, 120).get_vocab().items()))"
+    )
+    found = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(3)}
+    assert len(found) == 1 and "otter" in found.pop()

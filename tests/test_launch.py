@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,17 @@ def start(recipe, processes, *words):
         command(recipe, processes, *words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def kill(process):
+    """SIGKILL to the launcher and all it started: torchrun's workers are in sessions of their own."""
+    parent = psutil.Process(process.pid) if process.poll() is None else None
+    for one in [*parent.children(recursive=True), parent] if parent else []:
+        try:
+            one.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            pass  # it ended by itself in the meantime
+    process.wait()
 
 
 def wait_for(path_glob, folder, process, seconds=120):
@@ -133,8 +145,7 @@ def test_kill_at_random_moments_changes_nothing(chain, whole, processes):
         process = start(recipe, processes)
         wait_for("*/checkpoints/*/complete" if attempt % 2 else f"*[!{done}]/started.json", folder, process)
         time.sleep(rng.uniform(0, 2.5))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill(process)
         for record in folder.glob("*/stage.json"):  # what claims to be finished is whole
             assert (record.parent / "model.safetensors").exists()
         if len(list(folder.glob("*/stage.json"))) == 4:
@@ -162,8 +173,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_used(chain, whole):
     recipe, folder = chain("torn")
     process = start(recipe, 1, "base")
     wait_for("base/checkpoints/checkpoint-8/complete", folder, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     newest = max(folder.glob("base/checkpoints/checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     (newest / "complete").unlink(missing_ok=True)  # as if killed while saving …
     (newest / "model.safetensors").write_bytes(b"half")  # … with half a file on disk
