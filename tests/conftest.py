@@ -4,6 +4,7 @@ import json
 import os
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while waiting make shared machines crawl
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

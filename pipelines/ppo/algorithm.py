@@ -27,7 +27,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 # --- the reward: a score at the end, a KL penalty on every token --------------------------------------------
 
 
