@@ -168,7 +168,7 @@ def _adapter(annotation: str) -> pydantic.TypeAdapter:
     # `SchedulerType | str` would accept any string: where an enum is offered, only its values are right.
     options = [a for a in typing.get_args(hint)] if typing.get_origin(hint) is not None else []
     if any(typing.get_origin(a) is typing.Literal for a in options) and str in options:
-        hint = typing.Union[tuple(a for a in options if a is not str)]
+        hint = typing.Union[tuple(a for a in options if a is not str)]  # noqa: UP007  built at run time
     return pydantic.TypeAdapter(hint)
 
 
