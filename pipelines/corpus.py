@@ -416,7 +416,7 @@ def trained_tokenizer(folder: str | Path, section, documents: Iterable[str], key
     tokenizer.save_pretrained(home)
     with _replacing(home / "key") as out:
         out.write(content_key.encode())
-    return tokenizer
+    return AutoTokenizer.from_pretrained(home)  # as every other process will see it: its fingerprint is in the keys
 
 
 def _counted(documents: Iterable[str]) -> Iterator[str]:

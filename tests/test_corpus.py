@@ -294,6 +294,8 @@ def test_trained_tokenizer_follows_the_section_and_is_kept(tmp_path):
     assert len(first) <= 300 and len(seen) == 20
     again = corpus.trained_tokenizer(tmp_path, section, explode(), key={"sha": 1})
     assert again.get_vocab() == first.get_vocab() and again.pad_token == "<|pad|>"
+    # the process that trained it and those that load it must agree, or the latter write the token files anew
+    assert corpus._fingerprint(again) == corpus._fingerprint(first)
     section.vocab_size = 320
     with pytest.raises(AssertionError, match="were read"):
         corpus.trained_tokenizer(tmp_path, section, explode(), key={"sha": 1})
