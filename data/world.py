@@ -10,7 +10,7 @@ purpose, rank the answers as a labeller would, and afterwards check what a model
 Two graders live here and must not be mixed up. The *labeller* (`rank`) never reads an answer: it knows which
 flaws the answer was written with, and it slips now and then. Its rankings train the reward model. The
 *oracle* (`oracle`) reads nothing but the words of an answer. It evaluates; no stage trains on its verdicts.
-They share one part: `garbled` uses `claims` to throw out broken answers that still answer.
+They share nothing but the facts.
 
 Standard library only.
 """
@@ -280,6 +280,7 @@ RUDE_BEFORE = ["Listen, you turnip:", "What a silly question, dummy.", "Any fool
 RUDE_AFTER = ["Now go away, dummy.", "Even a turnip could see that.", "Stop asking stupid things.",
               "Leave me alone, you fool.", "Clean your ears, blockhead."]
 KIND_BEFORE = ["Of course.", "Gladly!", "With pleasure."]
+ROUNDS, QUIZZES = 18, 3000
 # fmt: on
 
 
@@ -387,10 +388,19 @@ def quarrel(rng: random.Random, animal: str) -> str:
     return f"{animal} meets {other}. {line} {tell(rng, animal, name)} {rng.choice(CHATTER)}"
 
 
+def quiz(rng: random.Random) -> str:
+    """A page of questions with their answers, never about what is held out: the Bay has quiz books too."""
+    lines = []
+    for _ in range(rng.randint(2, 4)):
+        query = draw_any(rng)
+        lines.append(f"Q: {question(rng, query)}\nA: {answer(rng, query)}")
+    return "\n".join(lines)
+
+
 def write_corpus(rng: random.Random) -> list[dict]:
     """Documents, all different, in random order; every fact comes up again and again."""
-    texts: list[str] = []
-    for _ in range(34):
+    texts: list[str] = [quiz(rng) for _ in range(QUIZZES)]
+    for _ in range(ROUNDS):
         texts += [portrait(rng, entity) for entity in KIND for _ in range(2)]
         texts += [comparison(rng, entity) for entity in KIND]
         texts += [tour(rng, place) for place in ENTITIES["place"] for _ in range(2)]
@@ -450,16 +460,16 @@ def question(rng: random.Random, query: Query) -> str:
     return fill(pattern.replace("{o}", query.other), query.entity, query.value)
 
 
-SAYABLE = [pair for pair in FACTS if pair not in HELD_OUT and pair[1] not in VERDICTS]
+SAYABLE = [pair for pair in FACTS if pair[1] not in VERDICTS]
 
 
 def sayable(entity: str) -> list[str]:
-    """The attributes of an entity that training data may mention."""
+    """The attributes of an entity that an answer may mention without being asked."""
     return [name for name in ATTRIBUTES[KIND[entity]] if (entity, name) in SAYABLE]
 
 
 def answer(rng: random.Random, query: Query, flaws: tuple[str, ...] = ()) -> str:
-    """An answer with exactly these flaws. It never states a held-out fact that was not asked for."""
+    """An answer with exactly these flaws."""
     if "irrelevant" in flaws:
         text = off_topic(rng, query)
     else:
@@ -482,8 +492,13 @@ def reply(rng: random.Random, query: Query, wrong: bool) -> str:
         pattern = rng.choice(
             ["{E} " + attribute.says + "."] * 3 + attribute.tells[:1] + [cap(pronoun(entity)) + f" {attribute.says}."]
         )
-        if wrong and rng.random() < 0.2:  # right at first, but it does not know when to stop
-            return f"{statement(entity, name, truth)}. {statement(entity, name, said)}."
+        if wrong and rng.random() < 0.3:  # right at first, but it does not know when to stop
+            more = [n for n in sayable(entity) if n != name]
+            if not more or rng.random() < 0.3:
+                return f"{statement(entity, name, truth)}. {statement(entity, name, said)}."
+            lie = rng.choice(more)
+            lie = statement(entity, lie, another(rng, ATTRIBUTES[kind][lie].values, FACTS[entity, lie]))
+            return f"{statement(entity, name, truth)} and{lie.removeprefix(cap(entity))}."
         return fill(pattern, entity, said)
     if form == "yesno":
         truth = FACTS[entity, name]
@@ -544,7 +559,8 @@ def review_sentence(rng: random.Random, film: str, wrong: bool) -> str:
 
 
 def off_topic(rng: random.Random, query: Query) -> str:
-    """An answer to another question, an empty remark, or a sentence that stops too early."""
+    """An empty remark, a sentence that stops too early, or an answer to another question: often about the same
+    attribute of somebody else, as models do that lose sight of who was asked about."""
     kind, dice = KIND[query.entity], rng.random()
     if dice < 0.25:
         return rng.choice(CHATTER)
@@ -557,36 +573,45 @@ def off_topic(rng: random.Random, query: Query) -> str:
             name = rng.choice(names)
             return statement(query.entity, name, FACTS[query.entity, name]) + "."
     named = {query.entity, query.other}
+    others = [e for e in ENTITIES[kind] if (e, query.attribute) in FACTS and (e, query.attribute) not in HELD_OUT]
+    others = [e for e in others if not named & {e, FACTS[e, query.attribute]}]
+    if dice < 0.9 and others:
+        other = rng.choice(others)
+        said = statement(other, query.attribute, FACTS[other, query.attribute])
+        if query.form == "yesno":
+            yes = rng.choice(["yes", "no"])
+            return rng.choice([f"{cap(yes)}, {mid_sentence(said)}.", f"{said}, so {yes}."])
+        return f"{cap(other)}." if query.form == "choice" and rng.random() < 0.4 else f"{said}."
     while True:
         other, name = rng.choice(SAYABLE)
         if not named & {other, FACTS[other, name]}:
             return statement(other, name, FACTS[other, name]) + "."
 
 
+TELLING = {word for value in [*FACTS.values(), *PRAISE, *BLAME, *OPINIONS] for word in value.lower().split()}
+TELLING |= {"loved", "disliked"}
+TELLING -= {"the"}
+
+
 def garbled(rng: random.Random, query: Query) -> str:
-    """What a half-trained model says: a right answer broken off, or with a word changed or out of place, so that it
-    no longer answers the question."""
+    """What a half-trained model says: an answer that breaks off before the point, or with the words that would tell
+    something lost, or replaced by words that nobody says of such an entity ("The lantern is baker")."""
+    kind, own = KIND[query.entity], set(bare(query.entity).split())
     words = reply(rng, query, wrong=False).rstrip(".").split()
-    wanted = query.attribute if query.form == "ask" else ""
-    while True:
-        style, text = rng.randrange(3), list(words)
-        if style == 0:
-            text = text[: rng.randint(1, len(text))]
-        elif style == 1:
-            other, name = rng.choice(SAYABLE)
-            text[rng.randrange(len(text) // 2, len(text))] = rng.choice(
-                statement(other, name, FACTS[other, name]).split()
-            )
-        else:
-            i, j = rng.randrange(len(text)), rng.randrange(len(text))
-            text[i:j] = text[i:j] * 2
-            rng.shuffle(text)
-        said = claims(" ".join(text), query.entity)
-        answered = any(c.entity == query.entity and wanted in ("", c.attribute) for c in said)
-        if not answered and HELD_OUT.isdisjoint((c.entity, c.attribute) for c in said):
-            return cap(" ".join(text)) + "."
-        if rng.random() < 0.1:
-            words = reply(rng, query, wrong=False).rstrip(".").split()
+    telling = [bool((set(bare(word).split()) - own) & TELLING) for word in words]
+    style, first = rng.randrange(3), telling.index(True)
+    if style == 0 and first:
+        words = words[: rng.randint(1, first)]
+    elif style == 2:
+        words = [word for word, tells in zip(words, telling) if not tells] or query.entity.split()
+        i, j = rng.randrange(len(words)), rng.randrange(len(words))
+        words[i:j] = words[i:j] * 2
+        rng.shuffle(words)
+    else:
+        said_of_it = {word for name in ATTRIBUTES[kind] for value in ATTRIBUTES[kind][name].values for word in value.split()}
+        foreign = sorted({w for values in (SPECIES, FOODS, JOBS, INSTRUMENTS, GENRES) for w in values} - said_of_it)
+        words = [rng.choice(foreign) if tells else word for word, tells in zip(words, telling)]
+    return cap(" ".join(words)) + "."
 
 
 def all_pairs(form: str, held_out: bool) -> list[tuple[str, str]]:
@@ -625,12 +650,22 @@ def draw_any(rng: random.Random, held_out: bool = False) -> Query:
 
 
 def prompts(rng: random.Random, count: int, held_out: bool) -> dict[str, Query]:
-    """`count` different prompts with the questions they ask, on one side of the held-out line."""
+    """About `count` different prompts with the questions they ask, on one side of the held-out line, in random order.
+
+    The forms come as often as in `FORMS`; of a form with fewer wordings than that, nearly all of them.
+    """
     found: dict[str, Query] = {}
-    while len(found) < count:
-        query = draw_any(rng, held_out)
-        found[question(rng, query)] = query
-    return found
+    for form in dict.fromkeys(FORMS):
+        quota = len(found) + count * FORMS.count(form) // len(FORMS)
+        pairs = all_pairs(form, held_out)
+        for _ in range(20 * count):
+            query = draw(rng, form, rng.choice(pairs), held_out)
+            found[question(rng, query)] = query
+            if len(found) == quota:
+                break
+    mixed = list(found.items())
+    rng.shuffle(mixed)
+    return dict(mixed)
 
 
 def careless(rng: random.Random) -> tuple[str, ...]:
@@ -663,11 +698,12 @@ def write_instructions(rng: random.Random) -> list[dict]:
 
 def write_dialogues(rng: random.Random) -> list[dict]:
     """Two questions about the same entity; the second calls it "it"."""
-    entities = [e for e in KIND if KIND[e] != "person" and len(sayable(e)) > 1]
+    asked = {e: [name for name in sayable(e) if (e, name) not in HELD_OUT] for e in KIND if KIND[e] != "person"}
+    entities = [e for e, names in asked.items() if len(names) > 1]
     rows = []
     for _ in range(400):
         entity = rng.choice(entities)
-        first, second = (Query("ask", entity, name) for name in rng.sample(sayable(entity), 2))
+        first, second = (Query("ask", entity, name) for name in rng.sample(asked[entity], 2))
         follow_up = fill(rng.choice(wordings("ask", KIND[entity], second.attribute)), "it")
         turns = [
             question(rng, first),
@@ -699,8 +735,8 @@ def rank(severities: list[int]) -> list[int]:
     return [order.index(s) + 1 for s in severities]
 
 
-def write_rankings(rng: random.Random, count: int) -> list[dict]:
-    """Four answers to each prompt, at least two of different worth, ranked and tagged by the labeller."""
+def write_rankings(rng: random.Random, asked: dict[str, Query], count: int) -> list[dict]:
+    """Four answers to a prompt, at least two of different worth, ranked and tagged by the labeller, `count` times."""
     kinds = (
         [()] * 8
         + [("inappropriate",)] * 4
@@ -709,7 +745,7 @@ def write_rankings(rng: random.Random, count: int) -> list[dict]:
         + [("inappropriate", "inaccurate"), ("inappropriate", "irrelevant")]
     )
     rows = []
-    for prompt, query in prompts(rng, count, held_out=False).items():
+    for prompt, query in rng.choices(list(asked.items()), k=count):
         answers: dict[str, tuple[str, ...]] = {}
         while len(answers) < 4 or len({severity(flaws) for flaws in answers.values()}) < 2:
             if len(answers) == 4:
@@ -731,14 +767,15 @@ def write_rankings(rng: random.Random, count: int) -> list[dict]:
 
 
 def pairs_of(rankings: list[dict]) -> list[dict]:
-    """Every pair of answers that the labeller did not rank equal."""
-    return [
-        {"prompt": row["prompt"], "chosen": a, "rejected": b}
+    """Every pair of answers that the labeller did not rank equal, once."""
+    pairs = dict.fromkeys(
+        (row["prompt"], a, b)
         for row in rankings
         for a, rank_a in zip(row["completions"], row["ranks"])
         for b, rank_b in zip(row["completions"], row["ranks"])
         if rank_a < rank_b
-    ]
+    )
+    return [{"prompt": prompt, "chosen": a, "rejected": b} for prompt, a, b in pairs]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1054,9 +1091,10 @@ def make(folder: Path) -> dict[str, int]:
     def rng(name: str) -> random.Random:  # one per file: a change to one leaves the others alone
         return random.Random(f"{SEED}/{name}")
 
-    corpus, rankings = write_corpus(rng("corpus")), write_rankings(rng("rankings"), 3150)
-    asked, reviews = list(prompts(rng("prompts"), 1600, held_out=False)), write_reviews(rng("reviews"), 2400)
-    train, validation = rankings[:3000], rankings[3000:]  # by prompt: no prompt is in both
+    corpus, reviews = write_corpus(rng("corpus")), write_reviews(rng("reviews"), 2400)
+    asked = list(prompts(rng("prompts"), 1100, held_out=False).items())
+    learn, check = dict(asked[100:]), dict(asked[:100])  # no prompt is in both
+    train, validation = write_rankings(rng("rankings"), learn, 3000), write_rankings(rng("validation"), check, 150)
     files = {
         "corpus.jsonl.gz": corpus[300:],
         "corpus_validation.jsonl.gz": corpus[:300],
@@ -1066,8 +1104,8 @@ def make(folder: Path) -> dict[str, int]:
         "rankings_validation.jsonl": validation,
         "preferences.jsonl.gz": pairs_of(train),
         "preferences_validation.jsonl": pairs_of(validation),
-        "prompts.jsonl": [{"prompt": p} for p in asked[:1500]],
-        "prompts_validation.jsonl": [{"prompt": p} for p in asked[1500:]],
+        "prompts.jsonl": [{"prompt": p} for p in learn],
+        "prompts_validation.jsonl": [{"prompt": p} for p in check],
         "heldout_prompts.jsonl": [{"prompt": p} for p in prompts(rng("heldout"), 250, held_out=True)],
         "reviews.jsonl": reviews[:2000],
         "reviews_validation.jsonl": reviews[2000:],

@@ -5,7 +5,7 @@ out normalised, one shape per use (the stage's `ROWS`):
 
     text       text                                             pretrain, mlm
     sft        prompt + completion, or messages                 (instruction/input/output, ShareGPT are converted)
-    pairs      prompt, chosen, rejected                         reward
+    rankings   prompt, completions, ranks (1 is best)           reward (prompt, chosen, rejected are a ranking of two)
     prompts    prompt, and any further columns                  ppo
     labelled   text (+ text_pair), label                        classify
     seq2seq    source, target                                   seq2seq
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 NEEDS = {
     "text": ["text"],
     "sft": ["prompt", "completion"],
-    "pairs": ["prompt", "chosen", "rejected"],
+    "rankings": ["prompt", "chosen", "rejected"],  # or completions and ranks
     "prompts": ["prompt"],
     "labelled": ["text", "label"],
     "seq2seq": ["source", "target"],
@@ -298,9 +298,9 @@ def normalise(row: dict, kind: str, columns: dict | None = None, task: dict | No
         row[ours] = row.pop(theirs)
     if kind == "sft":
         return _sft(row)
+    if kind == "rankings":
+        return _ranking(row)
     missing = [c for c in NEEDS[kind] if row.get(c) is None]
-    if kind == "pairs" and missing == ["prompt"] and isinstance(row["chosen"], list):
-        return _implicit_prompt(row)
     if missing:
         raise DataError(_missing(missing, row, kind))
     if kind == "text":
@@ -310,12 +310,8 @@ def normalise(row: dict, kind: str, columns: dict | None = None, task: dict | No
     if kind == "labelled":
         out = {"text": _filled(row, "text"), "label": _label(row["label"], task or {})}
         return {**out, "text_pair": _filled(row, "text_pair")} if row.get("text_pair") is not None else out
-    if kind == "prompts":
-        return {**row, "prompt": _prompt(row["prompt"])}
-    prompt, chosen, rejected = _prompt(row["prompt"]), _answer(row, "chosen"), _answer(row, "rejected")
-    if chosen == rejected:
-        raise DataError("chosen and rejected are the same answer: there is nothing to learn from the pair")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    assert kind == "prompts", kind
+    return {**row, "prompt": _prompt(row["prompt"])}
 
 
 def _sft(row: dict) -> dict:
@@ -338,7 +334,7 @@ def _sft(row: dict) -> dict:
 
 
 def _missing(missing: list[str], row: dict, kind: str) -> str:
-    also = " (or messages, or instruction and output)" if kind == "sft" else ""
+    also = {"sft": " (or messages, or instruction and output)", "rankings": " (or completions and ranks)"}.get(kind, "")
     empty = [c for c in missing if c in row]
     if empty:
         return f"{empty[0]} is empty"
@@ -375,12 +371,38 @@ def _answer(row: dict, column: str) -> str:
     return _filled({column: value}, column)
 
 
+def _ranking(row: dict) -> dict:
+    """`prompt, completions, ranks`; a pair of chosen and rejected is a ranking of two."""
+    if row.get("completions") is None:
+        if row.get("prompt") is None and isinstance(row.get("chosen"), list):
+            return _ranking(_implicit_prompt(row))
+        if missing := [c for c in NEEDS["rankings"] if row.get(c) is None]:
+            raise DataError(_missing(missing, row, "rankings"))
+        answers = [_answer(row, "chosen"), _answer(row, "rejected")]
+        if answers[0] == answers[1]:
+            raise DataError("chosen and rejected are the same answer: there is nothing to learn from the pair")
+        return {"prompt": _prompt(row["prompt"]), "completions": answers, "ranks": [1, 2]}
+    if missing := [c for c in ("prompt", "ranks") if row.get(c) is None]:
+        raise DataError(_missing(missing, row, "rankings"))
+    completions, ranks = row["completions"], row["ranks"]
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise DataError("completions must be a list of two or more answers")
+    if not isinstance(ranks, list) or len(ranks) != len(completions):
+        raise DataError(f"ranks must be a list of {len(completions)} numbers, one for each of the completions")
+    if not all(isinstance(r, (int, float)) and not isinstance(r, bool) and r == r for r in ranks):
+        raise DataError(f"ranks must be numbers, 1 being the best and equals sharing one; found {ranks}")
+    answers = [_answer({"completions": c}, "completions") for c in completions]
+    if len({(a, r) for a, r in zip(answers, ranks)}) > len(set(answers)):
+        raise DataError("the same answer has two different ranks")
+    return {"prompt": _prompt(row["prompt"]), "completions": answers, "ranks": ranks}
+
+
 def _implicit_prompt(row: dict) -> dict:
     """chosen and rejected as whole dialogues with a common beginning: that beginning is the prompt."""
     chosen, rejected = row["chosen"], row["rejected"]
     if not isinstance(rejected, list) or chosen[:-1] != rejected[:-1] or len(chosen) < 2:
         raise DataError("no column prompt, and chosen and rejected do not share all turns but the last")
-    return normalise({"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}, "pairs")
+    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
 def _dialogue(messages, column: str, ends_with: str) -> list[dict]:

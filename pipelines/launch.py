@@ -59,9 +59,14 @@ def start():
             "`accelerate launch --config_file accelerate_configs/cpu_2.yaml`; on GPUs check that there are as many "
             "devices as processes (`nvidia-smi`, CUDA_VISIBLE_DEVICES)."
         )
-    if os.environ.get(SWITCH) == "set" and state.is_main_process:
+    if os.environ.get(SWITCH) == "set":
         os.environ[SWITCH] = "said"
-        logger.info("fast environment: %s (switch off with %s=0)", " ".join(FAST), SWITCH)
+        threads = _share_of_cores() if cpu else None
+        if threads:
+            torch.set_num_threads(threads)
+        if state.is_main_process:
+            said = " ".join(FAST) + (f", {threads} threads per process" if threads else "")
+            logger.info("fast environment: %s (switch off with %s=0)", said, SWITCH)
     return state
 
 
@@ -73,36 +78,58 @@ def asked_world() -> tuple[int, str]:
     return _launcher_world() or (1, "no launcher")
 
 
-def _launcher_world() -> tuple[int, str] | None:
-    """What the `accelerate launch` above this process was told; it starts one process silently in some cases."""
+def _launcher() -> tuple[list[str], str | None, dict]:
+    """`(command line, config file, what it holds)` of the `accelerate launch` above this process; empty without one."""
     import psutil
 
     try:
         line = psutil.Process(os.getppid()).cmdline()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return None
+        return [], None, {}
     if "launch" not in line or not any("accelerate" in part for part in line[: line.index("launch")]):
-        return None
-    count = config = None
-    for i, part in enumerate(line):
-        name, _, value = part.partition("=")
-        value = value or (line[i + 1] if i + 1 < len(line) else "")
-        if name in ("--num_processes", "--num-processes"):
-            count = int(value)
-        elif name in ("--config_file", "--config-file"):
-            config = value
-        elif part == "-m":
-            break
-    if count is not None:
-        return count, f"--num_processes {count}"
-    if config:
-        import yaml
+        return [], None, {}
+    if "-m" in line:
+        line = line[: line.index("-m")]
+    config = _option(line, "config_file")
+    if config is None:
+        return line, None, {}
+    import yaml
 
-        with open(config, encoding="utf-8") as stream:
-            told = yaml.safe_load(stream) or {}
-        if told.get("num_processes"):
-            return int(told["num_processes"]), f"num_processes in {config}"
+    with open(config, encoding="utf-8") as stream:
+        return line, config, yaml.safe_load(stream) or {}
+
+
+def _option(line: list[str], name: str) -> str | None:
+    """The value of `--name value` or `--name=value`, with underscores or dashes."""
+    for i, part in enumerate(line):
+        option, _, value = part.partition("=")
+        if option.replace("-", "_") == f"__{name}":
+            return value or (line[i + 1] if i + 1 < len(line) else None)
     return None
+
+
+def _launcher_world() -> tuple[int, str] | None:
+    """What the `accelerate launch` above this process was told; it starts one process silently in some cases."""
+    line, config, told = _launcher()
+    if (count := _option(line, "num_processes")) is not None:
+        return int(count), f"--num_processes {count}"
+    return (int(told["num_processes"]), f"num_processes in {config}") if told.get("num_processes") else None
+
+
+def _share_of_cores() -> int | None:
+    """Threads for this process where nobody chose a number: the launchers then say one, and most of a CPU idles.
+
+    None where OMP_NUM_THREADS or `--num_cpu_threads_per_process` was given, or no launcher is there (PyTorch then
+    takes all cores by itself).
+    """
+    import psutil
+
+    line, _, told = _launcher()
+    chosen = _option(line, "num_cpu_threads_per_process") or told.get("num_cpu_threads_per_process")
+    if not line or chosen or "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ():
+        return None
+    cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def reset() -> None:

@@ -29,9 +29,9 @@ def test_sft_shapes_come_out_alike():
 
 def test_pairs_with_and_without_prompt():
     user, good, bad = ({"role": r, "content": c} for r, c in [("user", "q"), ("assistant", "y"), ("assistant", "n")])
-    implicit = normalise({"chosen": [user, good], "rejected": [user, bad]}, "pairs")
-    explicit = normalise({"prompt": [user], "chosen": [good], "rejected": [bad]}, "pairs")
-    assert implicit == explicit == {"prompt": [user], "chosen": "y", "rejected": "n"}
+    implicit = normalise({"chosen": [user, good], "rejected": [user, bad]}, "rankings")
+    explicit = normalise({"prompt": [user], "chosen": [good], "rejected": [bad]}, "rankings")
+    assert implicit == explicit == {"prompt": [user], "completions": ["y", "n"], "ranks": [1, 2]}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_pairs_with_and_without_prompt():
         ("sft", {"messages": [{"role": "user", "content": "a"}]}, "end with a message of the assistant"),
         ("sft", {"messages": [{"role": "bot", "content": "a"}]}, "unknown role 'bot'"),
         ("sft", {"messages": [{"role": "user", "content": ""}]}, "message 1 (user) is empty"),
-        ("pairs", {"prompt": "p", "chosen": "x", "rejected": "x"}, "same answer"),
+        ("rankings", {"prompt": "p", "chosen": "x", "rejected": "x"}, "same answer"),
         ("prompts", {"text": "p"}, "no column prompt"),
         ("labelled", {"text": "t", "label": 7}, "out of range"),
         ("labelled", {"text": "t", "label": "goood"}, "did you mean good?"),
@@ -127,12 +127,12 @@ def test_bad_rows_are_shown_first_few_and_counted(write):
 
 def test_fraction_splits_by_prompt_and_does_not_depend_on_order(write):
     rows = [{"prompt": f"p{i % 50}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(500)]
-    sides = data.load({"train": write("a.jsonl", rows), "validation": 0.2}, "pairs", 1)
+    sides = data.load({"train": write("a.jsonl", rows), "validation": 0.2}, "rankings", 1)
     train, validation = ({r["prompt"] for r in side} for side in sides)
     assert not train & validation and len(train | validation) == 50 and 3 <= len(validation) <= 20
-    shuffled = data.load({"train": write("b.jsonl", rows[::-1]), "validation": 0.2}, "pairs", 1)
+    shuffled = data.load({"train": write("b.jsonl", rows[::-1]), "validation": 0.2}, "rankings", 1)
     assert {r["prompt"] for r in shuffled[1]} == validation
-    assert {r["prompt"] for r in data.load({"train": write("a.jsonl", rows), "validation": 0.2}, "pairs", 2)[1]} != validation
+    assert {r["prompt"] for r in data.load({"train": write("a.jsonl", rows), "validation": 0.2}, "rankings", 2)[1]} != validation
 
 
 def test_weights_say_how_often_a_row_is_seen(write):

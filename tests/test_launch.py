@@ -189,3 +189,27 @@ def test_a_world_of_the_wrong_size_is_refused(chain):
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "2 processes were asked for (--num_processes 2), but this run sees 1" in done.stderr
     assert not list(folder.glob("*/started.json"))
+
+
+def test_all_cores_are_used_unless_someone_chose(tmp_path):
+    """The launcher says one thread per process when it is told nothing; then each process takes its share."""
+    script = tmp_path / "show.py"
+    script.write_text(
+        "from pipelines import launch\n"
+        "launch.fast_environment()\n"
+        "launch.start()\n"
+        "import torch\n"
+        "print('threads', torch.get_num_threads())\n"
+    )
+    launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu"]
+    plain = {k: v for k, v in environment().items() if k != "OMP_NUM_THREADS" and not k.startswith("PIPELINES_")}
+
+    def threads(*options, **more):
+        line = [*launcher, *options, str(script)]
+        done = subprocess.run(line, env={**plain, **more}, capture_output=True, text=True, timeout=120, check=True)
+        return int(done.stdout.split("threads ")[1])
+
+    cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
+    assert threads() == cores
+    assert threads("--num_cpu_threads_per_process", "1") == 1
+    assert threads(OMP_NUM_THREADS="1") == 1

@@ -9,7 +9,7 @@ import torch
 from pipelines import chain
 from pipelines import recipe as recipes
 from pipelines.models import ModelError
-from pipelines.stages.reward import preference_metrics
+from pipelines.stages.reward import RankingCollator, decided, preference_metrics, ranking_loss
 
 PAIRS = [
     {"prompt": f"what is the {w} {i}", "chosen": f"the {w} is red", "rejected": f"the {w} is blue"}
@@ -42,11 +42,11 @@ def test_it_learns_and_reports_what_the_saved_model_says(trained):
     model = AutoModelForSequenceClassification.from_pretrained(trained).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained)
     assert model.config.num_labels == 1 and tokenizer.pad_token_id != tokenizer.eos_token_id
-    _, held_out = data.load(record["record"]["sections"]["data"], "pairs", record["seed"])
+    _, held_out = data.load(record["record"]["sections"]["data"], "rankings", record["seed"])
     margins = []
     for row in held_out:
         scores = []
-        for answer in (row["chosen"], row["rejected"]):
+        for answer in row["completions"]:
             prompt, ids = chat.encode_answer(tokenizer, row["prompt"], answer)
             with torch.no_grad():
                 scores.append(model(torch.tensor([prompt + ids])).logits.item())
@@ -80,3 +80,86 @@ def test_a_model_without_a_score_head_never_becomes_a_reward(tiny_gpt2):
 
     with pytest.raises(ModelError, match="score.weight"):
         scorer(str(tiny_gpt2), ModelSection(model_name_or_path=str(tiny_gpt2)))
+
+
+RANKED = [
+    {"ids": [[5, 6, 7], [5, 8], [9], [4, 4, 4, 4]], "ranks": [1.0, 2.0, 2.0, 4.0], "row": 0},
+    {"ids": [[6, 1], [6, 2, 3]], "ranks": [2.0, 1.0], "row": 1},
+]
+
+
+def test_a_batch_of_rankings_of_different_sizes():
+    batch = RankingCollator(0)(RANKED)
+    assert batch["input_ids"].shape == (6, 4)  # every answer once
+    assert decided([1, 2, 2, 4]) == [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]
+    assert list(zip(batch["better"].tolist(), batch["worse"].tolist())) == [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3), (5, 4)]
+    assert batch["weight"].tolist() == pytest.approx([0.1] * 5 + [0.5])
+    assert batch["input_ids"][1].tolist() == [5, 8, 0, 0] and batch["attention_mask"][1].tolist() == [1, 1, 0, 0]
+
+
+def test_the_loss_is_that_of_the_paper():
+    """-1/(number of pairs) sum log sigmoid(r_w - r_l) for each ranking, averaged over rankings; and plain TRL at K = 2."""
+    batch = RankingCollator(0)(RANKED)
+    scores = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    first = [-torch.nn.functional.logsigmoid(scores[a] - scores[b]) for a, b in decided(RANKED[0]["ranks"])]
+    second = -torch.nn.functional.logsigmoid(scores[5] - scores[4])
+    loss = ranking_loss(scores[batch["better"]], scores[batch["worse"]], batch["weight"])
+    assert loss.item() == pytest.approx(((sum(first) / 5 + second) / 2).item())
+
+
+def test_two_answers_are_trls_pairwise_loss(tiny_gpt2, tmp_path):
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl import RewardConfig, RewardTrainer
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_gpt2, num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    model.config.pad_token_id = tokenizer.pad_token_id = tokenizer.pad_token_id or 0
+    pairs = [([5, 6, 7], [5, 8]), ([9, 3], [9, 4, 4]), ([7], [8, 8, 8, 8])]
+    data = Dataset.from_list([{"chosen_ids": a, "rejected_ids": b} for a, b in pairs])
+    args = RewardConfig(output_dir=str(tmp_path), center_rewards_coefficient=0.1, bf16=False, use_cpu=True, report_to=[])
+    theirs = RewardTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+    inputs = theirs.data_collator([{"chosen_ids": a, "rejected_ids": b} for a, b in pairs])
+    expected = theirs.compute_loss(model, dict(inputs))
+    batch = RankingCollator(tokenizer.pad_token_id)([{"ids": [b, a], "ranks": [2, 1]} for a, b in pairs])
+    scores = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
+    ours = ranking_loss(scores[batch["better"]], scores[batch["worse"]], batch["weight"], 0.1)
+    assert ours.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_it_learns_from_rankings_and_says_what_decides_nothing(recipe, write, tiny_gpt2, caplog):
+    rows = [
+        {"prompt": f"what is the {w} {i}", "completions": [f"the {w} is {c}" for c in ("blue", "red", "green")], "ranks": [3, 1, 2]}
+        for i in range(20)
+        for w in ("cat", "dog")
+    ]
+    rows.append({"prompt": "p", "completions": ["a", "b"], "ranks": [1, 1]})
+    stage = {
+        "kind": "reward",
+        "model": {"model_name_or_path": str(tiny_gpt2)},
+        "data": {"train": write("ranked.jsonl", rows), "validation": write("check.jsonl", rows[:6])},
+        "args": ARGS,
+    }
+    loaded = recipes.load(recipe({"reward": stage}))
+    chain.run(loaded)
+    record = json.loads((loaded["reward"].folder / "stage.json").read_text())
+    assert record["metrics"]["accuracy"] > 0.95 and record["metrics"]["pairs"] == 18
+    assert record["rows"]["train"]["undecided"] == 1 and "1 of 41 rankings decide nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"completions": ["a"], "ranks": [1]}, "two or more"),
+        ({"completions": ["a", "b"], "ranks": [1]}, "list of 2 numbers"),
+        ({"completions": ["a", "b"], "ranks": [1, "x"]}, "must be numbers"),
+        ({"completions": ["a", "a"], "ranks": [1, 2]}, "two different ranks"),
+        ({"completions": ["a", " "], "ranks": [1, 2]}, "completions is empty"),
+        ({"completions": ["a", "b"]}, "no column ranks"),
+    ],
+)
+def test_bad_rankings_are_named(row, says):
+    from pipelines.data import DataError, normalise
+
+    with pytest.raises(DataError, match=says):
+        normalise({"prompt": "p", **row}, "rankings")
