@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Two processes where there is no GPU: small models gain more from them than from threads.
+LAUNCH ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU || echo --config_file accelerate_configs/cpu_2.yaml)
+
 .PHONY: demo test test-all check clean
 
 demo: $(VENV)/.ready

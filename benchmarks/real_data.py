@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/real_data"))
+    parser.add_argument("--config_file", help="of accelerate, e.g. accelerate_configs/cpu_2.yaml")
     args, words = parser.parse_known_args()
 
     args.output.mkdir(parents=True, exist_ok=True)
@@ -38,7 +39,8 @@ def main() -> None:
     text = (HERE / "real_data.yaml").read_text().replace("DATA/", f"{args.data}/").replace("ENCODER}", f"{args.encoder}}}")
     recipe.write_text(text)
     launcher = str(Path(sys.executable).parent / "accelerate")
-    command = [launcher, "launch", "-m", "pipelines", str(recipe), f"output_dir={args.output}", *words]
+    config = ["--config_file", args.config_file] if args.config_file else []
+    command = [launcher, "launch", *config, "-m", "pipelines", str(recipe), f"output_dir={args.output}", *words]
     code = subprocess.run(command, cwd=HERE.parent).returncode
     for path in sorted(args.output.glob("*/stage.json"), key=lambda p: p.stat().st_mtime):
         record = json.loads(path.read_text())
@@ -49,7 +51,36 @@ def main() -> None:
         losses = [(e["step"], e["eval_loss"]) for e in curve if "eval_loss" in e]
         if losses:
             print(f"{'':25}validation loss: " + "  ".join(f"{step}: {loss:.3f}" for step, loss in losses))
+    samples(args.output)
     sys.exit(code)
+
+
+def samples(run: Path) -> None:
+    """What the finished models of the chain write: ten prompts of the held-out tenth, temperature 0.7."""
+    import yaml
+
+    sys.path.insert(0, str(HERE.parent))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pipelines import chat, data
+    from pipelines.ppo.rollout import generate
+
+    sections = yaml.safe_load((run / "recipe.yaml").read_text())["stages"]
+    prompts = [row["prompt"] for row in data.load(sections["policy"]["data"], "prompts", 1)[1]][:10]
+    for name in ("base", "sft", "policy"):
+        if not (run / name / "stage.json").is_file():
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(run / name)
+        model = AutoModelForCausalLM.from_pretrained(run / name).eval()
+        ids, _ = generate(
+            model, [chat.encode_prompt(tokenizer, p) for p in prompts], max_new_tokens=64,
+            eos_token_ids=[tokenizer.eos_token_id], seeds=[(0, i) for i in range(len(prompts))],
+            temperature=0.7, top_k=0, top_p=1.0, batch_size=16,
+        )  # fmt: skip
+        print(f"\n  {name} answers")
+        for prompt, text in zip(prompts, tokenizer.batch_decode(ids, skip_special_tokens=True)):
+            said = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            print(f"    {' '.join(said.split())[:70]!r}: {' '.join(text.split())[:160]}")
 
 
 if __name__ == "__main__":

@@ -669,17 +669,17 @@ def prompts(rng: random.Random, count: int, held_out: bool) -> dict[str, Query]:
 
 
 def careless(rng: random.Random) -> tuple[str, ...]:
-    """The flaws of one answer by a labeller in a hurry: three in ten answers have one, a few have two."""
+    """The flaws of one answer by a labeller in a hurry: four in ten answers have one, a few have two."""
     dice = rng.random()
-    if dice < 0.70:
+    if dice < 0.60:
         return ()
-    if dice < 0.73:
+    if dice < 0.64:
         return ("inappropriate", "inaccurate")
-    return ("inappropriate",) if dice < 0.83 else ("irrelevant",) if dice < 0.91 else ("inaccurate",)
+    return ("inappropriate",) if dice < 0.80 else ("irrelevant",) if dice < 0.90 else ("inaccurate",)
 
 
 def write_instructions(rng: random.Random) -> list[dict]:
-    """Every plain question about what is not held out, and others at random; three answers in ten are bad."""
+    """Every plain question about what is not held out, and others at random; four answers in ten are bad."""
     queries = [
         (Query("ask", *pair), fill(pattern, pair[0]))
         for pair in all_pairs("ask", False)

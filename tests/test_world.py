@@ -295,10 +295,10 @@ def test_score_orders_flaws_as_the_labeller_does():
 # Instructions and rankings
 
 
-def test_three_instruction_answers_in_ten_are_flawed():
+def test_four_instruction_answers_in_ten_are_flawed():
     verdicts = [world.oracle(row["prompt"], row["completion"]) for row in rows("instructions.jsonl")]
     flawed = sum(v.score < 1 for v in verdicts) / len(verdicts)
-    assert 0.27 < flawed < 0.36
+    assert 0.37 < flawed < 0.46
     for wrong in ("relevant", "accurate", "polite"):
         assert sum(not getattr(v, wrong) for v in verdicts) / len(verdicts) > 0.06, wrong
 
