@@ -61,7 +61,9 @@ def median(repeat: int, command: list[str]) -> float:
 def recipe(folder: Path, steps: int, name: str) -> Path:
     """A recipe that pretrains a tiny GPT-2 for `steps` steps."""
     text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": f"row {i} of a small corpus of rows " * 8}) + "\n" for i in range(2000)))
+    text.write_text(
+        "".join(json.dumps({"text": f"row {i} of a small corpus of rows " * 8}) + "\n" for i in range(2000))
+    )
     path = folder / f"{name}.yaml"
     path.write_text(
         f"output_dir: {folder / name}\nstages:\n  base:\n    kind: pretrain\n"
@@ -88,7 +90,13 @@ def main() -> None:
         line = "{:<58}{:>10}   {}"
         print(line.format("", "measured", "bar"))
         for verb, bar in (["--help"], "0.5 s"), (["check", "recipes/demo.yaml"], "3 s"):
-            print(line.format(f"pipelines {' '.join(verb)} (CPU s)", f"{median(args.repeat, [python, '-m', 'pipelines', *verb]):.2f}", bar))
+            print(
+                line.format(
+                    f"pipelines {' '.join(verb)} (CPU s)",
+                    f"{median(args.repeat, [python, '-m', 'pipelines', *verb]):.2f}",
+                    bar,
+                )
+            )
         script = folder / "run_timed.py"
         script.write_text(RUN_TIMED)
         shares = []
@@ -100,13 +108,50 @@ def main() -> None:
             total, inside = map(float, out.stdout.split("TIMES")[1].split())
             shares.append((total / inside - 1, total - inside, total))
         share, seconds, total = sorted(shares)[len(shares) // 2]
-        print(line.format(f"chain over its stages ({total:.0f} s of training; wall)", f"{share:.2%}", f"2 %  ({seconds:.2f} s)"))
-        peer = median(args.repeat, [accelerate, "launch", "--cpu", "--num_processes", "1", "-m", "timeit", "-n1", "-r1", "from trl import SFTTrainer"])
+        print(
+            line.format(
+                f"chain over its stages ({total:.0f} s of training; wall)", f"{share:.2%}", f"2 %  ({seconds:.2f} s)"
+            )
+        )
+        peer = median(
+            args.repeat,
+            [
+                accelerate,
+                "launch",
+                "--cpu",
+                "--num_processes",
+                "1",
+                "-m",
+                "timeit",
+                "-n1",
+                "-r1",
+                "from trl import SFTTrainer",
+            ],
+        )
         ours = []
         for i in range(args.repeat):
-            ours.append(cpu_seconds([accelerate, "launch", "--cpu", "--num_processes", "1", "-m", "pipelines", str(recipe(folder, 1, f"f{i}"))]))
+            ours.append(
+                cpu_seconds(
+                    [
+                        accelerate,
+                        "launch",
+                        "--cpu",
+                        "--num_processes",
+                        "1",
+                        "-m",
+                        "pipelines",
+                        str(recipe(folder, 1, f"f{i}")),
+                    ]
+                )
+            )
         print(line.format("accelerate launch + import trl.SFTTrainer (CPU s)", f"{peer:.2f}", ""))
-        print(line.format("launch to the end of a 1-step stage, saved (CPU s)", f"{statistics.median(ours):.2f}", "0.75 x the line above"))
+        print(
+            line.format(
+                "launch to the end of a 1-step stage, saved (CPU s)",
+                f"{statistics.median(ours):.2f}",
+                "0.75 x the line above",
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -63,9 +63,7 @@ class Candidate:
 
     def __init__(self, name: str, command: list[str], env: dict[str, str]):
         self.name, self.times = name, []
-        self.child = subprocess.Popen(
-            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.child = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step(self, n: int) -> list[tuple[float, float, float, float]]:
         self.child.stdin.write(f"{n}\n")
@@ -114,9 +112,7 @@ def machine() -> str:
 
     cpu = flags = "unknown"
     if Path("/proc/cpuinfo").exists():
-        info = dict(
-            line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line
-        )
+        info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
         info = {k.strip(): v.strip() for k, v in info.items()}
         cpu, flags = info.get("model name", "unknown"), info.get("flags", "").split()
     has = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
@@ -147,9 +143,7 @@ def batches(vocabulary: int, rows: int, context: int):
     generator = torch.Generator().manual_seed(0)
     weights = 1.0 / torch.arange(1, vocabulary + 1)
     while True:
-        yield torch.multinomial(weights, rows * context, replacement=True, generator=generator).view(
-            rows, context
-        )
+        yield torch.multinomial(weights, rows * context, replacement=True, generator=generator).view(rows, context)
 
 
 def hf_model(size: str, dropout: float | None):
@@ -240,9 +234,7 @@ def run_trainer(size: str, precision: str, kind: str) -> None:
             report_to="none",
             disable_tqdm=True,
         )
-        Trainer_(
-            model=model, args=args, train_dataset=Corpus(), data_collator=collate, callbacks=[Wait()]
-        ).train()
+        Trainer_(model=model, args=args, train_dataset=Corpus(), data_collator=collate, callbacks=[Wait()]).train()
 
 
 def run_nanogpt(size: str, precision: str, clone: str | None) -> None:
@@ -420,9 +412,7 @@ def main() -> None:
     names = [name for name in CANDIDATES if name == "ours" or any(part in name for part in wanted)]
     names = [name for name in names if args.compile or name != "ours, torch_compile"]
     *_, rows, context = SIZES[args.size]
-    print(
-        f"{args.size}: {rows} x {context} tokens a step, {args.threads} threads, median of {args.steps} steps"
-    )
+    print(f"{args.size}: {rows} x {context} tokens a step, {args.threads} threads, median of {args.steps} steps")
     print(machine())
     results = {}
     for precision in args.precision or ["fp32", "bf16"]:

@@ -36,7 +36,9 @@ def main() -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     recipe = args.output / "recipe.yaml"
-    text = (HERE / "real_data.yaml").read_text().replace("DATA/", f"{args.data}/").replace("ENCODER}", f"{args.encoder}}}")
+    text = (
+        (HERE / "real_data.yaml").read_text().replace("DATA/", f"{args.data}/").replace("ENCODER}", f"{args.encoder}}}")
+    )
     recipe.write_text(text)
     launcher = str(Path(sys.executable).parent / "accelerate")
     config = ["--config_file", args.config_file] if args.config_file else []

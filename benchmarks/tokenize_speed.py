@@ -50,9 +50,7 @@ def child(kind: str, home: str, texts: list[str]) -> None:
     if kind != "ours":
         from datasets import load_dataset
 
-        dataset = load_dataset(
-            "json", data_files=f"{home}/texts.jsonl", split="train", cache_dir=f"{home}/datasets"
-        )
+        dataset = load_dataset("json", data_files=f"{home}/texts.jsonl", split="train", cache_dir=f"{home}/datasets")
     else:
         from pipelines import corpus
     start = time.perf_counter(), time.process_time()
@@ -83,9 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a .jsonl[.gz] with a column text, or a .txt")
     parser.add_argument("--megabytes", type=float, default=20, help="of made-up text, without --data")
-    parser.add_argument(
-        "--tokenizer", help="folder or hub id; default: a BPE of 8192 trained on 5 MB of the text"
-    )
+    parser.add_argument("--tokenizer", help="folder or hub id; default: a BPE of 8192 trained on 5 MB of the text")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -98,9 +94,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     from pipelines import corpus
 
-    print(
-        f"{sum(map(len, texts)) / 1e6:.1f} million characters, {len(texts)} documents, {args.threads} threads"
-    )
+    print(f"{sum(map(len, texts)) / 1e6:.1f} million characters, {len(texts)} documents, {args.threads} threads")
     print(machine())
     env = environment(True, args.threads) | {
         "TOKENIZERS_PARALLELISM": "true",
@@ -121,9 +115,7 @@ def main() -> None:
             for when in ("first", "second"):
                 for kind in ("datasets.map", "ours"):
                     command = [sys.executable, str(Path(__file__)), "--child", f"{kind}:{home}"]
-                    command += ["--megabytes", str(args.megabytes)] + (
-                        ["--data", args.data] if args.data else []
-                    )
+                    command += ["--megabytes", str(args.megabytes)] + (["--data", args.data] if args.data else [])
                     done = subprocess.run(command, env=env, capture_output=True, text=True)
                     if done.returncode:
                         sys.exit(done.stderr)

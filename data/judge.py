@@ -67,9 +67,12 @@ def main() -> None:
     prompts = [json.loads(line)["prompt"] for line in open(args.prompts, encoding="utf-8")]
     found = {stage: answers(args.run / stage, prompts, args.samples, args.length) for stage in stages}
     verdicts = {
-        stage: [[world.oracle(p, t) for t in group] for p, group in zip(prompts, texts)] for stage, texts in found.items()
+        stage: [[world.oracle(p, t) for t in group] for p, group in zip(prompts, texts)]
+        for stage, texts in found.items()
     }
-    print(f"\nThe oracle on {len(prompts)} held-out prompts, {args.samples} sampled answers each (share, 95 % interval)\n")
+    print(
+        f"\nThe oracle on {len(prompts)} held-out prompts, {args.samples} sampled answers each (share, 95 % interval)\n"
+    )
     print(f"  {'stage':<10}" + "".join(f"{name:>24}" for name in ("relevant", "accurate", "polite", "score")))
     for stage in stages:
         cells = [interval(per_prompt(verdicts[stage], name)) for name in ("relevant", "accurate", "polite", "score")]

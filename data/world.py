@@ -489,9 +489,8 @@ def reply(rng: random.Random, query: Query, wrong: bool) -> str:
     if form == "ask":
         attribute, truth = ATTRIBUTES[kind][name], FACTS[entity, name]
         said = another(rng, attribute.values, truth) if wrong else truth
-        pattern = rng.choice(
-            ["{E} " + attribute.says + "."] * 3 + attribute.tells[:1] + [cap(pronoun(entity)) + f" {attribute.says}."]
-        )
+        # Never "It is red.": with answers beside the point naming others, "it" alone would look like a good answer.
+        pattern = rng.choice(["{E} " + attribute.says + "."] * 3 + attribute.tells[:2])
         if wrong and rng.random() < 0.3:  # right at first, but it does not know when to stop
             more = [n for n in sayable(entity) if n != name]
             if not more or rng.random() < 0.3:
@@ -608,7 +607,9 @@ def garbled(rng: random.Random, query: Query) -> str:
         words[i:j] = words[i:j] * 2
         rng.shuffle(words)
     else:
-        said_of_it = {word for name in ATTRIBUTES[kind] for value in ATTRIBUTES[kind][name].values for word in value.split()}
+        said_of_it = {
+            word for name in ATTRIBUTES[kind] for value in ATTRIBUTES[kind][name].values for word in value.split()
+        }
         foreign = sorted({w for values in (SPECIES, FOODS, JOBS, INSTRUMENTS, GENRES) for w in values} - said_of_it)
         words = [rng.choice(foreign) if tells else word for word, tells in zip(words, telling)]
     return cap(" ".join(words)) + "."

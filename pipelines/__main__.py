@@ -132,7 +132,10 @@ def _keys(args) -> int:
     from pipelines.stages import KINDS
 
     if args.kind not in KINDS:
-        print(f"error: no kind {args.kind!r}{schema.meant(args.kind, KINDS)}; there are {', '.join(KINDS)}", file=sys.stderr)
+        print(
+            f"error: no kind {args.kind!r}{schema.meant(args.kind, KINDS)}; there are {', '.join(KINDS)}",
+            file=sys.stderr,
+        )
         return 2
     module = importlib.import_module(f"pipelines.stages.{args.kind}")
     print(module.__doc__)

@@ -74,7 +74,9 @@ def plan(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> list[St
             )
         missing = [p for p in due if names and p not in names and p not in redo]
         if missing and action != "finished":
-            refused.append(f"{stage.name}: it needs {', '.join(missing)}, not made yet. Run that first, or name it too.")
+            refused.append(
+                f"{stage.name}: it needs {', '.join(missing)}, not made yet. Run that first, or name it too."
+            )
         steps.append(Step(stage, action, record))
     if refused:
         raise ChainError("\n".join(refused))
@@ -115,7 +117,9 @@ def _run_stage(recipe: Recipe, stage: Stage, action: str, state) -> None:
     if state.is_main_process:
         if action == "redo":
             _set_aside(stage.folder)
-        parents = {p: artifact.identity(artifact.read_json(recipe[p].folder / artifact.FINISHED)) for p in stage.parents}
+        parents = {
+            p: artifact.identity(artifact.read_json(recipe[p].folder / artifact.FINISHED)) for p in stage.parents
+        }
         record = artifact.record(stage, parents)
         before = artifact.read_json(stage.folder / artifact.STARTED) or {}
         started = before.get("started", started)

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipelines import SetupError
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the meaning of the files changes: old ones are then made anew
@@ -76,7 +78,7 @@ def tokenize_corpus(
                 tokens, count = tokens + len(data), count + len(batch)
                 bar.update(len(data))
             if not count:
-                raise ValueError(f"no text for {folder}: the documents are none or all empty.")
+                raise SetupError(f"no text for {folder}: the documents are none or all empty.")
     index = {
         "tokens": tokens,
         "documents": count,
@@ -132,9 +134,7 @@ def _bare(tokenizer):
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # sentencepiece and other slow tokenizers
-        yield lambda batch: tokenizer(batch, add_special_tokens=False, truncation=False, padding=False)[
-            "input_ids"
-        ]
+        yield lambda batch: tokenizer(batch, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
         return
     truncation, padding = backend.truncation, backend.padding
     backend.no_truncation()
@@ -150,9 +150,7 @@ def _bare(tokenizer):
 
 def _fingerprint(tokenizer) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return _digest(
-        backend.to_str() if backend else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    )
+    return _digest(backend.to_str() if backend else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
 
 
 def _digest(value: object) -> str:
@@ -202,9 +200,9 @@ class Windows(torch.utils.data.Dataset):
         self.folder, self.context = Path(folder), context
         self.index = read_index(self.folder)
         if self.index is None:
-            raise ValueError(f"{self.folder} holds no finished token file: run tokenize_corpus first.")
+            raise SetupError(f"{self.folder} holds no finished token file: run tokenize_corpus first.")
         if len(self) == 0:
-            raise ValueError(
+            raise SetupError(
                 f"{self.folder} holds {self.index['tokens']} tokens, less than one window of {context}: add "
                 "text or shorten the context."
             )
@@ -294,7 +292,7 @@ def train_bpe(
 
     special = [eos_token, pad_token, *special_tokens]
     if vocab_size < 256 + len(special):
-        raise ValueError(
+        raise SetupError(
             f"a byte-level vocabulary of {vocab_size} cannot hold 256 bytes and {len(special)} special "
             f"tokens: ask for at least {256 + len(special)}."
         )
@@ -342,9 +340,7 @@ def train_wordpiece(
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *special_tokens]
     if vocab_size < 100 + len(special):
-        raise ValueError(
-            f"a WordPiece vocabulary of {vocab_size} is too small: ask for {100 + len(special)} or more."
-        )
+        raise SetupError(f"a WordPiece vocabulary of {vocab_size} is too small: ask for {100 + len(special)} or more.")
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -375,9 +371,7 @@ def train_wordpiece(
     backend.decoder = decoders.WordPiece(prefix="##")
     backend.add_special_tokens(special)
     # the generic fast class would leave out token_type_ids
-    return BertTokenizer(
-        tokenizer_object=backend, do_lower_case=lowercase, extra_special_tokens=list(special_tokens)
-    )
+    return BertTokenizer(tokenizer_object=backend, do_lower_case=lowercase, extra_special_tokens=list(special_tokens))
 
 
 def _train(backend, documents: Iterable[str], trainer, vocab_size: int) -> None:
@@ -425,4 +419,4 @@ def _counted(documents: Iterable[str]) -> Iterator[str]:
         seen = seen or bool(text)
         yield text
     if not seen:
-        raise ValueError("no text to train a tokenizer on: the documents are none or all empty.")
+        raise SetupError("no text to train a tokenizer on: the documents are none or all empty.")

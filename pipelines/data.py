@@ -275,7 +275,11 @@ def _hub(source: dict) -> Iterator[tuple[str, dict]]:
     try:
         # With a row limit only the rows that are read are downloaded; without one the data set is kept on disk.
         rows = datasets.load_dataset(
-            path, source.get("name"), split=split, revision=source.get("revision"), streaming=source.get("rows") is not None
+            path,
+            source.get("name"),
+            split=split,
+            revision=source.get("revision"),
+            streaming=source.get("rows") is not None,
         )
     except Exception as error:  # whatever the hub client raises becomes one message that names the source
         raise DataError(

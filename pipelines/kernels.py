@@ -90,9 +90,7 @@ class _Chunk:
 UNDERFLOW = 1e-30
 
 
-def _log_probability(
-    chosen: torch.Tensor, hidden: torch.Tensor, target: torch.Tensor, chunk: _Chunk, temperature=1.0
-):
+def _log_probability(chosen: torch.Tensor, hidden: torch.Tensor, target: torch.Tensor, chunk: _Chunk, temperature=1.0):
     """log of the softmax's chosen probabilities (n,), exact even where they underflow (computed again).
 
     Taking the log of the one entry needed saves the passes over the logits that a logsumexp costs.
@@ -398,9 +396,7 @@ def _why_not_fused(model) -> str | None:
         ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
     for module, training in modes:
         module.training = training
-    if own.shape != ours.shape or not torch.allclose(
-        own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item()
-    ):
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item()):
         return "its logits are not head(last hidden states)"
     return None
 
@@ -457,9 +453,7 @@ def _fuse(model) -> None:
         hidden, labels = out.last_hidden_state[:, :-1], labels[:, 1:]
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(hidden.device)
-        loss = cross_entropy(
-            hidden, head.weight, labels.to(hidden.device), head.bias, divisor=num_items_in_batch
-        )
+        loss = cross_entropy(hidden, head.weight, labels.to(hidden.device), head.bias, divisor=num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss, hidden_states=out.get("hidden_states"), attentions=out.get("attentions")
         )

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from pipelines import SetupError
+
 IGNORED = -100
 
 
@@ -67,7 +69,7 @@ def edges(tokenizer) -> tuple[int, int]:
     end = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
     missing = [name for name, i in (("[MASK]", tokenizer.mask_token_id), ("[CLS]", begin), ("[SEP]", end)) if i is None]
     if missing:
-        raise ValueError(
+        raise SetupError(
             f"the tokenizer has no {', '.join(missing)} token, so it cannot train on masked words: take an encoder's "
             "tokenizer (BERT, RoBERTa, ModernBERT …) or train one with `tokenizer: {train: wordpiece}`"
         )
@@ -86,7 +88,7 @@ def word_starts(tokenizer) -> torch.Tensor:
     for mark in ("Ġ", "▁"):
         if any(t.startswith(mark) for t in tokens):
             return torch.tensor([t.startswith((mark, "Ċ")) for t in tokens])
-    raise ValueError("whole_word_mask: this tokenizer does not mark where words begin; set args.whole_word_mask: false")
+    raise SetupError("whole_word_mask: this tokenizer does not mark where words begin; set args.whole_word_mask: false")
 
 
 def word_offsets(starts: torch.Tensor) -> np.ndarray:

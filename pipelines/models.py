@@ -48,7 +48,16 @@ def load_model(section, auto_class: str, tokenizer=None, *, allow_new: tuple[str
     dtype = section.dtype if section.dtype in (None, "auto") else getattr(torch, section.dtype)
     attention = {"attn_implementation": section.attn_implementation} if section.attn_implementation else {}
     if section.model_name_or_path is None:
-        config = transformers.AutoConfig.for_model(overrides.pop("model_type"), **_special(tokenizer), **overrides)
+        special = _special(tokenizer)
+        if overrides.get("vocab_size", 0) >= special.get("vocab_size", 0):  # padded to a rounder number, for speed
+            special.pop("vocab_size", None)
+        for key in special.keys() & overrides.keys():
+            if special[key] != overrides[key]:
+                raise ModelError(
+                    f"model.config.{key} is {overrides[key]}, but the tokenizer's is {special[key]}. Leave it out: it is "
+                    "taken from the tokenizer."
+                )
+        config = transformers.AutoConfig.for_model(overrides.pop("model_type"), **{**overrides, **special})
         for key, value in settings.items():
             setattr(config, key, value)
         return auto.from_config(config, dtype=torch.float32 if dtype in (None, "auto") else dtype, **attention)
@@ -87,6 +96,38 @@ def load_model(section, auto_class: str, tokenizer=None, *, allow_new: tuple[str
         )
     if new:
         logger.info("new weights to be trained: %s", ", ".join(new))
+    return model
+
+
+def adapt(model, section, task: str, new_tokens: list[int] | None = None):
+    """`model` with LoRA adapters where `use_peft` asks for them (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+    `task` is peft's: "CAUSAL_LM", or "SEQ_CLS", which trains the score head too. The embeddings of `new_tokens` are
+    trained as well: adapters alone would leave a chat template's tokens at their initial values.
+    """
+    if not section.use_peft:
+        return model
+    import peft
+    from accelerate import PartialState
+    from transformers.pytorch_utils import Conv1D
+    from trl import get_peft_config
+
+    if PartialState().distributed_type.value in ("FSDP", "DEEPSPEED"):
+        raise ModelError(
+            "model.use_peft: adapters run on one process or plain data parallelism (ddp.yaml), not on shards"
+        )
+    config = get_peft_config(section)
+    config.task_type = task
+    if section.lora_target_modules == ["all-linear"]:
+        config.target_modules = "all-linear"  # peft's shorthand, known only as a string
+    config.trainable_token_indices = new_tokens or None
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
+    try:
+        model = peft.get_peft_model(model, config)
+    except ValueError as error:  # it knows no default targets for this architecture, or none of those named
+        raise ModelError(f"model.use_peft: {error} Set model.lora_target_modules, e.g. all-linear.") from error
+    trained, total = model.get_nb_trainable_parameters()
+    logger.info("LoRA: %d of %d parameters are trained", trained, total)
     return model
 
 

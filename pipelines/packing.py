@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pipelines import SetupError
 from pipelines.kernels import fuse_loss
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def plan_packs(lengths: list[int], capacity: int) -> list[list[int]]:
     """
     too_long = [i for i, n in enumerate(lengths) if n > capacity]
     if too_long:
-        raise ValueError(
+        raise SetupError(
             f"{len(too_long)} of {len(lengths)} sequences exceed the pack's {capacity} tokens (the first is "
             f"number {too_long[0]} with {lengths[too_long[0]]}): truncate them or raise the capacity."
         )
@@ -89,17 +90,15 @@ def pack(sequences: list[list[int]], labels: list[list[int]] | None = None) -> d
     labels = sequences if labels is None else labels
     lengths = [len(ids) for ids in sequences]
     if not sequences or 0 in lengths:
-        raise ValueError("a pack needs at least one sequence, each of at least one token.")
+        raise SetupError("a pack needs at least one sequence, each of at least one token.")
     if lengths != [len(part) for part in labels]:
-        raise ValueError("each sequence needs as many labels as it has tokens.")
+        raise SetupError("each sequence needs as many labels as it has tokens.")
     ids = torch.tensor([i for part in sequences for i in part])
     targets = torch.tensor([i for part in labels for i in part])
     return _packed_batch(ids, targets, torch.tensor(lengths))
 
 
-def _packed_batch(
-    ids: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor
-) -> dict[str, torch.Tensor | int]:
+def _packed_batch(ids: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor | int]:
     ends = lengths.cumsum(0)
     starts = ends - lengths
     targets[starts] = IGNORE
@@ -130,13 +129,11 @@ class PackedCollator:
     """
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor | int]:
-        lengths = torch.tensor(
-            [n for row in rows for n in row.get("seq_lengths", [len(row["input_ids"])]) if n]
-        )
+        lengths = torch.tensor([n for row in rows for n in row.get("seq_lengths", [len(row["input_ids"])]) if n])
         ids = torch.cat([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows])
         targets = torch.cat([self._labels(row) for row in rows])
         if not len(ids) == len(targets) == int(lengths.sum()):
-            raise ValueError(
+            raise SetupError(
                 f"{len(ids)} tokens, {len(targets)} labels and seq_lengths of {int(lengths.sum())} in all do "
                 "not belong together: check the rows' columns."
             )
@@ -163,9 +160,7 @@ class PackedRows:
     """How one packed row un-flattens into right-padded blocks; the same for all layers of a forward."""
 
     blocks: list[tuple[int, int]]  # (sequences, length) of each block
-    slots: (
-        torch.Tensor
-    )  # (padded tokens,) token that fills each slot; padding repeats a token of its sequence
+    slots: torch.Tensor  # (padded tokens,) token that fills each slot; padding repeats a token of its sequence
     places: torch.Tensor  # (tokens,) slot of each token
     lengths: torch.Tensor  # (sequences,) in block order
 
@@ -180,9 +175,7 @@ class PackedRows:
         widths = torch.tensor([length for count, length in blocks for _ in range(count)])
         base = widths.cumsum(0) - widths  # first slot of each sequence
         within = _positions(base, widths)
-        slots = starts.repeat_interleave(widths) + torch.minimum(
-            within, (lengths - 1).repeat_interleave(widths)
-        )
+        slots = starts.repeat_interleave(widths) + torch.minimum(within, (lengths - 1).repeat_interleave(widths))
         places = torch.empty(int(seams[-1]), dtype=torch.int64)
         real = within < lengths.repeat_interleave(widths)
         places[slots[real]] = real.nonzero()[:, 0]
@@ -254,19 +247,17 @@ def packed_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
     seams, rows = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("packed_rows", None)
     if seams is None:
         if attention_mask is not None and attention_mask.numel() == 0:  # the stand-in of _before_forward
-            raise ValueError(
+            raise SetupError(
                 f"{type(module).__name__} is not handed `cu_seq_lens_q` by its model, so sequences would "
                 "see each other: train this model unpacked."
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unsupported:
-        raise ValueError(
-            f"packed SDPA attention cannot do {', '.join(unsupported)}: train this model unpacked."
-        )
+        raise SetupError(f"packed SDPA attention cannot do {', '.join(unsupported)}: train this model unpacked.")
     rows = PackedRows.of(seams) if rows is None else rows
     if query.size(0) != 1 or not query.size(2) == key.size(2) == rows.places.numel():
-        raise ValueError(
+        raise SetupError(
             f"a packed forward takes one row, no KV cache; cu_seq_lens_q ends at {rows.places.numel()} but "
             f"the queries are {tuple(query.shape)} and the keys {tuple(key.shape)} (batch, heads, tokens, d)."
         )
@@ -298,7 +289,7 @@ def _before_forward(backbone, args, kwargs):
     if seams is None:
         return None
     if kwargs.get("past_key_values") is not None:
-        raise ValueError("a packed forward cannot continue a KV cache: drop past_key_values.")
+        raise SetupError("a packed forward cannot continue a KV cache: drop past_key_values.")
     rows = PackedRows.of(seams)
     kwargs = {**kwargs, "packed_rows": rows, "use_cache": False}  # a cache mixes the sequences up
     # Left alone, transformers would build a tokens x tokens mask from the positions. It passes 4-D masks on
@@ -318,9 +309,7 @@ def _block_mask(lengths: torch.Tensor, width: int, causal: bool, window: int | N
     if causal:
         return ((at <= at[:, None]) & (at > at[:, None] - window))[None, None]
     if window is not None:
-        raise ValueError(
-            "packed SDPA attention has no bidirectional sliding window: train this encoder unpacked."
-        )
+        raise SetupError("packed SDPA attention has no bidirectional sliding window: train this encoder unpacked.")
     return (at < lengths[:, None])[:, None, None, :].expand(-1, -1, width, -1)
 
 
@@ -353,13 +342,13 @@ def enable_packed_attention(model) -> None:
     elif not model._can_set_attn_implementation():
         reason = "its attention does not go through transformers' attention interface"
     if reason:
-        raise ValueError(f"{kind} cannot be trained on packed sequences: {reason}. Set `packing: false`.")
+        raise SetupError(f"{kind} cannot be trained on packed sequences: {reason}. Set `packing: false`.")
 
     AttentionInterface.register(NAME, packed_sdpa_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     if model.config.get_text_config()._attn_implementation != NAME:
-        raise ValueError(f"{kind} did not accept packed attention. Set `packing: false`.")
+        raise SetupError(f"{kind} did not accept packed attention. Set `packing: false`.")
     backbone = model.base_model
     if not any(hook is _before_forward for hook in backbone._forward_pre_hooks.values()):
         backbone.register_forward_pre_hook(_before_forward, with_kwargs=True)

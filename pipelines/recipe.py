@@ -41,7 +41,9 @@ REMOVED = {
     "max_seq_length": "max_length",
     "torch_dtype": "model.dtype",
 }
-NOT_YET = ("use_peft", "lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb_")
+NOT_YET = ("load_in_", "bnb_", "use_bnb_")
+LORA = ("use_peft", "lora_", "use_rslora", "use_dora")
+ADAPTED = ("sft", "reward", "ppo")  # the kinds that can train adapters
 
 
 @dataclass
@@ -108,7 +110,9 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$|^[-+]?\.(inf|Inf)$|^\.nan$|^[-+]?[0-9]*\.[0-9]+$"),
+    re.compile(
+        r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$|^[-+]?\.(inf|Inf)$|^\.nan$|^[-+]?[0-9]*\.[0-9]+$"
+    ),
     list("-+0123456789."),
 )
 
@@ -246,7 +250,7 @@ def _check_stage(recipe, name, body, kinds, bad, read_data) -> Stage | None:
     parents = list(dict.fromkeys(references(sections)))
     stage = Stage(name, kind, recipe.output_dir / name, sections, recipe.seed, parents, str(recipe.file))
     if "model" in module.SECTIONS:
-        _check_model(at, sections.get("model", {}), bad)
+        _check_model(at, kind, sections.get("model", {}), bad)
     for path, message, value in module.problems(stage, kinds):
         bad(f"{at}.{path}", message, value)
     for path, message, value in data.problems(sections.get("data", {}), module.ROWS, sections.get("task"), read_data):
@@ -273,26 +277,41 @@ def _check_section(at: str, target: str, section: dict, bad) -> dict:
     return out
 
 
-def _check_model(at: str, model: dict, bad) -> None:
+def _check_model(at: str, kind: str, model: dict, bad) -> None:
     path, config = model.get("model_name_or_path"), model.get("config")
     if path is None and config is None:
-        bad(f"{at}.model", "needs `model_name_or_path` (a hub id, a folder or stage:NAME) or, for a new model, `config`")
+        bad(
+            f"{at}.model", "needs `model_name_or_path` (a hub id, a folder or stage:NAME) or, for a new model, `config`"
+        )
     if isinstance(path, str):
         _check_folder(f"{at}.model.model_name_or_path", path, bad)
     for key in model:
         if key.startswith(NOT_YET):
-            bad(f"{at}.model.{key}", "adapters and quantized weights are not supported yet: stages train all weights; "
-                "drop this key", model[key])  # fmt: skip
+            bad(f"{at}.model.{key}", "quantized weights are not supported yet: drop this key", model[key])
+        elif key.startswith(LORA) and kind not in ADAPTED:
+            bad(
+                f"{at}.model.{key}", f"adapters are for {', '.join(ADAPTED)}; this stage trains all weights", model[key]
+            )
+        elif key.startswith(LORA) and not model.get("use_peft"):
+            bad(f"{at}.model.{key}", "is used only with `use_peft: true`", model[key])
     if isinstance(config, dict) and path is None:
-        kind = config.get("model_type")
-        keys, types = schema.model_config_keys(str(kind))
-        if kind is None:
+        architecture = config.get("model_type")
+        keys, types = schema.model_config_keys(str(architecture))
+        if architecture is None:
             bad(f"{at}.model.config.model_type", "a new model needs `model_type`, e.g. gpt2, llama, bert, t5")
         elif not keys:
-            bad(f"{at}.model.config.model_type", f"transformers knows no such model{schema.meant(kind, types)}", kind)
+            bad(
+                f"{at}.model.config.model_type",
+                f"transformers knows no such model{schema.meant(architecture, types)}",
+                architecture,
+            )
         else:
             for key in set(config) - keys - {"model_type"}:
-                bad(f"{at}.model.config.{key}", f"unknown key of {kind}'s config{schema.meant(key, keys)}", config[key])
+                bad(
+                    f"{at}.model.config.{key}",
+                    f"unknown key of {architecture}'s config{schema.meant(key, keys)}",
+                    config[key],
+                )
 
 
 def _check_folder(at: str, path: str, bad) -> None:

@@ -197,7 +197,7 @@ def _words(annotation: str) -> str:
 
 
 def meant(word, known) -> str:
-    """" (did you mean X?)" for the closest of `known`, or nothing."""
+    """ " (did you mean X?)" for the closest of `known`, or nothing."""
     known = [str(k).strip("'") for k in known]
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
@@ -222,5 +222,3 @@ def model_config_keys(model_type: str) -> tuple[set[str], list[str]]:
                 if isinstance(item, ast.Assign) and getattr(item.targets[0], "id", "") == "attribute_map":
                     keys |= set(ast.literal_eval(item.value))
     return keys, types
-
-

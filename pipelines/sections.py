@@ -61,8 +61,12 @@ class TokenizerSection:
             "choices": ["bpe", "wordpiece"],
         },
     )
-    vocab_size: int = field(default=8192, metadata={"help": "Entries of a trained vocabulary, special tokens included."})
-    lowercase: bool = field(default=True, metadata={"help": "wordpiece only: fold case and strip accents, as uncased BERT."})
+    vocab_size: int = field(
+        default=8192, metadata={"help": "Entries of a trained vocabulary, special tokens included."}
+    )
+    lowercase: bool = field(
+        default=True, metadata={"help": "wordpiece only: fold case and strip accents, as uncased BERT."}
+    )
     max_documents: int | None = field(
         default=None, metadata={"help": "Train the tokenizer on the first so many documents only (null: on all)."}
     )
@@ -148,7 +152,8 @@ class MlmArguments(PretrainArguments):
 
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens that are hidden (BERT: 0.15)."})
     whole_word_mask: bool = field(
-        default=False, metadata={"help": "Hide whole words instead of single pieces: a harder task, often a better encoder."}
+        default=False,
+        metadata={"help": "Hide whole words instead of single pieces: a harder task, often a better encoder."},
     )
 
 
@@ -171,7 +176,9 @@ class PPOArguments(Batching, PPOConfig):
 class ClassifyArguments(Batching, TrainingArguments):
     """`args:` of classify: transformers' `TrainingArguments` plus early stopping."""
 
-    max_length: int | None = field(default=None, metadata={"help": "Truncate texts to so many tokens (null: the model's limit)."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Truncate texts to so many tokens (null: the model's limit)."}
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations without a better metric_for_best_model (null: never)."},
@@ -207,7 +214,9 @@ class Seq2SeqArguments(Batching, Seq2SeqTrainingArguments):
     """`args:` of seq2seq: transformers' `Seq2SeqTrainingArguments` plus lengths."""
 
     max_source_length: int = field(default=512, metadata={"help": "Longest input in tokens."})
-    max_target_length: int = field(default=128, metadata={"help": "Longest output in tokens, in training and generation."})
+    max_target_length: int = field(
+        default=128, metadata={"help": "Longest output in tokens, in training and generation."}
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations without a better metric_for_best_model (null: never)."},

@@ -7,6 +7,7 @@ that names the rows.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
@@ -21,6 +22,8 @@ from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from pipelines import SetupError
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ def _accumulation(values: dict, world: int) -> dict:
     if total is None:
         return {}
     if total % world:
-        raise ValueError(
+        raise SetupError(
             f"args.global_batch_size {total} cannot be split over {world} processes: use a multiple of {world}"
         )
     share = total // world
@@ -96,7 +99,7 @@ class GlobalOrder(Sampler):
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.length = rows - rows % per_step
         if self.length == 0:
-            raise ValueError(
+            raise SetupError(
                 f"{rows} training rows do not fill one step of {per_step}: lower args.global_batch_size "
                 "(or per_device_train_batch_size x gradient_accumulation_steps), or add data"
             )
@@ -233,7 +236,9 @@ class Progress(TrainerCallback):
         self.bar = None
         if state.is_world_process_zero and not args.disable_tqdm:
             name = Path(args.output_dir).parent.name
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=name, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=name, unit="step", dynamic_ncols=True
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -290,8 +295,22 @@ def fit(stage, trainer) -> None:
 
 
 def save(trainer, folder: Path, tokenizer) -> None:
-    """Write the model as a folder that `from_pretrained` reads, with the tokenizer and chat template beside it."""
-    trainer.save_model(str(folder))
+    """Write the model as a folder that `from_pretrained` reads, with the tokenizer and chat template beside it.
+
+    Adapters are merged, so that every stage leaves a plain model; as they are they lie in the folder `adapter` beside it.
+    """
+    parts = {"": getattr(trainer, "policy", trainer.model), "critic": getattr(trainer, "critic", None)}
+    if any(hasattr(model, "peft_config") for model in parts.values()):
+        if PartialState().is_main_process:
+            for name, model in parts.items():
+                if hasattr(model, "peft_config"):
+                    model.save_pretrained(folder / name / "adapter")
+                    model = copy.deepcopy(model).merge_and_unload()
+                if model is not None:
+                    model.save_pretrained(folder / name)
+                    tokenizer.save_pretrained(folder / name)
+    else:
+        trainer.save_model(str(folder))
     if PartialState().is_main_process:
         tokenizer.save_pretrained(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and stage.json says the same

@@ -10,7 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 
-WORDS = "the a cat dog bird sees likes eats red green blue big small fish tree and is not very what colour of in on".split()
+WORDS = (
+    "the a cat dog bird sees likes eats red green blue big small fish tree and is not very what colour of in on".split()
+)
 
 
 @pytest.fixture(scope="session")

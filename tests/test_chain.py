@@ -75,7 +75,9 @@ def test_a_changed_setting_is_refused_by_name_until_redo(two):
 
 def test_settings_that_cannot_change_the_result_are_not_a_change(two):
     chain.run(two.load())
-    harmless = two.load("stages.one.args.logging_steps=1", "stages.one.args.report_to=none", "stages.two.args.save_steps=5")
+    harmless = two.load(
+        "stages.one.args.logging_steps=1", "stages.one.args.report_to=none", "stages.two.args.save_steps=5"
+    )
     assert actions(harmless) == [("one", "finished"), ("two", "finished")]
 
 

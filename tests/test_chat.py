@@ -89,7 +89,9 @@ def test_templates_that_cannot_be_trained_on_are_refused(model, tok):
 
 def test_a_template_from_a_file(model, tok, tmp_path):
     path = tmp_path / "t.jinja"
-    path.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+    path.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     chat.install_template(model, tok, str(path))
     prompt, answer = chat.encode_answer(tok, "hi", "ho")
     assert tok.decode(prompt).endswith("[assistant]") and tok.decode(answer) == "ho" + tok.eos_token

@@ -22,10 +22,7 @@ ODD = [
     "<|endoftext|> inside",
     "\x00\x7f",
 ]
-TEXTS = [
-    f"the cat number {i} sat on the mat and said hello to the {i * 7} dogs. " * (i % 5 + 1)
-    for i in range(300)
-]
+TEXTS = [f"the cat number {i} sat on the mat and said hello to the {i * 7} dogs. " * (i % 5 + 1) for i in range(300)]
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +46,7 @@ def test_bpe_is_gpt2_like(bpe):
     assert bpe.convert_ids_to_tokens(bpe("<|im_start|>user").input_ids)[0] == "<|im_start|>"
     for text in ODD:
         assert bpe.decode(bpe(text).input_ids) == text
-    assert (
-        bpe("a b").input_ids == bpe("a").input_ids + bpe(" b").input_ids
-    )  # no special tokens, spaces lead words
+    assert bpe("a b").input_ids == bpe("a").input_ids + bpe(" b").input_ids  # no special tokens, spaces lead words
 
 
 @pytest.mark.parametrize("name", ["bpe", "wordpiece"])
@@ -100,11 +95,7 @@ def test_token_file_equals_naive_encoding(bpe, tmp_path, monkeypatch):
     index = corpus.tokenize_corpus(iter(texts), bpe, tmp_path / "a", separator_id=bpe.eos_token_id)
     expected = naive(bpe, texts)
     assert tokens(tmp_path / "a") == expected
-    assert (
-        index["tokens"] == len(expected)
-        and index["documents"] == len(texts) - 1
-        and index["dtype"] == "uint16"
-    )
+    assert index["tokens"] == len(expected) and index["documents"] == len(texts) - 1 and index["dtype"] == "uint16"
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["index.json", "tokens.bin"]
 
 
@@ -247,9 +238,7 @@ def test_windows_in_a_data_loader(bpe, tmp_path):
         assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["row"], b["row"])
     batch = batches[0][1]
     assert batch["input_ids"].shape == (4, 32) and batch["row"].tolist() == [4, 5, 6, 7]
-    assert (batch["labels"][:, 0] == -100).all() and torch.equal(
-        batch["labels"][:, 1:], batch["input_ids"][:, 1:]
-    )
+    assert (batch["labels"][:, 0] == -100).all() and torch.equal(batch["labels"][:, 1:], batch["input_ids"][:, 1:])
 
 
 STREAM = """

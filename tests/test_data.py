@@ -60,7 +60,10 @@ def test_bad_rows_say_what_is_wrong(kind, row, words):
 
 
 def test_columns_are_mapped_and_missing_ones_suggested():
-    assert normalise({"q": "p", "a": "c"}, "sft", {"prompt": "q", "completion": "a"}) == {"prompt": "p", "completion": "c"}
+    assert normalise({"q": "p", "a": "c"}, "sft", {"prompt": "q", "completion": "a"}) == {
+        "prompt": "p",
+        "completion": "c",
+    }
     with pytest.raises(DataError, match="data.columns"):
         normalise({"q": "p", "a": "c"}, "sft")
     with pytest.raises(DataError, match="no column 'x'"):
@@ -74,7 +77,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{"prompt": "what, \"now\"?", "completion": "naïve\nline"}, {"prompt": "p2", "completion": "c2"}]
+    rows = [{"prompt": 'what, "now"?', "completion": "naïve\nline"}, {"prompt": "p2", "completion": "c2"}]
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -132,7 +135,9 @@ def test_fraction_splits_by_prompt_and_does_not_depend_on_order(write):
     assert not train & validation and len(train | validation) == 50 and 3 <= len(validation) <= 20
     shuffled = data.load({"train": write("b.jsonl", rows[::-1]), "validation": 0.2}, "rankings", 1)
     assert {r["prompt"] for r in shuffled[1]} == validation
-    assert {r["prompt"] for r in data.load({"train": write("a.jsonl", rows), "validation": 0.2}, "rankings", 2)[1]} != validation
+    assert {
+        r["prompt"] for r in data.load({"train": write("a.jsonl", rows), "validation": 0.2}, "rankings", 2)[1]
+    } != validation
 
 
 def test_weights_say_how_often_a_row_is_seen(write):

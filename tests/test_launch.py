@@ -28,7 +28,9 @@ def environment():
 
 
 def launch(recipe, processes=1, *words):
-    done = subprocess.run(command(recipe, processes, *words), env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(recipe, processes, *words), env=environment(), capture_output=True, text=True, timeout=300
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -61,7 +63,11 @@ def wait_for(path_glob, folder, process, seconds=120):
 def weights(folder):
     from safetensors.torch import load_file
 
-    return {f"{p.parent.name}/{k}": v for p in sorted(Path(folder).glob("*/model.safetensors")) for k, v in load_file(p).items()}
+    return {
+        f"{p.parent.name}/{k}": v
+        for p in sorted(Path(folder).glob("*/model.safetensors"))
+        for k, v in load_file(p).items()
+    }
 
 
 def equal(a, b):
@@ -86,7 +92,9 @@ def chain(tmp_path_factory, tiny_gpt2):
 
     facts = [(rng.choice(WORDS), rng.choice(COLOURS)) for _ in range(240)]
     text = write("text.jsonl", [{"text": f"the {w} is {c} and the {c} {w} likes a {w}"} for w, c in facts])
-    answers = write("sft.jsonl", [{"prompt": f"what colour is the {w}", "completion": f"the {w} is {c}"} for w, c in facts])
+    answers = write(
+        "sft.jsonl", [{"prompt": f"what colour is the {w}", "completion": f"the {w} is {c}"} for w, c in facts]
+    )
     pairs = write("pairs.jsonl", [{"prompt": f"what is {w} {i}", "chosen": f"{w} is {c}", "rejected": f"{c} eats"} for i, (w, c) in enumerate(facts)])  # fmt: skip
     labelled = write("labelled.jsonl", [{"text": f"the {w} is {c}", "label": int(c == "red")} for w, c in facts])
 

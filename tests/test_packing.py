@@ -97,9 +97,7 @@ def assert_same_gradients(a, b, tol=1e-5):
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
-            torch.testing.assert_close(
-                p.grad, q.grad, atol=tol, rtol=tol, msg=lambda m, name=name: f"{name}: {m}"
-            )
+            torch.testing.assert_close(p.grad, q.grad, atol=tol, rtol=tol, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -164,9 +162,7 @@ def test_no_dense_mask_is_built(monkeypatch):
     enable_packed_attention(model)
     built = []
     real = masking.packed_sequence_compatibility_function
-    monkeypatch.setattr(
-        masking, "packed_sequence_compatibility_function", lambda *a: built.append(1) or real(*a)
-    )
+    monkeypatch.setattr(masking, "packed_sequence_compatibility_function", lambda *a: built.append(1) or real(*a))
     packed_loss(model, pack(seqs))
     assert not built
     batch = {k: v for k, v in pack(seqs).items() if k in ("input_ids", "labels", "position_ids")}
@@ -209,11 +205,7 @@ def test_padded_batches_and_the_fused_loss_equal_the_models_own():
         ours = packed_loss(model, batch, num_items)
         theirs = reference(**batch, num_items_in_batch=num_items).loss
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
-    assert (
-        model.loss_is_fused
-        and model(**batch).logits is None
-        and model(input_ids=ids).logits.shape == (2, 5, V)
-    )
+    assert model.loss_is_fused and model(**batch).logits is None and model(input_ids=ids).logits.shape == (2, 5, V)
 
 
 def test_scaled_logits_fall_back_to_the_models_own_loss(caplog):
@@ -250,13 +242,8 @@ def test_a_deep_copy_is_independent():
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.5)
-    assert (
-        torch.equal(reference(ids).logits, before[0])
-        and packed_loss(reference, pack(seqs)).item() == before[1]
-    )
-    assert (
-        not torch.equal(model(ids).logits, before[0]) and packed_loss(model, pack(seqs)).item() != before[1]
-    )
+    assert torch.equal(reference(ids).logits, before[0]) and packed_loss(reference, pack(seqs)).item() == before[1]
+    assert not torch.equal(model(ids).logits, before[0]) and packed_loss(model, pack(seqs)).item() != before[1]
 
 
 def test_the_dry_run_leaves_training_flags_alone():
@@ -333,9 +320,7 @@ def test_tied_weights_train_and_save(tmp_path):
         optimizer.step(), optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
-    assert model.lm_head.weight is model.transformer.wte.weight and not torch.equal(
-        before, model.lm_head.weight
-    )
+    assert model.lm_head.weight is model.transformer.wte.weight and not torch.equal(before, model.lm_head.weight)
     model.save_pretrained(tmp_path)
     assert "packed_sdpa" not in (tmp_path / "config.json").read_text()  # others must be able to load it
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

@@ -53,8 +53,7 @@ def test_gae_equals_its_definition():
     for row in range(len(mask)):
         n = int(mask[row].sum())
         delta = [
-            rewards[row, t] + (gamma * values[row, t + 1] if t + 1 < n else 0.0) - values[row, t]
-            for t in range(n)
+            rewards[row, t] + (gamma * values[row, t + 1] if t + 1 < n else 0.0) - values[row, t] for t in range(n)
         ]
         for t in range(n):
             expected = sum((gamma * lam) ** k * delta[t + k] for k in range(n - t))
@@ -157,9 +156,7 @@ def test_entropy_and_approx_kl():
 def test_explained_variance():
     mask, returns, *_ = ragged(b=20)
     assert A.explained_variance(returns, returns, mask) == 1
-    torch.testing.assert_close(
-        A.explained_variance(torch.zeros_like(returns), returns, mask), torch.tensor(0.0)
-    )
+    torch.testing.assert_close(A.explained_variance(torch.zeros_like(returns), returns, mask), torch.tensor(0.0))
     assert A.explained_variance(-returns, returns, mask) < 0
 
 

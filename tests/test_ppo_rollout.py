@@ -128,9 +128,7 @@ def test_generated_tokens_follow_the_models_own_probabilities(build):
     mode = next(t for t in first.bincount(minlength=11).argsort(descending=True).tolist() if t != EOS)
     second = torch.tensor([r[1] for r in responses if r[0] == mode])
     assert len(second) > 300
-    statistic, limit = chi_square(
-        torch.bincount(second, minlength=11).float(), probabilities([*prompt, mode])
-    )
+    statistic, limit = chi_square(torch.bincount(second, minlength=11).float(), probabilities([*prompt, mode]))
     assert statistic < limit
 
 
@@ -201,9 +199,7 @@ SMALL = dict(
     eos_token_id=1,
 )
 ARCHITECTURES = {
-    "gpt2": dict(
-        vocab_size=40, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1
-    ),
+    "gpt2": dict(vocab_size=40, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1),
     "llama": SMALL,
     "qwen2": SMALL,
     "qwen3": SMALL,
@@ -233,9 +229,7 @@ def test_our_decoding_equals_transformers_own(name):
         assert not can_decode_lean(model)
         return
     assert can_decode_lean(model)
-    theirs, ours = (
-        decode(model, prompts, 12, ends, Sampler(uniforms, 1.0)) for decode in (hf_decode, lean_decode)
-    )
+    theirs, ours = (decode(model, prompts, 12, ends, Sampler(uniforms, 1.0)) for decode in (hf_decode, lean_decode))
     lengths = []
     for row in range(24):
         tokens = theirs[0][row].tolist()

@@ -111,19 +111,14 @@ def make(
 
 
 def weights(trainer):
-    return {
-        name: w.detach().clone()
-        for name, w in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
-    }
+    return {name: w.detach().clone() for name, w in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
 
 
 def assert_same_weights(one, other, **tolerance):
     assert one.keys() == other.keys()
     for name in one:
         if tolerance:
-            torch.testing.assert_close(
-                one[name], other[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance
-            )
+            torch.testing.assert_close(one[name], other[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
         else:
             assert torch.equal(one[name], other[name]), name
 
@@ -194,9 +189,7 @@ def test_gradient_accumulation_changes_nothing(tmp_path):
     for rows, steps in ((16, 1), (4, 4), (3, 0)):
         if steps == 0:
             continue
-        trainer = make(
-            tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps, optim="sgd"
-        )
+        trainer = make(tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps, optim="sgd")
         trainer.train()
         results.append(weights(trainer))
     assert_same_weights(*results, atol=1e-6, rtol=1e-5)
@@ -247,9 +240,7 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_policy_without_them(
     from peft import LoraConfig, PeftModel, get_peft_model
 
     def lora(seed=0):
-        settings = LoraConfig(
-            r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM"
-        )
+        settings = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
         return get_peft_model(gpt2(seed=seed), settings)
 
     policy = lora()
@@ -402,9 +393,7 @@ def test_reward_model_scores_the_last_real_token(tmp_path, own_tokenizer):
             hidden = reward_model.transformer(torch.tensor([ids])).last_hidden_state
         if PAD not in ids:
             torch.testing.assert_close(alone.logits[0, 0], rollouts.scores[i], atol=1e-5, rtol=0)
-        torch.testing.assert_close(
-            reward_model.score(hidden[0, -1])[0], rollouts.scores[i], atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(reward_model.score(hidden[0, -1])[0], rollouts.scores[i], atol=1e-5, rtol=0)
 
 
 def test_rollout_numbers_equal_plain_forwards(tmp_path):
@@ -583,12 +572,8 @@ def test_evaluation(tmp_path):
 
 
 def test_best_model_respects_the_kl_cap(tmp_path):
-    settings = dict(
-        eval_data=prompts(16), eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1
-    )
-    settings |= dict(
-        load_best_model_at_end=True, metric_for_best_model="score", max_steps=6, learning_rate=3e-3
-    )
+    settings = dict(eval_data=prompts(16), eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    settings |= dict(load_best_model_at_end=True, metric_for_best_model="score", max_steps=6, learning_rate=3e-3)
     free = make(tmp_path / "free", **settings)
     free.train()
     evaluations = {row["step"]: row for row in free.state.log_history if "eval_score" in row}
@@ -607,9 +592,7 @@ def test_callbacks_hear_everything(tmp_path):
     class Listener(TrainerCallback):
         def __getattribute__(self, name):
             if name.startswith("on_"):
-                return lambda args, state, control, **kwargs: (
-                    heard.append((name, state.global_step)) or control
-                )
+                return lambda args, state, control, **kwargs: heard.append((name, state.global_step)) or control
             return super().__getattribute__(name)
 
     trainer = make(
@@ -670,9 +653,7 @@ def test_two_processes_update_like_one(tmp_path):
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     for world in (1, 2):
-        launch = (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if world == 2 else []
-        )
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if world == 2 else []
         folder = tmp_path / str(world)
         command = [sys.executable, *launch, __file__, str(folder)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

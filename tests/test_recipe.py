@@ -119,9 +119,11 @@ def test_settings_that_would_be_ignored_are_refused(recipe, write):
     assert "args.assistant_only_loss" in text and "args.packing_strategy" in text
 
 
-def test_adapters_are_refused_rather_than_ignored(recipe, write):
-    text = messages(recipe(stages(write("a.jsonl", ROWS))), "stages.sft.model.use_peft=true", "stages.sft.model.lora_r=8")
-    assert "model.use_peft" in text and "model.lora_r" in text
+def test_settings_of_adapters_are_never_ignored(recipe, write):
+    text = messages(
+        recipe(stages(write("a.jsonl", ROWS))), "stages.sft.model.lora_r=8", "stages.sft.model.load_in_4bit=true"
+    )
+    assert "model.lora_r = 8" in text and "`use_peft: true`" in text and "model.load_in_4bit" in text
 
 
 @pytest.mark.parametrize("path", sorted(Path("recipes").glob("**/*.yaml")), ids=lambda p: p.name)

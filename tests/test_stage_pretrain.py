@@ -9,8 +9,17 @@ import torch
 from pipelines import chain
 from pipelines import recipe as recipes
 
-TEXT = [{"text": f"the {a} is {c} and the {a} likes the {c} tree"} for a in ("cat", "dog", "bird") for c in ("red", "blue")]
-ARGS = {"global_batch_size": 8, "max_length": 32, "learning_rate": 3e-3, "max_steps": 60, "eval_steps": 30, "warmup_steps": 2}
+TEXT = [
+    {"text": f"the {a} is {c} and the {a} likes the {c} tree"} for a in ("cat", "dog", "bird") for c in ("red", "blue")
+]
+ARGS = {
+    "global_batch_size": 8,
+    "max_length": 32,
+    "learning_rate": 3e-3,
+    "max_steps": 60,
+    "eval_steps": 30,
+    "warmup_steps": 2,
+}
 
 
 @pytest.fixture
@@ -35,7 +44,11 @@ def test_it_learns_and_reports_exactly_what_it_saved(trained, tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
     assert record["metrics"]["eval_loss"] < 0.5 * math.log(len(tokenizer))
     # the same tokens through the saved model and transformers' own loss: text, EOS, text, EOS … in windows of 32
-    ids = [i for row in TEXT * 5 for i in [*tokenizer(row["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]]
+    ids = [
+        i
+        for row in TEXT * 5
+        for i in [*tokenizer(row["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ]
     windows = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
     with torch.no_grad():
         logits = model.eval()(windows).logits
@@ -85,7 +98,9 @@ def test_one_override_swaps_a_base_model_into_a_recipe_for_a_new_one(recipe, wri
     loaded = recipes.load(recipe({"base": stage}), [f"stages.base.model.model_name_or_path={tiny_gpt2}"])
     with caplog.at_level("WARNING", logger="pipelines"):
         chain.run(loaded)
-    assert "config describes a new model and is not used" in caplog.text and "tokenizer.train is not used" in caplog.text
+    assert (
+        "config describes a new model and is not used" in caplog.text and "tokenizer.train is not used" in caplog.text
+    )
     before, after = load_file(tiny_gpt2 / "model.safetensors"), load_file(loaded["base"].folder / "model.safetensors")
     assert before.keys() == after.keys() and max((before[k] - after[k]).abs().max() for k in before) < 1e-3
 
@@ -101,3 +116,38 @@ def test_a_context_beyond_the_positions_is_refused(recipe, write, tiny_gpt2):
     }
     with pytest.raises(ModelError, match="65 is more than the model's 64 positions"):
         chain.run(recipes.load(recipe({"base": stage})))
+
+
+def test_a_new_model_agrees_with_its_tokenizer(tiny_gpt2):
+    from transformers import AutoTokenizer
+
+    from pipelines.models import ModelError, load_model
+    from pipelines.sections import ModelSection
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+
+    def new(**config):
+        section = ModelSection(config={"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, **config})
+        return load_model(section, "AutoModelForCausalLM", tokenizer)
+
+    assert new().config.vocab_size == len(tokenizer) and new().config.eos_token_id == tokenizer.eos_token_id
+    assert new(vocab_size=1024).get_input_embeddings().weight.shape == (1024, 8)  # padded, as for tensor cores
+    with pytest.raises(ModelError, match=r"model\.config\.vocab_size is 3, but the tokenizer's is"):
+        new(vocab_size=3)
+    with pytest.raises(ModelError, match=r"model\.config\.eos_token_id is 99.*taken from the tokenizer"):
+        new(eos_token_id=99)
+
+
+def test_too_little_text_is_said_without_a_traceback(recipe, write, capsys):
+    from pipelines.__main__ import main
+
+    stage = {
+        "kind": "pretrain",
+        "model": {"config": {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 512}},
+        "tokenizer": {"train": "bpe", "vocab_size": 300},
+        "data": {"train": write("text.jsonl", TEXT)},
+        "args": {"max_length": 512, "global_batch_size": 1, "max_steps": 1},
+    }
+    assert main([str(recipe({"base": stage}))]) == 2
+    said = capsys.readouterr().err
+    assert "error: " in said and "less than one window of 512" in said and "Traceback" not in said

@@ -92,7 +92,14 @@ def test_a_batch_of_rankings_of_different_sizes():
     batch = RankingCollator(0)(RANKED)
     assert batch["input_ids"].shape == (6, 4)  # every answer once
     assert decided([1, 2, 2, 4]) == [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]
-    assert list(zip(batch["better"].tolist(), batch["worse"].tolist())) == [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3), (5, 4)]
+    assert list(zip(batch["better"].tolist(), batch["worse"].tolist())) == [
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, 3),
+        (2, 3),
+        (5, 4),
+    ]
     assert batch["weight"].tolist() == pytest.approx([0.1] * 5 + [0.5])
     assert batch["input_ids"][1].tolist() == [5, 8, 0, 0] and batch["attention_mask"][1].tolist() == [1, 1, 0, 0]
 
@@ -117,7 +124,9 @@ def test_two_answers_are_trls_pairwise_loss(tiny_gpt2, tmp_path):
     model.config.pad_token_id = tokenizer.pad_token_id = tokenizer.pad_token_id or 0
     pairs = [([5, 6, 7], [5, 8]), ([9, 3], [9, 4, 4]), ([7], [8, 8, 8, 8])]
     data = Dataset.from_list([{"chosen_ids": a, "rejected_ids": b} for a, b in pairs])
-    args = RewardConfig(output_dir=str(tmp_path), center_rewards_coefficient=0.1, bf16=False, use_cpu=True, report_to=[])
+    args = RewardConfig(
+        output_dir=str(tmp_path), center_rewards_coefficient=0.1, bf16=False, use_cpu=True, report_to=[]
+    )
     theirs = RewardTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
     inputs = theirs.data_collator([{"chosen_ids": a, "rejected_ids": b} for a, b in pairs])
     expected = theirs.compute_loss(model, dict(inputs))
@@ -129,7 +138,11 @@ def test_two_answers_are_trls_pairwise_loss(tiny_gpt2, tmp_path):
 
 def test_it_learns_from_rankings_and_says_what_decides_nothing(recipe, write, tiny_gpt2, caplog):
     rows = [
-        {"prompt": f"what is the {w} {i}", "completions": [f"the {w} is {c}" for c in ("blue", "red", "green")], "ranks": [3, 1, 2]}
+        {
+            "prompt": f"what is the {w} {i}",
+            "completions": [f"the {w} is {c}" for c in ("blue", "red", "green")],
+            "ranks": [3, 1, 2],
+        }
         for i in range(20)
         for w in ("cat", "dog")
     ]

@@ -39,7 +39,9 @@ def test_it_learns_to_answer_and_to_stop(recipe, write, tiny_gpt2, packing):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     for row in ROWS:
         ids = torch.tensor([chat.encode_prompt(tokenizer, row["prompt"])])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)[
+            0, ids.shape[1] :
+        ]
         assert out[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(out, skip_special_tokens=True) == row["completion"]
 
@@ -93,7 +95,9 @@ def test_a_plain_template_is_kept_for_later_stages(recipe, write, tiny_gpt2):
 
     from pipelines import chat
 
-    folder, _ = run(recipe, tiny_gpt2, {"train": write("r.jsonl", ROWS)}, {"num_train_epochs": 1}, {"chat_template": "plain"})
+    folder, _ = run(
+        recipe, tiny_gpt2, {"train": write("r.jsonl", ROWS)}, {"num_train_epochs": 1}, {"chat_template": "plain"}
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(chat.encode_prompt(tokenizer, "what is it")) == "what is it"
     assert chat.encode_answer(tokenizer, "what", "fish")[1][-1] == tokenizer.eos_token_id

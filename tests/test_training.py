@@ -11,7 +11,14 @@ from pipelines.training import GlobalOrder, NotFinite, _accumulation
 
 @pytest.mark.parametrize(
     "total, micro, world, expected",
-    [(32, 8, 1, (8, 4)), (32, 8, 2, (8, 2)), (32, 8, 4, (8, 1)), (32, 8, 8, (4, 1)), (12, 8, 1, (6, 2)), (7, 2, 1, (1, 7))],
+    [
+        (32, 8, 1, (8, 4)),
+        (32, 8, 2, (8, 2)),
+        (32, 8, 4, (8, 1)),
+        (32, 8, 8, (4, 1)),
+        (12, 8, 1, (6, 2)),
+        (7, 2, 1, (1, 7)),
+    ],
 )
 def test_global_batch_becomes_micro_batch_and_accumulation(total, micro, world, expected):
     found = _accumulation({"global_batch_size": total, "per_device_train_batch_size": micro}, world)
@@ -25,7 +32,9 @@ def test_a_global_batch_that_does_not_divide_is_an_error():
 
 
 def order(rows, epoch=0.0, batch=4, accumulate=1, world=1, seed=1):
-    args = types.SimpleNamespace(train_batch_size=batch, gradient_accumulation_steps=accumulate, world_size=world, seed=seed)
+    args = types.SimpleNamespace(
+        train_batch_size=batch, gradient_accumulation_steps=accumulate, world_size=world, seed=seed
+    )
     return GlobalOrder(types.SimpleNamespace(args=args, state=types.SimpleNamespace(epoch=epoch)), rows)
 
 
@@ -68,8 +77,6 @@ def test_nan_names_step_rows_and_last_checkpoint(recipe, write, tiny_gpt2, tmp_p
         chain.run(recipes.load(recipe({"sft": stage})))
     text = str(error.value)
     assert "rows.jsonl:14" in text and "the loss is nan at step" in text and "last good checkpoint" in text
-
-
 
 
 def test_last_checkpoint_is_the_newest_whole_one(tmp_path):

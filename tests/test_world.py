@@ -175,7 +175,12 @@ def test_no_stage_asks_about_a_held_out_fact():
     prompts = [(name, row["prompt"]) for name in (
         "instructions.jsonl", "rankings.jsonl.gz", "rankings_validation.jsonl", "prompts.jsonl", "prompts_validation.jsonl"
     ) for row in rows(name)]  # fmt: skip
-    prompts += [("corpus", line[3:]) for row in rows("corpus.jsonl.gz") for line in row["text"].splitlines() if line[:3] == "Q: "]
+    prompts += [
+        ("corpus", line[3:])
+        for row in rows("corpus.jsonl.gz")
+        for line in row["text"].splitlines()
+        if line[:3] == "Q: "
+    ]
     for row in rows("dialogues.jsonl"):
         first, _, second, _ = (turn["content"] for turn in row["messages"])
         entity = world.parse_question(first).entity

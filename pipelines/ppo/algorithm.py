@@ -27,6 +27,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipelines import SetupError
+
 # --- the reward: a score at the end, a KL penalty on every token --------------------------------------------
 
 
@@ -43,7 +45,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
         return 0.5 * log_r.square()
     if estimator == "k3":
         return torch.expm1(log_r) - log_r
-    raise ValueError(f"kl_estimator must be k1, k2 or k3, not {estimator!r}")
+    raise SetupError(f"kl_estimator must be k1, k2 or k3, not {estimator!r}")
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -100,9 +102,7 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 # --- the losses: per token, so that whoever sums them decides what the mean is over -------------------------
 
 
-def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float
-) -> tuple[Tensor, Tensor]:
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
     """Clipped surrogate (…) to minimise (PPO eq. 7, sign turned), and (…) whether its clip was active."""
     ratio = torch.exp(logprobs - old_logprobs)
     plain = -advantages * ratio
@@ -110,9 +110,7 @@ def policy_loss(
     return torch.maximum(plain, clipped), clipped > plain
 
 
-def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float
-) -> tuple[Tensor, Tensor]:
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
     """Clipped squared error (…) of the critic, ½·max, and (…) whether its clip was active (N+).
 
     The new value may move at most `cliprange` from the old one before its gradient vanishes.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from pipelines import SetupError
 from pipelines.ppo.forward import plain_model
 
 
@@ -47,14 +48,14 @@ def check_models(model, value_model, ref_model, reward_funcs: list, tokenizer) -
         elif not callable(function):
             problems.append(f"reward function {function!r} is neither a model nor callable")
     if problems:
-        raise ValueError("PPOTrainer:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise SetupError("PPOTrainer:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 def check_counts(reward_funcs: list, weights: list, tokenizers: list) -> None:
     """Raise ValueError unless there is one weight and one tokenizer (or None) per reward function."""
     for name, given in (("reward_weights", weights), ("reward_processing_classes", tokenizers)):
         if len(given) != len(reward_funcs):
-            raise ValueError(f"{name} has {len(given)} entries for {len(reward_funcs)} reward function(s)")
+            raise SetupError(f"{name} has {len(given)} entries for {len(reward_funcs)} reward function(s)")
 
 
 def check_rollouts(rollouts, args) -> None:
@@ -76,7 +77,7 @@ def check_rollouts(rollouts, args) -> None:
             "learn from (allow_constant_scores: true to go on)"
         )
     if problems:
-        raise ValueError("PPO cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise SetupError("PPO cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 def end_tokens(model, tokenizer) -> list[int]:
@@ -85,7 +86,7 @@ def end_tokens(model, tokenizer) -> list[int]:
     configured = configured if isinstance(configured, list) else [configured]
     ids = {tokenizer.eos_token_id, *configured} - {None}
     if not ids:
-        raise ValueError("the tokenizer has no EOS token: an answer could never end")
+        raise SetupError("the tokenizer has no EOS token: an answer could never end")
     return sorted(ids)
 
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from pipelines import SetupError
+
 
 @dataclass
 class PPOConfig(TrainingArguments):
@@ -23,9 +25,7 @@ class PPOConfig(TrainingArguments):
     unless `bf16` is set.
     """
 
-    learning_rate: float = field(
-        default=3e-6, metadata={"help": "Higher learns faster and runs away sooner."}
-    )
+    learning_rate: float = field(default=3e-6, metadata={"help": "Higher learns faster and runs away sooner."})
     adam_epsilon: float = field(
         default=1e-5, metadata={"help": "Higher damps the steps of weights with tiny gradients."}
     )
@@ -43,9 +43,7 @@ class PPOConfig(TrainingArguments):
     )
     num_ppo_epochs: int = field(
         default=4,
-        metadata={
-            "help": "Passes over each batch of answers. More uses them better but moves further off-policy."
-        },
+        metadata={"help": "Passes over each batch of answers. More uses them better but moves further off-policy."},
     )
     num_mini_batches: int = field(
         default=1,
@@ -55,9 +53,7 @@ class PPOConfig(TrainingArguments):
     # Rollouts
     response_length: int = field(
         default=53,
-        metadata={
-            "help": "Longest answer in tokens. Higher costs time and memory; too low cuts answers before EOS."
-        },
+        metadata={"help": "Longest answer in tokens. Higher costs time and memory; too low cuts answers before EOS."},
     )
     temperature: float = field(
         default=0.7,
@@ -76,16 +72,11 @@ class PPOConfig(TrainingArguments):
     )
     top_p: float = field(
         default=1.0,
-        metadata={
-            "help": "Sample among the likeliest tokens that hold this much probability; see top_k. 1: all."
-        },
+        metadata={"help": "Sample among the likeliest tokens that hold this much probability; see top_k. 1: all."},
     )
     local_rollout_forward_batch_size: int = field(
         default=64,
-        metadata={
-            "help": "Rows per process decoded or scored at once (no gradients). Higher is faster, takes "
-            "memory."
-        },
+        metadata={"help": "Rows per process decoded or scored at once (no gradients). Higher is faster, takes memory."},
     )
     max_prompt_length: int | None = field(
         default=None,
@@ -98,9 +89,7 @@ class PPOConfig(TrainingArguments):
     # Reward
     kl_coef: float = field(
         default=0.05,
-        metadata={
-            "help": "Weight of the KL penalty. Higher stays nearer to the reference and gains less reward."
-        },
+        metadata={"help": "Weight of the KL penalty. Higher stays nearer to the reference and gains less reward."},
     )
     kl_estimator: Literal["k1", "k2", "k3"] = field(
         default="k1",
@@ -125,15 +114,11 @@ class PPOConfig(TrainingArguments):
     )
     kl_horizon: int = field(
         default=10_000,
-        metadata={
-            "help": "Episodes over which kl_coef adapts. Higher adapts more slowly. Only with kl_target."
-        },
+        metadata={"help": "Episodes over which kl_coef adapts. Higher adapts more slowly. Only with kl_target."},
     )
     missing_eos_penalty: float | None = field(
         default=None,
-        metadata={
-            "help": "Taken from the score of an answer that does not end. Higher makes answers end sooner."
-        },
+        metadata={"help": "Taken from the score of an answer that does not end. Higher makes answers end sooner."},
     )
     normalize_scores: bool = field(
         default=False,
@@ -144,9 +129,7 @@ class PPOConfig(TrainingArguments):
     )
     score_clip: float | None = field(
         default=None,
-        metadata={
-            "help": "Clip scores to ± this, after normalising. Higher lets outliers weigh more. None: never."
-        },
+        metadata={"help": "Clip scores to ± this, after normalising. Higher lets outliers weigh more. None: never."},
     )
     whiten_rewards: bool = field(
         default=False,
@@ -156,9 +139,7 @@ class PPOConfig(TrainingArguments):
     # The losses
     cliprange: float = field(
         default=0.2,
-        metadata={
-            "help": "How far a token's probability ratio may move from 1 in one update. Higher: bolder steps."
-        },
+        metadata={"help": "How far a token's probability ratio may move from 1 in one update. Higher: bolder steps."},
     )
     vf_coef: float = field(
         default=0.1, metadata={"help": "Weight of the critic's loss. Higher: the critic learns faster."}
@@ -173,9 +154,7 @@ class PPOConfig(TrainingArguments):
     )
     lam: float = field(
         default=0.95,
-        metadata={
-            "help": "GAE's λ. Higher trusts the critic less: less bias, more variance of the advantages."
-        },
+        metadata={"help": "GAE's λ. Higher trusts the critic less: less bias, more variance of the advantages."},
     )
     entropy_coef: float = field(
         default=0.0, metadata={"help": "Weight of an entropy bonus. Higher keeps the policy more random."}
@@ -189,17 +168,13 @@ class PPOConfig(TrainingArguments):
     )
     critic_warmup_steps: int = field(
         default=0,
-        metadata={
-            "help": "Updates that train the critic alone. More gives a useless critic time to become one."
-        },
+        metadata={"help": "Updates that train the critic alone. More gives a useless critic time to become one."},
     )
 
     # Watching, and the gates before training
     num_sample_generations: int = field(
         default=10,
-        metadata={
-            "help": "How often in the whole training sample answers are written to samples.jsonl. 0: never."
-        },
+        metadata={"help": "How often in the whole training sample answers are written to samples.jsonl. 0: never."},
     )
     best_kl_cap: float | None = field(
         default=None,
@@ -220,7 +195,7 @@ class PPOConfig(TrainingArguments):
     def __post_init__(self):
         problems = self._problems()
         if problems:
-            raise ValueError("PPOConfig:\n" + "\n".join(f"  - {p}" for p in problems))
+            raise SetupError("PPOConfig:\n" + "\n".join(f"  - {p}" for p in problems))
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trainable weight is used in every forward
         super().__post_init__()

@@ -144,9 +144,7 @@ class _KeptLogprobs(torch.autograd.Function):
             logits /= temperature
             picked, peak = logits.gather(1, labels[:, None])[:, 0], logits.amax(-1)
             probabilities = torch.softmax(logits, -1) if entropy else torch.softmax(logits, -1, out=logits)
-            log_total = (
-                peak - probabilities.amax(-1).log()
-            )  # the likeliest token has probability exp(peak - total)
+            log_total = peak - probabilities.amax(-1).log()  # the likeliest token has probability exp(peak - total)
             entropies = log_total - logits.mul_(probabilities).sum(-1) if entropy else None
         ctx.save_for_backward(hidden_, weight_, labels)
         ctx.probabilities, ctx.temperature, ctx.has_bias = (
@@ -204,9 +202,7 @@ def sequence_scores(model: nn.Module, sequences: list[list[int]], packed: bool, 
     """Scores (b,) of a one-label sequence classifier, read at the last real token of each sequence."""
     inputs, starts = lay_out(sequences, packed, device)
     if not hasattr(model, "score"):  # an encoder (BERT …): its own head knows where to look
-        return (
-            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float()
-        )
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float()
     last = starts + torch.tensor([len(ids) for ids in sequences]) - 1
     hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
     return model.score(hidden[last.to(device)])[:, 0].float()

@@ -39,17 +39,13 @@ def generate(
     `seeds[i]` is anything that `numpy.random.default_rng` takes. Prompts are decoded `batch_size` at a time,
     those of like length together.
     """
-    model = (
-        model.get_base_model() if hasattr(model, "get_base_model") else model
-    )  # PEFT's adapters stay inside
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's adapters stay inside
     responses: list = [None] * len(prompts)
     logprobs: list = [None] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]
-        uniforms = np.stack(
-            [np.random.default_rng(seeds[i]).random(max_new_tokens, np.float32) for i in rows]
-        )
+        uniforms = np.stack([np.random.default_rng(seeds[i]).random(max_new_tokens, np.float32) for i in rows])
         draw = Sampler(torch.from_numpy(uniforms), temperature, top_k, top_p)
         decode = lean_decode if can_decode_lean(model) else hf_decode
         tokens, logps = decode(model, [prompts[i] for i in rows], max_new_tokens, eos_token_ids, draw)
@@ -65,9 +61,7 @@ class Sampler:
     def __init__(self, uniforms: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
         self.uniforms, self.temperature, self.top_k, self.top_p = uniforms, temperature, top_k, top_p
 
-    def __call__(
-        self, logits: Tensor, step: int, rows: Tensor | slice = slice(None)
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, step: int, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Tokens (b,) and their log-probs (b,) from logits (b, V) of the batch's `rows` at `step`."""
         probabilities = torch.softmax(logits.float() / self.temperature, -1)
         kept = truncate(probabilities, self.top_k, self.top_p)
@@ -175,9 +169,7 @@ class KVBuffer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append (b, heads, new, d) each; returns all so far as views of the buffers."""
         if self.buffers is None:
-            self.buffers = [
-                x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states)
-            ]
+            self.buffers = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states)]
             self.is_initialized = True
         begin, self.used = self.used, self.used + key_states.shape[2]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):

@@ -28,6 +28,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, get_last_check
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.trainer.base_trainer import _BaseTrainer
 
+from pipelines import SetupError
 from pipelines.chat import as_text, encode_answer, encode_prompt
 from pipelines.ppo import algorithm, checks
 from pipelines.ppo.config import PPOConfig
@@ -112,9 +113,7 @@ class PPOTrainer(_BaseTrainer):
             ref_model = copy.deepcopy(model)
         together = [model, value_model] if ref_model is None else [model, value_model, ref_model]
         self.packed = all([make_ready(module) for module in together])
-        self.reward_packed = [
-            isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f) for f in reward_funcs
-        ]
+        self.reward_packed = [isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f) for f in reward_funcs]
         super().__init__(
             model=PolicyAndCritic(model, value_model),
             args=args,
@@ -127,8 +126,7 @@ class PPOTrainer(_BaseTrainer):
         self.policy, self.critic = model, value_model
         self.reward_funcs = [self._frozen(f) if isinstance(f, nn.Module) else f for f in reward_funcs]
         self.reward_tokenizers = [
-            None if t is None or checks.same_tokenizer(t, processing_class) else t
-            for t in self.reward_tokenizers
+            None if t is None or checks.same_tokenizer(t, processing_class) else t for t in self.reward_tokenizers
         ]
         self.reward_names = _unique([checks.name_of(f) for f in reward_funcs])
         self.ref_model = None if ref_model is None else self._frozen(ref_model)
@@ -137,24 +135,20 @@ class PPOTrainer(_BaseTrainer):
         self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
         self.mini_batch_size = self.batch_size // args.num_mini_batches
         if self.batch_size % args.num_mini_batches or self.mini_batch_size % world:
-            raise ValueError(
+            raise SetupError(
                 f"a batch of {self.batch_size} answers (per_device_train_batch_size × "
                 f"gradient_accumulation_steps × processes) does not divide into "
                 f"num_mini_batches={args.num_mini_batches} minibatches of equal "
                 f"shares for {world} process(es): choose numbers that do"
             )
         if self.is_deepspeed_enabled and args.max_approx_kl is not None:
-            raise ValueError(
-                "max_approx_kl needs a step that can be skipped, but DeepSpeed steps within backward"
-            )
+            raise SetupError("max_approx_kl needs a step that can be skipped, but DeepSpeed steps within backward")
         self.max_steps = args.max_steps
         if self.max_steps <= 0:
             episodes = args.total_episodes or math.ceil(args.num_train_epochs * len(train_dataset))
             self.max_steps = math.ceil(episodes / self.batch_size)
         self.train_prompts = self._encode_prompts(train_dataset, "train_dataset")
-        self.eval_prompts = (
-            None if eval_dataset is None else self._encode_prompts(eval_dataset, "eval_dataset")
-        )
+        self.eval_prompts = None if eval_dataset is None else self._encode_prompts(eval_dataset, "eval_dataset")
 
         if args.kl_target is None:
             self.kl_controller = algorithm.FixedKL(args.kl_coef)
@@ -296,9 +290,8 @@ class PPOTrainer(_BaseTrainer):
                 continue
             scores = function(prompts=prompts, completions=completions, completion_ids=responses, **columns)
             if len(scores) != len(rows):
-                raise ValueError(
-                    f"reward function {self.reward_names[i]} returned {len(scores)} scores for {len(rows)} "
-                    "answers"
+                raise SetupError(
+                    f"reward function {self.reward_names[i]} returned {len(scores)} scores for {len(rows)} answers"
                 )
             out[:, i] = torch.tensor([float(score) for score in scores])
         return out
@@ -308,18 +301,14 @@ class PPOTrainer(_BaseTrainer):
         model, tokenizer = self.reward_funcs[i], self.reward_tokenizers[i]
         sequences = [prompt + response for prompt, response in answers]
         if tokenizer is not None:
-            for row, (prompt, completion, (_, response)) in enumerate(
-                zip(prompts, completions, answers, strict=True)
-            ):
+            for row, (prompt, completion, (_, response)) in enumerate(zip(prompts, completions, answers, strict=True)):
                 prompt_ids, answer_ids = encode_answer(tokenizer, prompt, completion)
-                cut_off = (
-                    response[-1] not in self.eos_token_ids
-                )  # then it has no EOS for the reward model either
+                cut_off = response[-1] not in self.eos_token_ids  # then it has no EOS for the reward model either
                 sequences[row] = prompt_ids + (answer_ids[:-1] if cut_off else answer_ids)
         limit = checks.context_of(model)
         longest = max(map(len, sequences))
         if limit is not None and longest > limit:
-            raise ValueError(
+            raise SetupError(
                 f"reward model {self.reward_names[i]} reads at most {limit} tokens and was given {longest}: "
                 "lower response_length or drop the longest prompts"
             )
@@ -361,9 +350,7 @@ class PPOTrainer(_BaseTrainer):
                 clip = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
                 grad_norm = self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), clip)
                 grad_norm = 0.0 if grad_norm is None else float(grad_norm)  # DeepSpeed may not say
-                if (
-                    not math.isfinite(grad_norm) and self.accelerator.scaler is None
-                ):  # fp16's scaler skips such steps
+                if not math.isfinite(grad_norm) and self.accelerator.scaler is None:  # fp16's scaler skips such steps
                     what = f"the gradient norm is {grad_norm}"
                     raise NotFinite(self._where(what, self.train_dataset, rollouts.rows, minibatch))
                 self.optimizer.step()
@@ -402,9 +389,7 @@ class PPOTrainer(_BaseTrainer):
         stats = torch.zeros(len(STATISTICS), device=accelerator.device)
         for number, micro in enumerate(micros, 1):
             last = number == len(micros)
-            accelerator.gradient_state._set_sync_gradients(
-                last
-            )  # as Trainer does; DeepSpeed then steps by itself
+            accelerator.gradient_state._set_sync_gradients(last)  # as Trainer does; DeepSpeed then steps by itself
             share_gradients = last or self.is_deepspeed_enabled
             chosen = mask[micro]  # (b, T); indexing with it gives the flat order (N,) of `collate`
             old_logprobs, old_values, ref_logprobs, advantage, target = (
@@ -429,9 +414,7 @@ class PPOTrainer(_BaseTrainer):
                     of_policy = of_policy + self.kl_controller.value * kl
                 loss = (policy_weight * of_policy + args.vf_coef * vf).sum() / tokens
                 scaling = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-                accelerator.backward(
-                    loss * accelerator.num_processes, **scaling
-                )  # DDP averages over processes
+                accelerator.backward(loss * accelerator.num_processes, **scaling)  # DDP averages over processes
             with torch.no_grad():
                 moved = algorithm.approx_kl(logprobs, old_logprobs)
                 ratio = torch.exp(logprobs - old_logprobs)
@@ -457,9 +440,7 @@ class PPOTrainer(_BaseTrainer):
         cuts = max(math.ceil(sum(size[i] for i in share) / room) for share in shares)
         return [mine[cut::cuts] for cut in range(cuts)]
 
-    def _metrics(
-        self, rollouts: Rollouts, scores, kl, kl_coef: float, returns, seconds: dict
-    ) -> dict[str, float]:
+    def _metrics(self, rollouts: Rollouts, scores, kl, kl_coef: float, returns, seconds: dict) -> dict[str, float]:
         """What there is to know of one batch of rollouts, under TRL's names."""
         mask, responses = rollouts.mask, len(rollouts.responses)
         kl_of_answers = torch.where(mask, kl, 0.0).sum(1).mean().item()
@@ -513,9 +494,7 @@ class PPOTrainer(_BaseTrainer):
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def evaluate(
-        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """One answer to each held-out prompt, each time from the same random streams; returns the metrics.
 
         The score is the weighted sum of the reward functions, without normalisation or penalties; the KL is
@@ -524,12 +503,10 @@ class PPOTrainer(_BaseTrainer):
         began = time.time()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
-            raise ValueError("evaluate needs an eval_dataset")
+            raise SetupError("evaluate needs an eval_dataset")
         prompts = self.eval_prompts if eval_dataset is None else self._encode_prompts(dataset, "eval_dataset")
         n, world = len(dataset), self.accelerator.num_processes
-        rows = [
-            i % n for i in range(math.ceil(n / world) * world)
-        ]  # equal shares; the repeats are dropped below
+        rows = [i % n for i in range(math.ceil(n / world) * world)]  # equal shares; the repeats are dropped below
         rollouts = self._rollout(dataset, prompts, rows, [(self.args.seed, EVAL, row) for row in rows])
         kl = torch.where(rollouts.mask, rollouts.logprobs - rollouts.ref_logprobs, 0.0).sum(1)[:n]
         metrics = {
@@ -578,9 +555,7 @@ class PPOTrainer(_BaseTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # collective: every process takes part
             whole = self.accelerator.get_state_dict(self.model_wrapped)
             for part in weights:
-                weights[part] = {
-                    k.removeprefix(f"{part}."): v for k, v in whole.items() if k.startswith(f"{part}.")
-                }
+                weights[part] = {k.removeprefix(f"{part}."): v for k, v in whole.items() if k.startswith(f"{part}.")}
         if self.args.should_save:
             self.policy.save_pretrained(folder, state_dict=weights["policy"])
             self.critic.save_pretrained(folder / "critic", state_dict=weights["critic"])
@@ -607,12 +582,8 @@ class PPOTrainer(_BaseTrainer):
         if args.activation_checkpointing:
             settings = dict(args.activation_checkpointing_kwargs or {})
             for module in (self.policy, self.critic):
-                plain_model(module).activation_checkpointing_enable(
-                    activation_checkpointing_kwargs=settings or None
-                )
-                if hasattr(
-                    module, "peft_config"
-                ):  # frozen embeddings: the first layer must see gradients flow
+                plain_model(module).activation_checkpointing_enable(activation_checkpointing_kwargs=settings or None)
+                if hasattr(module, "peft_config"):  # frozen embeddings: the first layer must see gradients flow
                     module.enable_input_require_grads()
         if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._load_from_checkpoint(checkpoint)
@@ -626,7 +597,7 @@ class PPOTrainer(_BaseTrainer):
             return
         state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
         if state["batch_size"] != self.batch_size:
-            raise ValueError(
+            raise SetupError(
                 f"{checkpoint} was made with batches of {state['batch_size']} answers, this run has "
                 f"{self.batch_size}: it would not continue with the right prompts. Keep "
                 "per_device_train_batch_size × gradient_accumulation_steps × processes as it was"
@@ -643,7 +614,7 @@ class PPOTrainer(_BaseTrainer):
             return None
         found = get_last_checkpoint(self.args.output_dir) if asked is True else str(asked)
         if found is None or not (Path(found) / STATE).is_file():
-            raise ValueError(f"no PPO checkpoint to resume from: {found or self.args.output_dir}")
+            raise SetupError(f"no PPO checkpoint to resume from: {found or self.args.output_dir}")
         return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -685,7 +656,7 @@ class PPOTrainer(_BaseTrainer):
     def _encode_prompts(self, dataset, name: str) -> list[list[int]]:
         """Token ids of every prompt; all that are empty or too long are reported at once."""
         if "prompt" not in dataset.column_names:
-            raise ValueError(f"{name} has no column `prompt`, but {', '.join(dataset.column_names)}")
+            raise SetupError(f"{name} has no column `prompt`, but {', '.join(dataset.column_names)}")
         prompts = [encode_prompt(self.processing_class, prompt) for prompt in dataset["prompt"]]
         contexts = [checks.context_of(m) for m in (self.policy, self.critic, self.ref_model) if m is not None]
         context = min((c for c in contexts if c is not None), default=None)
@@ -697,7 +668,7 @@ class PPOTrainer(_BaseTrainer):
         long = [i for i, ids in enumerate(prompts) if limit is not None and len(ids) > limit]
         empty = [i for i, ids in enumerate(prompts) if not ids]
         if long or empty:
-            raise ValueError(
+            raise SetupError(
                 f"{name}: "
                 + "; ".join(
                     f"{len(rows)} prompt(s) {what}, first rows {rows[:5]}"
@@ -730,9 +701,7 @@ class PPOTrainer(_BaseTrainer):
             bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
             if bad:
                 raise NotFinite(
-                    self._where(
-                        f"reward function {name} returned {column[bad[0]].item()}", dataset, rows, bad
-                    )
+                    self._where(f"reward function {name} returned {column[bad[0]].item()}", dataset, rows, bad)
                 )
 
     def _where(self, what: str, dataset, rows: list[int], of: list[int]) -> str:

@@ -66,7 +66,7 @@ def run(stage) -> dict:
     args = training.build_args(stage, **DEFAULTS)
     tokenizer = models.load_tokenizer(section)
     policy = models.load_model(section, "AutoModelForCausalLM")
-    _template(policy, tokenizer, section)
+    added = _template(policy, tokenizer, section)
 
     funcs, tokenizers = [], []
     for path in reward.models or []:
@@ -79,6 +79,9 @@ def run(stage) -> dict:
         tokenizers.append(None)
     start = reward.critic or (reward.models or [None])[0]
     critic = scorer(start, section) if start else scorer(section.model_name_or_path, section, allow_new=("score",))
+
+    policy = models.adapt(policy, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
+    critic = models.adapt(critic, section, "SEQ_CLS")
 
     train, validation = data.load(stage.sections["data"], ROWS, stage.seed)
     stage.report["prompts"] = {"train": len(train), "validation": len(validation)}
@@ -104,7 +107,9 @@ def scorer(path: str, section, allow_new: tuple[str, ...] = ()):
     """A sequence classifier with one score from `path`; a missing (random) score head is an error."""
     from pipelines import models
 
-    return models.load_model(_of(section, path), "AutoModelForSequenceClassification", allow_new=allow_new, num_labels=1)
+    return models.load_model(
+        _of(section, path), "AutoModelForSequenceClassification", allow_new=allow_new, num_labels=1
+    )
 
 
 def _of(section, path: str):
@@ -114,8 +119,8 @@ def _of(section, path: str):
     return dataclasses.replace(section, model_name_or_path=path, config=None, tokenizer_name_or_path=None)
 
 
-def _template(policy, tokenizer, section) -> None:
-    """The policy answers under the template it was tuned with; one must be there or be named."""
+def _template(policy, tokenizer, section) -> list[str]:
+    """The policy answers under the template it was tuned with; one must be there or be named. Returns tokens added."""
     from pipelines import chat
 
     if tokenizer.chat_template is None and section.chat_template is None:
@@ -123,7 +128,7 @@ def _template(policy, tokenizer, section) -> None:
             f"the tokenizer of {section.model_name_or_path!r} has no chat template. Start from an sft stage, or set "
             "model.chat_template: plain (the policy continues the prompt as text) or chatml."
         )
-    chat.install_template(policy, tokenizer, section.chat_template)
+    return chat.install_template(policy, tokenizer, section.chat_template)
 
 
 def _gate(path: str, minimum: float) -> None:

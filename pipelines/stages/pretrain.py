@@ -82,7 +82,11 @@ def run(stage) -> dict:
             chat.ensure_pad(tokenizer)
         for side in sides:
             corpus.tokenize_corpus(
-                documents(side), tokenizer, folder / side, separator_id=tokenizer.eos_token_id, key={**key, "side": side}
+                documents(side),
+                tokenizer,
+                folder / side,
+                separator_id=tokenizer.eos_token_id,
+                key={**key, "side": side},
             )
     model = models.load_model(section, "AutoModelForCausalLM", tokenizer)
     chat.fit_model(model, tokenizer)
@@ -90,7 +94,9 @@ def run(stage) -> dict:
     windows = {side: corpus.Windows(folder / side, context) for side in sides}
     for side in sides:
         stage.report[side] = {**windows[side].index, "windows": len(windows[side]), "context": context}
-        logger.info("%s: %d tokens in %d windows of %d", side, stage.report[side]["tokens"], len(windows[side]), context)
+        logger.info(
+            "%s: %d tokens in %d windows of %d", side, stage.report[side]["tokens"], len(windows[side]), context
+        )
     kernels.fast_model(model)
 
     trainer = Trainer_(

@@ -74,7 +74,11 @@ def run(stage) -> dict:
                 tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
                 self._total_train_tokens += tokens
             margin = (scores[better] - scores[worse]).detach()
-            batch = {"accuracy": (weight * (margin > 0)).sum(), "margin": (weight * margin).sum(), "mean_reward": scores.detach().mean()}
+            batch = {
+                "accuracy": (weight * (margin > 0)).sum(),
+                "margin": (weight * margin).sum(),
+                "mean_reward": scores.detach().mean(),
+            }
             for name, value in batch.items():
                 self._metrics[mode][name].append(self.accelerator.gather(value).mean().item())
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
@@ -90,14 +94,17 @@ def run(stage) -> dict:
     with torch.no_grad():
         head = model.score if hasattr(model, "score") else model.classifier
         head.weight.normal_(std=1 / math.sqrt(head.weight.shape[-1] + 1))
-    chat.install_template(model, tokenizer, section.chat_template)
+    added = chat.install_template(model, tokenizer, section.chat_template)
     context = models.context_length(model, stage.sections.get("args", {}).get("max_length"))
 
     train, validation = data.load(stage.sections["data"], ROWS, stage.seed)
     too_long = stage.section("data").too_long
     train_set, where = _encode(stage, "train", train, tokenizer, context, too_long)
-    validation_set, _ = _encode(stage, "validation", validation, tokenizer, context, too_long) if validation else (None, [])
+    validation_set, _ = (
+        _encode(stage, "validation", validation, tokenizer, context, too_long) if validation else (None, [])
+    )
 
+    model = models.adapt(model, section, "SEQ_CLS", tokenizer.convert_tokens_to_ids(added))
     args.max_length = None  # rows that are too long are already dealt with, and counted
     trainer = Trainer_(
         model=model,
@@ -130,15 +137,21 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_lon
             long.append(row["where"])
             if too_long == "drop":
                 continue
-            encoded = [ids[-context:] for ids in encoded]  # the answer and its EOS are what is scored: cut the beginning
+            encoded = [
+                ids[-context:] for ids in encoded
+            ]  # the answer and its EOS are what is scored: cut the beginning
         columns["ids"].append(encoded)
         columns["ranks"].append([float(r) for r in row["ranks"]])
         columns["row"].append(len(where))
         where.append(row["where"])
-    data.report_length(stage, side, len(rows), len(where), long, f"{context} tokens", too_long, "cut at their beginning")
+    data.report_length(
+        stage, side, len(rows), len(where), long, f"{context} tokens", too_long, "cut at their beginning"
+    )
     if len(ranked) < len(rows):
         stage.report[side]["undecided"] = len(rows) - len(ranked)
-        logger.warning("%s: %d of %d rankings decide nothing (all ranks equal): left out", side, len(rows) - len(ranked), len(rows))
+        logger.warning(
+            "%s: %d of %d rankings decide nothing (all ranks equal): left out", side, len(rows) - len(ranked), len(rows)
+        )
     if not where:
         raise data.DataError(f"{side}: no ranking is left to learn from")
     return Dataset.from_dict(columns), where

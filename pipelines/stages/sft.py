@@ -23,7 +23,12 @@ SECTIONS = {
     "args": "pipelines.sections:SFTArguments",
 }
 ROWS = "sft"
-DEFAULTS = {"learning_rate": 2e-5, "per_device_train_batch_size": 8, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
+DEFAULTS = {
+    "learning_rate": 2e-5,
+    "per_device_train_batch_size": 8,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+}
 
 # TRL options that would change what our own preparation of the rows does.
 NOT_HERE = {
@@ -81,6 +86,7 @@ def run(stage) -> dict:
         train_set, where = lm.rows_dataset(train)
     kernels.fast_model(model)
     packing.enable_packed_attention(model)
+    model = models.adapt(model, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
 
     args.prediction_loss_only = True
     args.packing = False  # the packs are made; TRL would otherwise pack them again
@@ -118,7 +124,14 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_lon
             ids, labels = ids[:context], labels[:context]
         out.append({"input_ids": ids, "labels": labels, "where": row["where"]})
     data.report_length(
-        stage, side, len(rows), len(out), long, f"{context} tokens", too_long, "cut (what held no answer token was dropped)"
+        stage,
+        side,
+        len(rows),
+        len(out),
+        long,
+        f"{context} tokens",
+        too_long,
+        "cut (what held no answer token was dropped)",
     )
     stage.report[side]["tokens"] = sum(len(row["input_ids"]) for row in out)
     return out
