@@ -251,6 +251,10 @@ def _check_stage(recipe, name, body, kinds, bad, read_data) -> Stage | None:
     stage = Stage(name, kind, recipe.output_dir / name, sections, recipe.seed, parents, str(recipe.file))
     if "model" in module.SECTIONS:
         _check_model(at, kind, sections.get("model", {}), bad)
+    args = sections.get("args", {})
+    if args.get("global_batch_size") and args.get("gradient_accumulation_steps"):
+        message = "follows from global_batch_size and the number of processes: give one of the two"
+        bad(f"{at}.args.gradient_accumulation_steps", message, args["gradient_accumulation_steps"])
     for path, message, value in module.problems(stage, kinds):
         bad(f"{at}.{path}", message, value)
     for path, message, value in data.problems(sections.get("data", {}), module.ROWS, sections.get("task"), read_data):

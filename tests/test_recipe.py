@@ -119,6 +119,11 @@ def test_settings_that_would_be_ignored_are_refused(recipe, write):
     assert "args.assistant_only_loss" in text and "args.packing_strategy" in text
 
 
+def test_two_ways_to_say_the_batch_size_are_refused(recipe, write):
+    text = messages(recipe(stages(write("a.jsonl", ROWS), global_batch_size=8, gradient_accumulation_steps=4)))
+    assert "args.gradient_accumulation_steps = 4" in text and "give one of the two" in text
+
+
 def test_settings_of_adapters_are_never_ignored(recipe, write):
     text = messages(
         recipe(stages(write("a.jsonl", ROWS))), "stages.sft.model.lora_r=8", "stages.sft.model.load_in_4bit=true"
