@@ -490,7 +490,7 @@ def reply(rng: random.Random, query: Query, wrong: bool) -> str:
         attribute, truth = ATTRIBUTES[kind][name], FACTS[entity, name]
         said = another(rng, attribute.values, truth) if wrong else truth
         # Never "It is red.": with answers beside the point naming others, "it" alone would look like a good answer.
-        pattern = rng.choice(["{E} " + attribute.says + "."] * 3 + attribute.tells[:2])
+        pattern = rng.choice(["{E} " + attribute.says + "."] * 3 + attribute.tells[:1])
         if wrong and rng.random() < 0.3:  # right at first, but it does not know when to stop
             more = [n for n in sayable(entity) if n != name]
             if not more or rng.random() < 0.3:
