@@ -113,37 +113,9 @@ def main() -> None:
                 f"chain over its stages ({total:.0f} s of training; wall)", f"{share:.2%}", f"2 %  ({seconds:.2f} s)"
             )
         )
-        peer = median(
-            args.repeat,
-            [
-                accelerate,
-                "launch",
-                "--cpu",
-                "--num_processes",
-                "1",
-                "-m",
-                "timeit",
-                "-n1",
-                "-r1",
-                "from trl import SFTTrainer",
-            ],
-        )
-        ours = []
-        for i in range(args.repeat):
-            ours.append(
-                cpu_seconds(
-                    [
-                        accelerate,
-                        "launch",
-                        "--cpu",
-                        "--num_processes",
-                        "1",
-                        "-m",
-                        "pipelines",
-                        str(recipe(folder, 1, f"f{i}")),
-                    ]
-                )
-            )
+        launch = [accelerate, "launch", "--cpu", "--num_processes", "1", "-m"]
+        peer = median(args.repeat, [*launch, "timeit", "-n1", "-r1", "from trl import SFTTrainer"])
+        ours = [cpu_seconds([*launch, "pipelines", str(recipe(folder, 1, f"f{i}"))]) for i in range(args.repeat)]
         print(line.format("accelerate launch + import trl.SFTTrainer (CPU s)", f"{peer:.2f}", ""))
         print(
             line.format(

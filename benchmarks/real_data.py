@@ -67,8 +67,9 @@ def samples(run: Path) -> None:
     from pipelines import chat, data
     from pipelines.ppo.rollout import generate
 
-    sections = yaml.safe_load((run / "recipe.yaml").read_text())["stages"]
-    prompts = [row["prompt"] for row in data.load(sections["policy"]["data"], "prompts", 1)[1]][:10]
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    held_out = data.load(recipe["stages"]["policy"]["data"], "prompts", recipe["seed"])[1]
+    prompts = [row["prompt"] for row in held_out[:10]]
     for name in ("base", "sft", "policy"):
         if not (run / name / "stage.json").is_file():
             continue

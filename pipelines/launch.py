@@ -119,8 +119,8 @@ def _launcher_world() -> tuple[int, str] | None:
 def _share_of_cores() -> int | None:
     """Threads for this process where nobody chose a number: the launchers then say one, and most of a CPU idles.
 
-    None where OMP_NUM_THREADS or `--num_cpu_threads_per_process` was given, or no launcher is there (PyTorch then
-    takes all cores by itself).
+    None where OMP_NUM_THREADS or `--num_cpu_threads_per_process` was given, or where `accelerate launch` is not above
+    this process: alone, PyTorch takes all cores by itself, and torchrun says what it set.
     """
     import psutil
 

@@ -42,6 +42,7 @@ REMOVED = {
     "torch_dtype": "model.dtype",
 }
 NOT_YET = ("load_in_", "bnb_", "use_bnb_")
+TEMPLATES = ("chatml", "plain")  # chat templates that are there by name; any other is a path
 LORA = ("use_peft", "lora_", "use_rslora", "use_dora")
 ADAPTED = ("sft", "reward", "ppo")  # the kinds that can train adapters
 
@@ -289,6 +290,10 @@ def _check_model(at: str, kind: str, model: dict, bad) -> None:
         )
     if isinstance(path, str):
         _check_folder(f"{at}.model.model_name_or_path", path, bad)
+    template = model.get("chat_template")
+    if isinstance(template, str) and template not in TEMPLATES and not Path(template).is_file():
+        bad(f"{at}.model.chat_template", f"is neither {' nor '.join(TEMPLATES)} nor a file"
+            f"{schema.meant(template, TEMPLATES)}; paths count from where the command is given", template)  # fmt: skip
     for key in model:
         if key.startswith(NOT_YET):
             bad(f"{at}.model.{key}", "quantized weights are not supported yet: drop this key", model[key])

@@ -119,6 +119,14 @@ def test_settings_that_would_be_ignored_are_refused(recipe, write):
     assert "args.assistant_only_loss" in text and "args.packing_strategy" in text
 
 
+def test_a_chat_template_that_is_not_there_is_said_before_training(recipe, write):
+    text = messages(recipe(stages(write("a.jsonl", ROWS))), "stages.sft.model.chat_template=chatlm")
+    assert "model.chat_template = chatlm" in text and "did you mean chatml?" in text
+    assert "nor a file" in messages(
+        recipe(stages(write("a.jsonl", ROWS))), "stages.sft.model.chat_template=no/such.jinja"
+    )
+
+
 def test_two_ways_to_say_the_batch_size_are_refused(recipe, write):
     text = messages(recipe(stages(write("a.jsonl", ROWS), global_batch_size=8, gradient_accumulation_steps=4)))
     assert "args.gradient_accumulation_steps = 4" in text and "give one of the two" in text

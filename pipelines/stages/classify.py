@@ -141,9 +141,7 @@ def run(stage) -> dict:
     validation_set = None
     if validation:
         validation_set, _ = _encode(stage, "validation", validation, names, task, tokenizer, context, too_long)
-        validation_set.sort(
-            key=lambda feature: len(feature["input_ids"])
-        )  # little padding; the order means nothing here
+        validation_set.sort(key=lambda feature: len(feature["input_ids"]))  # little padding; the order means nothing
 
     measure = Measure(task.problem_type, len(names), metrics)
     trainer = ClassifyTrainer(
@@ -187,9 +185,8 @@ def label_names(train: list[dict], validation: list[dict], task) -> list[str]:
         if absent:
             logger.warning("no training row has the label %s: it cannot be learned", ", ".join(absent))
         return task.labels
-    order = sorted(
-        seen, key=lambda label: (isinstance(label, str), label)
-    )  # ids before names: both may stand in a file
+    # ids before names: both may stand in a file
+    order = sorted(seen, key=lambda label: (isinstance(label, str), label))
     if len(order) < (1 if several else 2):
         raise DataError(f"data.train: all rows have the same label {order}: there is nothing to learn")
     ids = {label: i for i, label in enumerate(order)}
