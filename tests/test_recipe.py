@@ -121,7 +121,7 @@ def test_settings_that_would_be_ignored_are_refused(recipe, write):
 
 def test_a_chat_template_that_is_not_there_is_said_before_training(recipe, write):
     text = messages(recipe(stages(write("a.jsonl", ROWS))), "stages.sft.model.chat_template=chatlm")
-    assert "model.chat_template = chatlm" in text and "did you mean chatml?" in text
+    assert "model.chat_template = 'chatlm'" in text and "did you mean chatml?" in text
     assert "nor a file" in messages(
         recipe(stages(write("a.jsonl", ROWS))), "stages.sft.model.chat_template=no/such.jinja"
     )
