@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -30,7 +31,9 @@ A run that was stopped or killed goes on from its last checkpoint when the same 
 settings or data changed is refused until --redo STAGE; its old folder is kept. Exit codes: 0 done, 2 the recipe, data
 or command is wrong, 130 stopped by the user.
 """
-VERBS = ("check", "status", "keys")
+# Verbs with a module of their own, which has `main(argv) -> exit code`; imported only when asked for.
+TOOLS: dict[str, str] = {}
+VERBS = ("check", "status", "keys", *TOOLS)
 
 
 def parser(verb: str) -> argparse.ArgumentParser:
@@ -60,8 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         print(ABOUT + "\n" + MORE, end="")
         return 2
-    args = parser(verb).parse_intermixed_args(argv[verb != "run" :])
     try:
+        if verb in TOOLS:
+            return importlib.import_module(TOOLS[verb]).main(argv[1:])
+        args = parser(verb).parse_intermixed_args(argv[verb != "run" :])
         return {"run": _run, "check": _check, "status": _status, "keys": _keys}[verb](args)
     except ValueError as error:
         if type(error).__module__.split(".")[0] != "pipelines":
@@ -125,7 +130,6 @@ def _status(args) -> int:
 
 
 def _keys(args) -> int:
-    import importlib
     import textwrap
 
     from pipelines import schema
