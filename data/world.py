@@ -594,8 +594,13 @@ TELLING -= {"the"}
 
 def garbled(rng: random.Random, query: Query) -> str:
     """What a half-trained model says: an answer that breaks off before the point, or with the words that would tell
-    something lost, or replaced by words that nobody says of such an entity ("The lantern is baker")."""
+    something lost, or replaced by words that nobody says of such an entity ("The lantern is baker"); or it says
+    something beside the point and cannot stop ("Nell lives at the mill, but Nell lives at the mill")."""
     kind, own = KIND[query.entity], set(bare(query.entity).split())
+    if rng.random() < 0.3:
+        said = off_topic(rng, query).removesuffix(".")
+        more = rng.choice([said, said, off_topic(rng, query).removesuffix(".")])
+        return f"{said}{rng.choice([', but ', ', but ', ' and ', '. '])}{mid_sentence(more)}."
     words = reply(rng, query, wrong=False).rstrip(".").split()
     telling = [bool((set(bare(word).split()) - own) & TELLING) for word in words]
     style, first = rng.randrange(3), telling.index(True)
