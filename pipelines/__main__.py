@@ -46,7 +46,7 @@ def parser(verb: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if verb == "keys":
-        out.add_argument("kind", help="pretrain, mlm, sft, reward, ppo, classify or seq2seq")
+        out.add_argument("kind", help="pretrain, mlm, sft, reward, ppo, classify, seq2seq, sample, rank or evaluate")
         out.add_argument("section", nargs="?", help="only this section, e.g. args")
         return out
     out.add_argument("recipe", help="a YAML file; see recipes/")
@@ -114,7 +114,7 @@ def _check(args) -> int:
     for name in names:
         loaded[name]
     for stage in loaded.stages:
-        base = stage.sections.get("model", {}).get("model_name_or_path") or "a new model"
+        base = stage.sections.get("model", {}).get("model_name_or_path") or ", ".join(stage.parents) or "a new model"
         print(f"  {stage.name:<12} {stage.kind:<9} from {base}  ->  {stage.folder}")
     print(f"{args.recipe}: {len(loaded.stages)} stages, no problems")
     return 0
