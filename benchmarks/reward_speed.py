@@ -38,7 +38,7 @@ def main() -> None:
     from trl import RewardConfig, RewardTrainer
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
-    from pipelines import chat, corpus
+    from pipelines import chat, corpus, kernels, packing
     from pipelines.stages.reward import RankingCollator, decided, ranking_loss
 
     with gzip.open(args.rankings, "rt", encoding="utf-8") as file:
@@ -58,6 +58,8 @@ def main() -> None:
     torch.manual_seed(0)
     models = [GPT2ForSequenceClassification(config) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
+    kernels.fast_gelu(models[0])  # as the stage does
+    packing.enable_packed_scores(models[0])
     optimizers = [torch.optim.AdamW(model.parameters(), 1e-4, fused=True) for model in models]
     trl = RewardTrainer(
         model=models[1],
@@ -67,12 +69,15 @@ def main() -> None:
         train_dataset=Dataset.from_list([{"chosen_ids": [1], "rejected_ids": [2]}]),
         processing_class=tokenizer,
     )
-    collate, collate_pairs = RankingCollator(tokenizer.pad_token_id), DataCollatorForPreference(tokenizer.pad_token_id)
+    collate, collate_pairs = (
+        RankingCollator(tokenizer.pad_token_id, packed=True),
+        DataCollatorForPreference(tokenizer.pad_token_id),
+    )
 
     def ours(batch: list[dict]):
         inputs = collate(batch)
-        outputs = models[0](input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        scores = outputs.logits.squeeze(-1)
+        packed = {k: v for k, v in inputs.items() if k not in ("better", "worse", "weight", "margin", "tags")}
+        scores = models[0](**packed, use_cache=False).logits[:, 0]
         return ranking_loss(scores[inputs["better"]], scores[inputs["worse"]], inputs["weight"])
 
     def theirs(batch: list[dict]):

@@ -464,9 +464,16 @@ def _fuse(model) -> None:
 def fast_model(model) -> None:
     """What makes a causal language model train faster at the same function, in place; before wrapping it.
 
-    - `fuse_loss`;
-    - GPT-2's tanh-GELU, eight Python operations over the widest activation, becomes PyTorch's single one
-      (equal to 1e-6).
+    `fuse_loss` and `fast_gelu`.
+    """
+    fast_gelu(model)
+    fuse_loss(model.get_base_model() if hasattr(model, "get_base_model") else model)
+
+
+def fast_gelu(model) -> None:
+    """GPT-2's tanh-GELU, eight Python operations over the widest activation, becomes PyTorch's single one, in place.
+
+    Equal to 1e-6.
     """
     from transformers.activations import FastGELUActivation, NewGELUActivation
 
@@ -474,7 +481,6 @@ def fast_model(model) -> None:
         for name, child in module.named_children():
             if type(child) in (NewGELUActivation, FastGELUActivation):
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
-    fuse_loss(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
 
 def bf16_pays(device: str | torch.device = "cpu") -> bool:

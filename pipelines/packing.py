@@ -13,7 +13,9 @@ no flash-attn, and works on any device.
 from __future__ import annotations
 
 import bisect
+import functools
 import logging
+import types
 from dataclasses import dataclass
 
 import torch
@@ -352,6 +354,34 @@ def enable_packed_attention(model) -> None:
     backbone = model.base_model
     if not any(hook is _before_forward for hook in backbone._forward_pre_hooks.values()):
         backbone.register_forward_pre_hook(_before_forward, with_kwargs=True)
+
+
+def enable_packed_scores(model) -> None:
+    """As `enable_packed_attention`, for a sequence classifier with a `score` head (before PEFT or DDP wrap it).
+
+    A packed batch then gives logits (sequences, labels), each read at the last token of its sequence; any other batch
+    what it gave before.
+
+    Raises:
+        ValueError: as `enable_packed_attention`, or the model reads its score elsewhere (encoders).
+    """
+    from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+    if not hasattr(model, "score"):
+        raise SetupError(f"{type(model).__name__} cannot be trained on packed sequences: it has no `score` head.")
+    enable_packed_attention(model)
+    model.unpacked_forward = model.forward  # an attribute, so that deepcopy binds it to the copy
+    wanted = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, **kwargs):
+        if kwargs.get("cu_seq_lens_q") is None:
+            return self.unpacked_forward(*args, **kwargs)
+        packed = {name: kwargs[name] for name in wanted}  # PEFT adds keywords that only the whole model knows
+        hidden = self.base_model(**packed, use_cache=False).last_hidden_state[0]
+        return SequenceClassifierOutputWithPast(logits=self.score(hidden[packed["cu_seq_lens_q"][1:].long() - 1]))
+
+    model.forward = types.MethodType(forward, model)
 
 
 def packed_loss(model, batch: dict, num_items: int | torch.Tensor | None = None) -> torch.Tensor:

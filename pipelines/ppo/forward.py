@@ -11,9 +11,8 @@ import logging
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import NewGELUActivation
 
-from pipelines.kernels import linear_logprobs
+from pipelines.kernels import fast_gelu, linear_logprobs
 from pipelines.packing import enable_packed_attention, pack
 
 logger = logging.getLogger(__name__)
@@ -32,10 +31,7 @@ def make_ready(model: nn.Module) -> bool:
     Neither changes what the model computes (GELU to rounding) nor what is saved of it.
     """
     disable_dropout(model)
-    for module in model.modules():
-        for name, child in module.named_children():
-            if type(child) is NewGELUActivation:  # five passes over memory where one kernel does
-                setattr(module, name, nn.GELU(approximate="tanh"))
+    fast_gelu(model)
     try:
         enable_packed_attention(model)
     except ValueError as reason:

@@ -64,7 +64,7 @@ def run(stage) -> dict:
     from transformers import set_seed
     from trl import RewardTrainer
 
-    from pipelines import chat, data, models, tag_heads, training
+    from pipelines import chat, data, kernels, models, tag_heads, training
 
     class Trainer_(training.ChainTrainer, RewardTrainer):
         """TRL's trainer in the chain's order, on rankings."""
@@ -86,8 +86,8 @@ def run(stage) -> dict:
                 loss = loss + tag_heads.loss(outputs.logits[:, 1:], tags)
             mode = "train" if self.model.training else "eval"
             if mode == "train":
-                tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
-                self._total_train_tokens += tokens
+                tokens = (inputs["attention_mask"] if "attention_mask" in inputs else inputs["position_ids"] >= 0).sum()
+                self._total_train_tokens += self.accelerator.gather(tokens).sum().item()
             margin = (scores[better] - scores[worse]).detach()
             batch = {
                 "accuracy": (weight * (margin > 0)).sum(),
@@ -113,6 +113,8 @@ def run(stage) -> dict:
         head = model.score if hasattr(model, "score") else model.classifier
         head.weight.normal_(std=1 / math.sqrt(head.weight.shape[-1] + 1))
     added = chat.install_template(model, tokenizer, section.chat_template)
+    kernels.fast_gelu(model)
+    collate = RankingCollator(tokenizer.pad_token_id, packed=_packs(model))
     context = models.context_length(model, stage.sections.get("args", {}).get("max_length"))
 
     train, validation = data.load(stage.data, ROWS, stage.seed)
@@ -136,13 +138,13 @@ def run(stage) -> dict:
         train_dataset=train_set,
         eval_dataset=validation_set,
         processing_class=tokenizer,
-        data_collator=training.RowCollator(RankingCollator(tokenizer.pad_token_id)),
+        data_collator=training.RowCollator(collate),
     )
     trainer.where = where
     training.fit(stage, trainer)
     metrics = {}
     if validation_set is not None:
-        logits = answer_logits(trainer, validation_set, tokenizer.pad_token_id)
+        logits = answer_logits(trainer, validation_set, collate)
         metrics |= preference_metrics(*pair_scores(validation_set, logits)) | tag_heads.metrics(
             validation_set["tags"], logits, tags
         )
@@ -150,6 +152,18 @@ def run(stage) -> dict:
     if tags and args.should_save:
         tag_heads.split(stage.folder, tags)
     return {**metrics, **training.final_metrics(trainer, evaluate=False)}
+
+
+def _packs(model) -> bool:
+    """Make the model read batches without padding where its architecture can; returns whether it can."""
+    from pipelines import SetupError, packing
+
+    try:
+        packing.enable_packed_scores(model)
+    except SetupError as reason:
+        logger.info("%s Its batches are padded.", str(reason).partition(" Set `packing")[0])
+        return False
+    return True
 
 
 def _encode(stage, side: str, rows: list[dict], tags: list[str], tokenizer, context: int, too_long: str):
@@ -198,22 +212,21 @@ def decided(ranks: list[float]) -> list[tuple[int, int]]:
 
 
 class RankingCollator:
-    """Rankings {"ids": K lists of ids, "ranks": K numbers} -> one padded batch of all their answers.
+    """Rankings {"ids": K lists of ids, "ranks": K numbers} -> one batch of all their answers.
 
-    Gives `input_ids` and `attention_mask` (answers, longest), and for the P decided pairs of the batch `better` and
+    Gives `input_ids` and `attention_mask` (answers, longest), or with `packed` one row without padding (see
+    `pipelines.packing.pack`), and for the P decided pairs of the batch `better` and
     `worse` (P,), which are rows of it, `weight` (P,): every ranking weighs the same, and they sum to 1, and `margin`
     (P,), by how much the better one must be better. `tags` (answers, T) are the rows' own; T may be 0.
     """
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, packed: bool = False):
+        self.pad_token_id, self.packed = pad_token_id, packed
 
     def __call__(self, features: list[dict]) -> dict:
         """One batch; the answers stand in the order of the rankings."""
         import torch
-        from trl.trainer.utils import pad
 
-        answers = [torch.tensor(ids) for f in features for ids in f["ids"]]
         better, worse, weight, margin, start = [], [], [], [], 0
         for f in features:
             pairs = decided(f["ranks"])
@@ -223,14 +236,27 @@ class RankingCollator:
             worth = f.get("margin") or [0.0] * len(f["ids"])
             margin += [worth[i] - worth[j] for i, j in pairs]
             start += len(f["ids"])
-        return {
-            "input_ids": pad(answers, padding_value=self.pad_token_id),
-            "attention_mask": pad([torch.ones_like(ids) for ids in answers], padding_value=0),
+        return self.inputs([ids for f in features for ids in f["ids"]]) | {
             "better": torch.tensor(better),
             "worse": torch.tensor(worse),
             "weight": torch.tensor(weight),
             "margin": torch.tensor(margin),
             "tags": torch.tensor([answer for f in features for answer in f.get("tags") or [[]] * len(f["ids"])]),
+        }
+
+    def inputs(self, answers: list[list[int]]) -> dict:
+        """What the model is given of the answers' ids."""
+        import torch
+        from trl.trainer.utils import pad
+
+        from pipelines.packing import pack
+
+        if self.packed:
+            return {name: value for name, value in pack(answers).items() if name != "labels"}
+        ids = [torch.tensor(answer) for answer in answers]
+        return {
+            "input_ids": pad(ids, padding_value=self.pad_token_id),
+            "attention_mask": pad([torch.ones_like(i) for i in ids], padding_value=0),
         }
 
 
@@ -246,7 +272,7 @@ def ranking_loss(better, worse, weight, center: float | None = None, margin=0.0)
     return loss + center * (weight * (better + worse) ** 2).sum() if center is not None else loss
 
 
-def answer_logits(trainer, dataset, pad_token_id: int) -> list:
+def answer_logits(trainer, dataset, collate: RankingCollator) -> list:
     """What the model says of the answers of every ranking: float32 arrays (K, 1 + T), the same on every process.
 
     Each process reads its share; rankings go through in order of length, so that there is little padding.
@@ -256,7 +282,6 @@ def answer_logits(trainer, dataset, pad_token_id: int) -> list:
     from accelerate.utils import gather_object
 
     args, model = trainer.args, trainer.model
-    collate = RankingCollator(pad_token_id)
     order = np.argsort([max(map(len, r["ids"])) for r in dataset], kind="stable")
     mine = order[args.process_index :: args.world_size]
     was_training, found = model.training, []
@@ -264,7 +289,7 @@ def answer_logits(trainer, dataset, pad_token_id: int) -> list:
     for start in range(0, len(mine), args.per_device_eval_batch_size):
         chunk = [int(i) for i in mine[start : start + args.per_device_eval_batch_size]]
         rows = [dataset[i] for i in chunk]
-        batch = {k: v.to(args.device) for k, v in collate(rows).items() if k in ("input_ids", "attention_mask")}
+        batch = trainer._prepare_input(collate.inputs([ids for row in rows for ids in row["ids"]]))
         with torch.no_grad(), trainer.compute_loss_context_manager():
             logits = model(**batch, use_cache=False).logits.float().cpu().numpy()
         found += zip(chunk, np.split(logits, np.cumsum([len(row["ids"]) for row in rows])[:-1]), strict=True)
