@@ -31,7 +31,8 @@ def script_labeller(prompt: str, completions: list[str]) -> tuple[list[int], lis
     if prompt not in questions():
         raise ValueError(f"the labeller is asked about training prompts only, not about {prompt!r}")
     tags = [flaws(questions()[prompt], answer) for answer in completions]
-    return world.rank([world.severity(t) for t in tags]), [list(t) for t in tags]
+    worth = [world.severity(t) + (0.5 if stutters(a) else 0.0) for t, a in zip(tags, completions)]
+    return world.rank(worth), [list(t) for t in tags]
 
 
 @cache
@@ -46,6 +47,13 @@ def flaws(query: world.Query, answer: str) -> tuple[str, ...]:
     rude = ("inappropriate",) if RUDE.search(text) else ()
     verdict = {"choice": choice, "yesno": yes_or_no, "review": review}.get(query.form, statement)(query, text)
     return (*rude, verdict) if verdict else rude
+
+
+def stutters(answer: str) -> bool:
+    """Whether the answer says the same thing twice, which nobody likes, though there is no tag for it."""
+    clauses = [" ".join(re.findall("[a-z]+", c)) for c in re.split(r"[.,;:!?]|\b(?:but|and)\b", answer.lower())]
+    clauses = [clause for clause in clauses if clause]
+    return len(set(clauses)) < len(clauses)
 
 
 def named(text: str, entity: str) -> bool:
