@@ -2,7 +2,10 @@
 
 import json
 import math
-import sqlite3
+import signal
+import subprocess
+import sys
+import urllib.request
 
 import numpy as np
 import pytest
@@ -138,7 +141,7 @@ def test_mistakes_are_said(write, tmp_path, capsys, monkeypatch):
     taken.listen()
     assert __main__.main(["rank", path, "--no-browser", "--port", str(taken.getsockname()[1])]) == 2
     assert "--port" in capsys.readouterr().err
-    monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert __main__.main(["rank", path]) == 2
     assert "pip install -e '.[feedback]'" in capsys.readouterr().err
 
@@ -392,10 +395,37 @@ def test_nothing_judged_is_no_error():
     assert found["rankings"] == 0 and found["agreement"] == {"pairs": [], "alpha": None} and found["tags"] == {}
 
 
-def test_the_verb_needs_no_torch():
-    import subprocess
-    import sys
+def test_a_killed_server_has_everything_and_comes_back_at_the_same_address(write):
+    pytest.importorskip("uvicorn", reason="the ranking page needs the extra `feedback`")
+    free = rank._listen(0)
+    port = free.getsockname()[1]
+    free.close()
+    command = [sys.executable, "-m", "pipelines", "rank", write("x.jsonl", ROWS), "--no-browser", "--port", str(port)]
 
+    def start():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        return process, next(line.strip() for line in process.stdout if "http://" in line)
+
+    def call(path, body=None):
+        data = body and json.dumps(body).encode()
+        request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"} if body else {})
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return json.load(reply)
+
+    server, url = start()
+    item = call("api/item?labeller=Ann&tab=tab-tab-1")["item"]
+    judgement = {"id": "judgement-1", "item": item, "labeller": "Ann", "ranks": [2, 1, 1], "tags": [[], [], []]}
+    assert call("api/judgement", judgement)["saved"] == "judgement-1"
+    server.kill()  # at once after the reply
+    server.wait()
+    server, again = start()
+    assert again == url
+    assert call("api/judgement", judgement)["progress"]["judged"] == 1  # the page cannot know, and sends it again
+    assert call(f"api/item?labeller=Ann&tab=tab-tab-1&item={item}")["judgement"]["ranks"] == [2, 1, 1]
+    server.send_signal(signal.SIGINT)
+    assert "1 rankings so far" in server.communicate(timeout=30)[0] and server.returncode == 0
+
+
+def test_the_verb_needs_no_torch():
     code = "import sys, pipelines.feedback.rank as r, pipelines.feedback.results; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    assert sqlite3.sqlite_version_info >= (3, 15)

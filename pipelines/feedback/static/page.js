@@ -9,7 +9,7 @@ let session; // store, tags, labellers
 let labeller = sessionStorage.getItem("labeller");
 let tab = sessionStorage.getItem("tab");
 let shown = null; // the server's answer: item, prompt, answers, judgement, back, forward, progress
-let draft = null; // id, item, replaces, sent, ranks, tags, note, ideal, seconds
+let draft = null; // id, tab, item, replaces, sent, ranks, tags, note, ideal, seconds
 let before = []; // ranks and tags before each change, for undo
 let cards = []; // one element for each answer
 let current = 0; // the answer that keys act on
@@ -103,8 +103,10 @@ async function load(item, notice = "") {
 function open(data, kept) {
   const saved = data.judgement;
   const count = data.answers.length;
+  if (kept && kept.tab !== tab) kept = { ...kept, tab, id: newId(), sent: [] }; // another tab's work, gone or still open
   draft = {
     id: newId(),
+    tab,
     item: data.item,
     sent: [],
     ranks: saved?.ranks?.slice() ?? Array(count).fill(null),
@@ -159,7 +161,7 @@ function show(name) {
   $("who").textContent = labeller ?? "";
   $("back").disabled = !shown?.back;
   $("forward").hidden = !shown?.judgement;
-  $("save-text").textContent = shown?.judgement ? "Save correction" : "Save and next";
+  $("save-more").textContent = shown?.judgement ? " correction" : " and next";
 }
 
 async function save(skipped) {
@@ -329,7 +331,7 @@ function arrange(animate = true) {
     make("li", { className: members.length > 1 ? "place tied" : "place" },
       make("div", { className: "number" }, make("b", {}, String(number)), members.length > 1 ? make("span", {}, "tie") : ""),
       make("div", { className: "stack" }, ...members.map((i) => cards[i])))));
-  if (!all.length) $("places").append(make("li", { className: "empty" }, "Drop the best answer here, or press its number"));
+  if (!all.length) $("places").append(make("li", { className: "empty" }, "Drag the best answer here, or give each answer a number"));
   const open = draft.ranks.flatMap((rank, i) => (rank === null ? [i] : []));
   $("pool").replaceChildren(...open.map((i) => cards[i]));
   $("pool-area").hidden = !open.length;

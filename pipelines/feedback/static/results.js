@@ -9,11 +9,11 @@ function make(tag, properties = {}, ...children) {
 }
 
 const percent = (value) => (value == null ? "–" : `${Math.round(value * 100)} %`);
-const fixed = (value, digits = 2) => (value == null ? "–" : value.toFixed(digits));
+const fixed = (value) => (value == null ? "–" : value.toFixed(2));
 
 function ranged(value, interval, write) {
   const text = make("span", {}, write(value));
-  if (interval) text.append(" ", make("span", { className: "range" }, `[${interval.map(write).join(", ")}]`));
+  if (interval) text.append(" ", make("span", { className: "range" }, `[${interval.map((end) => write(end)).join(", ")}]`));
   return text;
 }
 
@@ -46,9 +46,8 @@ function chart(value, [from, to], low, high) {
   return make("td", { className: "chart" }, picture);
 }
 
-function models(found, tags) {
-  if (!found.length) return [];
-  if (found[0].elo == null) return [];
+function models(found) {
+  if (found[0]?.elo == null) return []; // nobody compared two models
   const ends = found.flatMap((m) => [...m.elo_interval, m.elo, 1000]);
   const [low, high] = [Math.min(...ends) - 5, Math.max(...ends) + 5];
   const whole = (value) => String(Math.round(value));
@@ -88,7 +87,7 @@ async function start() {
       figure(String(found.rankings), "rankings"),
       figure(String(found.ideals), "ideal answers"),
       figure(fixed(alpha), "Krippendorff’s α (ordinal)")),
-    ...models(found.models, tags),
+    ...models(found.models),
     panel("Tags", `Share of the ${found.answers} ranked answers with each tag.`,
       table(["", ...tags.map((tag) => tag.replaceAll("_", " "))], [...tagRows, ["all", ...tags.map((tag) => percent(found.tags[tag]))]])),
     panel("Labellers", "Ties: share of pairs left equal.",
