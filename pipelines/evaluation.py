@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import io
 import logging
 import math
 import re
@@ -183,7 +184,7 @@ def task_values(model, tokenizer, settings) -> dict[str, list[float]]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # Reading the index of all its tasks takes seconds; a path needs none of it.
     known = TaskManager(include_defaults=any(not task.endswith(".yaml") for task in settings.tasks))
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         results = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size), tasks=settings.tasks,
             num_fewshot=settings.shots, limit=settings.limit, bootstrap_iters=0, task_manager=known,
