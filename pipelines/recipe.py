@@ -183,6 +183,7 @@ def _override(tree: dict, lines: dict, override: str, problems: list[Problem]) -
                 problems.append(Problem(path, f"no {key!r} in this recipe{schema.meant(key, known)}"))
                 return
             here[key] = {}
+        here[key] = dict(here[key])  # a mapping that other stages share by a YAML alias stays theirs
         here = here[key]
     try:
         here[keys[-1]] = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader

@@ -223,7 +223,7 @@ def test_tags_are_learned_beside_a_plain_score(recipe, write, tiny_gpt2):
         "kind": "reward",
         "model": {"model_name_or_path": str(tiny_gpt2)},
         "data": {"train": write("ranked.jsonl", rows), "validation": 0.2},
-        "args": {**ARGS, "num_train_epochs": 6, "tags": ["loud"], "rank_margin": 0.5},
+        "args": {**ARGS, "num_train_epochs": 15, "tags": ["loud"], "rank_margin": 0.5},
     }
     loaded = recipes.load(recipe({"reward": stage}))
     chain.run(loaded)
