@@ -71,7 +71,7 @@ def figures(values: Values) -> dict[str, tuple[float, float, float]]:
             pair, (a, b) = f"{later} over {earlier}", (values[later], values[earlier])
             for measure in a:
                 if measure == f"rank/{earlier}":
-                    found[f"{pair}/people_win_rate"] = interval(a[measure])
+                    found[f"{pair}/ranked_win_rate"] = interval(a[measure])
                 elif (
                     measure in b and measure not in ("nats", "bits_per_byte") and 1 < len(a[measure]) == len(b[measure])
                 ):
@@ -79,6 +79,11 @@ def figures(values: Values) -> dict[str, tuple[float, float, float]]:
                         found[f"{pair}/win_rate"] = interval(wins(a[measure], b[measure]))
                     found[f"{pair}/{measure}"] = interval([x - y for x, y in zip(a[measure], b[measure], strict=True)])
     return found
+
+
+def named(found: dict[str, tuple[float, float, float]]) -> dict[str, dict[str, float]]:
+    """The figures for programs: value, low and high of each by name."""
+    return {name: dict(zip(("value", "low", "high"), three, strict=True)) for name, three in found.items()}
 
 
 def table(found: dict[str, tuple[float, float, float]]) -> str:
@@ -321,7 +326,7 @@ def main(argv: list[str]) -> int:
     if state.is_main_process:
         print(table(found))
         if args.json:
-            artifact.write_json(args.json, {k: dict(zip(("value", "low", "high"), v)) for k, v in found.items()})
+            artifact.write_json(args.json, named(found))
     return 0
 
 

@@ -47,10 +47,10 @@ def test_the_loop_is_the_same_on_one_and_two_processes(tmp_path, write, tiny_gpt
         [(runs[n] / f).read_text() for f in ("samples/samples.jsonl", "rankings/rankings.jsonl")] for n in (1, 2)
     )
     assert one == two and len(one[0].splitlines()) == len(PROMPTS)
-    one, two = (
-        {k: v for s in ("reward", "scores") for k, v in json.loads((runs[n] / s / "stage.json").read_text())["metrics"].items() if isinstance(v, float) and "per_second" not in k}
-        for n in (1, 2)
-    )  # fmt: skip
-    assert {"accuracy", "tag_long_auc", "sft/perplexity", "sft/score"} <= one.keys()
-    assert one == pytest.approx(two, abs=1e-4)
+    one, two = ({stage: json.loads((runs[n] / stage / "stage.json").read_text())["metrics"] for stage in ("reward", "scores")} for n in (1, 2))  # fmt: skip
+    for name in ("accuracy", "margin", "tag_long_auc"):
+        assert one["reward"][name] == pytest.approx(two["reward"][name], abs=1e-4)
+    assert one["scores"]["figures"].keys() == two["scores"]["figures"].keys() >= {"sft/perplexity", "sft/score"}
+    for name, figure in one["scores"]["figures"].items():
+        assert figure == pytest.approx(two["scores"]["figures"][name], rel=1e-4, abs=1e-4)
     assert (runs[2] / "reward" / "tags.safetensors").exists()

@@ -10,8 +10,8 @@
         prompts: heldout_prompts.jsonl                # every model answers them,
         judge: stage:reward                           # and this judges: a reward model, or module:function
 
-The figures stand in `stage.json` with 95 % bootstrap intervals, the values of single items in `values.json`; a table is
-printed. The work is done by `pipelines/evaluation.py`, which is also the verb `python -m pipelines evaluate`.
+The figures stand in `stage.json` (metrics, figures: value, low and high of each), the values of single items in
+`values.json`; a table is printed. The work is done by `pipelines/evaluation.py`, which is also the verb `python -m pipelines evaluate`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,4 @@ def run(stage) -> dict:
     if PartialState().is_main_process:
         artifact.write_json(stage.folder / "values.json", values)
         print(evaluation.table(found), flush=True)
-    return {
-        **{name: value for name, (value, _, _) in found.items()},
-        "intervals": {name: [low, high] for name, (_, low, high) in found.items()},
-    }
+    return {"figures": evaluation.named(found)}
