@@ -17,6 +17,7 @@ One recipe file takes a language model from raw text to an RLHF-tuned policy.
   python -m pipelines status RECIPE                                    what is finished, due or changed
   python -m pipelines keys KIND [SECTION]                              every key a stage accepts, with its meaning
   python -m pipelines rank FILE_OR_STAGE ...                           a page where people rank sampled answers
+  python -m pipelines evaluate MODEL ... [--tasks T] [--prompts P]     perplexity, tasks, win rates of any models
 """
 MORE = """\
 examples
@@ -35,6 +36,7 @@ or command is wrong, 130 stopped by the user.
 # Verbs with a module of their own, which has `main(argv) -> exit code`; imported only when asked for.
 TOOLS: dict[str, str] = {
     "rank": "pipelines.feedback.rank",
+    "evaluate": "pipelines.evaluation",
 }
 VERBS = ("check", "status", "keys", *TOOLS)
 
@@ -49,7 +51,7 @@ def parser(verb: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if verb == "keys":
-        out.add_argument("kind", help="pretrain, mlm, sft, reward, ppo, classify or seq2seq")
+        out.add_argument("kind", help="pretrain, mlm, sft, reward, ppo, classify, seq2seq, sample, rank or evaluate")
         out.add_argument("section", nargs="?", help="only this section, e.g. args")
         return out
     out.add_argument("recipe", help="a YAML file; see recipes/")
@@ -117,7 +119,7 @@ def _check(args) -> int:
     for name in names:
         loaded[name]
     for stage in loaded.stages:
-        base = stage.sections.get("model", {}).get("model_name_or_path") or "a new model"
+        base = stage.sections.get("model", {}).get("model_name_or_path") or ", ".join(stage.parents) or "a new model"
         print(f"  {stage.name:<12} {stage.kind:<9} from {base}  ->  {stage.folder}")
     print(f"{args.recipe}: {len(loaded.stages)} stages, no problems")
     return 0

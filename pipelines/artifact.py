@@ -11,7 +11,8 @@ import subprocess
 from pathlib import Path
 
 from pipelines import data
-from pipelines.stage import Stage
+from pipelines.stage import Stage, resolve
+from pipelines.stages import NO_MODEL
 
 STARTED, FINISHED = "started.json", "stage.json"
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers", "bitsandbytes", "deepspeed"]
@@ -25,11 +26,19 @@ HARMLESS = (
 
 def write_json(path: Path, value) -> None:
     """Replace `path` in one step: after a crash it holds the old text or the new one, never half of it."""
+    _replace(path, [json.dumps(value, indent=2, ensure_ascii=False, default=str)])
+
+
+def write_rows(path: Path, rows) -> None:
+    """As `write_json`, one JSON object a line."""
+    _replace(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+def _replace(path: Path, lines) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with open(part, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False, default=str)
-        stream.write("\n")
+        stream.writelines(line + "\n" for line in lines)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(part, path)
@@ -51,11 +60,24 @@ def record(stage: Stage, parents: dict[str, str]) -> dict:
         "kind": stage.kind,
         "seed": stage.seed,
         "sections": sections,
-        "data": data.fingerprint(stage.sections.get("data", {})),
+        "data": _inputs(stage),
         "base": _base(stage.sections.get("model", {}).get("model_name_or_path")),
         "parents": parents,
     }
     return json.loads(json.dumps(value, default=str))
+
+
+def _inputs(stage: Stage) -> dict[str, dict]:
+    """Fingerprints of the stage's `data:` and of the files named by its module's `FILES`, (section, key) pairs.
+
+    A file of an earlier stage is called `stage:NAME/FILE`, so that a run folder may move.
+    """
+    found = data.fingerprint(stage.data)
+    for section, key in getattr(stage.module, "FILES", ()):
+        path = resolve(stage.sections.get(section, {}).get(key), stage.folder.parent)
+        found |= data.fingerprint({"train": path}) if path else {}
+    root = f"{stage.folder.parent}/"
+    return {f"stage:{path.removeprefix(root)}" if path.startswith(root) else path: of for path, of in found.items()}
 
 
 def _base(path: str | None) -> dict | None:
@@ -106,7 +128,7 @@ def _short(value) -> str:
 
 
 def finish(stage: Stage, made_from: dict, metrics: dict, started: str, seconds: float, world: int) -> None:
-    """Write the log (`history.jsonl`), the model card and, last of all, `stage.json`."""
+    """Write the log (`history.jsonl`), the card of a model and, last of all, `stage.json`."""
     with open(stage.folder / "history.jsonl", "w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(entry) + "\n" for entry in metrics.get("history", []))
     final = {
@@ -125,7 +147,8 @@ def finish(stage: Stage, made_from: dict, metrics: dict, started: str, seconds: 
         "git_commit": git_commit(),
         "versions": versions(),
     }
-    (stage.folder / "README.md").write_text(card(stage, final), encoding="utf-8")
+    if stage.kind not in NO_MODEL:
+        (stage.folder / "README.md").write_text(card(stage, final), encoding="utf-8")
     write_json(stage.folder / FINISHED, final)
 
 

@@ -1,12 +1,15 @@
 """One `data:` section for all stages: sources to checked rows, with errors that name file and row.
 
-A source is a local file (.jsonl .json .csv .parquet .txt, each also .gz; globs work), a folder or a hub id. Rows come
-out normalised, one shape per use (the stage's `ROWS`):
+A source is a local file (.jsonl .json .csv .parquet .txt, each also .gz; globs work), a folder, a hub id, or a file
+that an earlier stage writes (`stage:NAME/samples.jsonl`). Rows come out normalised, one shape per use (the stage's
+`ROWS`):
 
     text       text                                             pretrain, mlm
     sft        prompt + completion, or messages                 (instruction/input/output, ShareGPT are converted)
     rankings   prompt, completions, ranks (1 is best)           reward (prompt, chosen, rejected are a ranking of two)
-    prompts    prompt, and any further columns                  ppo
+               (+ margin, tags, models: one for each answer)
+    prompts    prompt, and any further columns                  ppo, sample
+    samples    prompt, completions (+ models, ended)            rank
     labelled   text (+ text_pair), label                        classify
     seq2seq    source, target                                   seq2seq
 
@@ -34,6 +37,7 @@ NEEDS = {
     "sft": ["prompt", "completion"],
     "rankings": ["prompt", "chosen", "rejected"],  # or completions and ranks
     "prompts": ["prompt"],
+    "samples": ["prompt", "completions"],
     "labelled": ["text", "label"],
     "seq2seq": ["source", "target"],
 }
@@ -82,7 +86,11 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
                 continue
             wrong = list(_wrong_keys(source, known, at))
             yield from wrong
-            if not wrong and is_local(source["path"]):
+            if not wrong and source["path"].startswith("stage:"):
+                # Its rows come to be when that stage runs; they are checked when they are read.
+                if not source["path"].removesuffix(".gz").endswith(SUFFIXES):
+                    yield at, "name the file that the stage writes: stage:NAME/samples.jsonl", source["path"]
+            elif not wrong and is_local(source["path"]):
                 if not files(source["path"]):
                     yield f"{at}", f"no such file (looked in {Path.cwd()})", source["path"]
                 elif read_rows:
@@ -314,6 +322,8 @@ def normalise(row: dict, kind: str, columns: dict | None = None, task: dict | No
     if kind == "labelled":
         out = {"text": _filled(row, "text"), "label": _label(row["label"], task or {})}
         return {**out, "text_pair": _filled(row, "text_pair")} if row.get("text_pair") is not None else out
+    if kind == "samples":
+        return {**row, "prompt": _prompt(row["prompt"]), "completions": _answers(row)}
     assert kind == "prompts", kind
     return {**row, "prompt": _prompt(row["prompt"])}
 
@@ -385,20 +395,50 @@ def _ranking(row: dict) -> dict:
         answers = [_answer(row, "chosen"), _answer(row, "rejected")]
         if answers[0] == answers[1]:
             raise DataError("chosen and rejected are the same answer: there is nothing to learn from the pair")
-        return {"prompt": _prompt(row["prompt"]), "completions": answers, "ranks": [1, 2]}
+        margin = row.get("margin")
+        beside = _beside({"margin": [margin, 0] if _is_number(margin) else margin}, [1, 2])
+        return {"prompt": _prompt(row["prompt"]), "completions": answers, "ranks": [1, 2], **beside}
     if missing := [c for c in ("prompt", "ranks") if row.get(c) is None]:
         raise DataError(_missing(missing, row, "rankings"))
-    completions, ranks = row["completions"], row["ranks"]
-    if not isinstance(completions, list) or len(completions) < 2:
-        raise DataError("completions must be a list of two or more answers")
-    if not isinstance(ranks, list) or len(ranks) != len(completions):
-        raise DataError(f"ranks must be a list of {len(completions)} numbers, one for each of the completions")
-    if not all(isinstance(r, (int, float)) and not isinstance(r, bool) and r == r for r in ranks):
+    answers, ranks = _answers(row), row["ranks"]
+    if not isinstance(ranks, list) or len(ranks) != len(answers):
+        raise DataError(f"ranks must be a list of {len(answers)} numbers, one for each of the completions")
+    if not all(map(_is_number, ranks)):
         raise DataError(f"ranks must be numbers, 1 being the best and equals sharing one; found {ranks}")
-    answers = [_answer({"completions": c}, "completions") for c in completions]
     if len({(a, r) for a, r in zip(answers, ranks)}) > len(set(answers)):
         raise DataError("the same answer has two different ranks")
-    return {"prompt": _prompt(row["prompt"]), "completions": answers, "ranks": ranks}
+    return {"prompt": _prompt(row["prompt"]), "completions": answers, "ranks": ranks, **_beside(row, ranks)}
+
+
+def _beside(row: dict, ranks: list) -> dict:
+    """What a ranking may hold for each answer beside its rank, where it does: `margin`, `tags`, `models`."""
+    found = {name: row[name] for name in ("margin", "tags", "models") if row.get(name) is not None}
+    for name, values in found.items():
+        if not isinstance(values, list) or len(values) != len(ranks):
+            raise DataError(f"{name} must be a list of {len(ranks)}, one for each answer; found {values!r}")
+    margin = found.get("margin", [0] * len(ranks))
+    if not all(map(_is_number, margin)):
+        raise DataError(f"margin must be numbers, a pair's margin being their difference; found {margin}")
+    if any(a < b and x < y for a, x in zip(ranks, margin) for b, y in zip(ranks, margin)):
+        raise DataError(f"margin {margin} puts a worse answer above a better one (ranks {ranks}: 1 is best)")
+    for name, kind in (("tags", list), ("models", str)):
+        if not all(isinstance(value, kind) for value in found.get(name, [])):
+            raise DataError(f"{name} must hold {'a list of tags' if kind is list else 'a name'} for each answer")
+    if not all(isinstance(tag, str) for answer in found.get("tags", []) for tag in answer):
+        raise DataError(f"tags must be texts; found {found['tags']}")
+    return found
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _answers(row: dict) -> list[str]:
+    """The answers of a row that holds several to one prompt."""
+    completions = row["completions"]
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise DataError("completions must be a list of two or more answers")
+    return [_answer({"completions": c}, "completions") for c in completions]
 
 
 def _implicit_prompt(row: dict) -> dict:

@@ -11,7 +11,7 @@ import yaml
 
 from pipelines import data, schema
 from pipelines.stage import Stage, references
-from pipelines.stages import KINDS
+from pipelines.stages import KINDS, NO_MODEL
 
 TOP_KEYS = {"output_dir", "seed", "stages"}
 
@@ -183,6 +183,7 @@ def _override(tree: dict, lines: dict, override: str, problems: list[Problem]) -
                 problems.append(Problem(path, f"no {key!r} in this recipe{schema.meant(key, known)}"))
                 return
             here[key] = {}
+        here[key] = dict(here[key])  # a mapping that other stages share by a YAML alias stays theirs
         here = here[key]
     try:
         here[keys[-1]] = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
@@ -249,17 +250,23 @@ def _check_stage(recipe, name, body, kinds, bad, read_data) -> Stage | None:
         if reference not in kinds:
             bad(at, f"`stage:{reference}` names no earlier stage{schema.meant(reference, kinds)}")
     parents = list(dict.fromkeys(references(sections)))
-    stage = Stage(name, kind, recipe.output_dir / name, sections, recipe.seed, parents, str(recipe.file))
+    earlier = {stage.name: stage for stage in recipe.stages}
+    stage = Stage(name, kind, recipe.output_dir / name, sections, recipe.seed, parents, str(recipe.file), earlier)
     if "model" in module.SECTIONS:
         _check_model(at, kind, sections.get("model", {}), bad)
+        base = str(sections.get("model", {}).get("model_name_or_path"))
+        if base.startswith("stage:") and (made := kinds.get(base.removeprefix("stage:"))) in NO_MODEL:
+            bad(f"{at}.model.model_name_or_path", f"that stage is of kind {made} and leaves no model", base)
     args = sections.get("args", {})
     if args.get("global_batch_size") and args.get("gradient_accumulation_steps"):
         message = "follows from global_batch_size and the number of processes: give one of the two"
         bad(f"{at}.args.gradient_accumulation_steps", message, args["gradient_accumulation_steps"])
     for path, message, value in module.problems(stage, kinds):
         bad(f"{at}.{path}", message, value)
-    for path, message, value in data.problems(sections.get("data", {}), module.ROWS, sections.get("task"), read_data):
-        bad(f"{at}.data{'.' if path and path[0] != '[' else ''}{path}", message, value)
+    if "data" in module.SECTIONS:
+        rows = data.problems(sections.get("data", {}), module.ROWS, sections.get("task"), read_data)
+        for path, message, value in rows:
+            bad(f"{at}.data{'.' if path and path[0] != '[' else ''}{path}", message, value)
     return stage
 
 

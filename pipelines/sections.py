@@ -164,7 +164,22 @@ class SFTArguments(Batching, SFTConfig):
 
 @dataclass
 class RewardArguments(Batching, RewardConfig):
-    """`args:` of reward: TRL's `RewardConfig`."""
+    """`args:` of reward: TRL's `RewardConfig` plus what a ranking holds beside its order."""
+
+    rank_margin: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rows without a `margin` get one from their ranks: an answer must be better by this much for every "
+            "rank between it and the worse one (Llama 2, section 3.2.2). null: no margin."
+        },
+    )
+    tags: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Learn these of the rows' `tags` too, each as one more output of the score head: the probability "
+            "that an answer is inappropriate, irrelevant, … Kept in tags.safetensors; PPO can take them as penalties."
+        },
+    )
 
 
 @dataclass
@@ -247,6 +262,13 @@ class RewardSection:
     weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per model, then per function (null: all 1)."}
     )
+    tag_penalties: dict[str, float] | None = field(
+        default=None,
+        metadata={
+            "help": "Taken from the score for each tag, times the probability that the answer has it: "
+            "`{inappropriate: 1.0}`. The reward models must have been trained with these in args.tags."
+        },
+    )
     critic: str | None = field(
         default=None, metadata={"help": "What the critic starts from (null: the first reward model, else the policy)."}
     )
@@ -254,3 +276,92 @@ class RewardSection:
         default=0.55,
         metadata={"help": "Refuse a reward stage whose held-out pair accuracy is below this (0: no check)."},
     )
+
+
+@dataclass
+class SampleSection:
+    """`sample:` which models answer, how often and how."""
+
+    models: list[str] | None = field(
+        default=None,
+        metadata={"help": "Language models: `stage:NAME`, folders or hub ids. Each has its own tokenizer."},
+    )
+    completions: int = field(
+        default=4,
+        metadata={
+            "help": "Answers to each prompt, from all models together: a multiple of their number. 4 to 9 are usual."
+        },
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits. Higher: more different answers."})
+    top_k: int = field(default=0, metadata={"help": "Sample among the k likeliest tokens, 0: all."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample among the likeliest tokens that hold this much probability, 1: all."}
+    )
+    response_length: int = field(default=128, metadata={"help": "Longest answer in tokens."})
+    batch_size: int = field(default=64, metadata={"help": "Answers written at once by each process: memory and speed."})
+
+
+@dataclass
+class RankSection:
+    """`rank:` who ranks the answers. A file of judgements wins over the labeller."""
+
+    judgements: str | None = field(
+        default=None,
+        metadata={
+            "help": "A person's judgements as the ranking page exports them: JSON lines with prompt, completions, ranks "
+            "(and tags). The stage stops and says how to make it while there is no such file."
+        },
+    )
+    labeller: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Python function `package.module:name` taking (prompt, completions) and giving (ranks, tags): a "
+            "rank for each answer, 1 the best and equals sharing one, and a list of tags for each."
+        },
+    )
+
+
+@dataclass
+class EvaluateSection:
+    """`evaluate:` which models are measured, and by what. Every measurement that is not asked for is left out."""
+
+    models: list[str] | None = field(
+        default=None,
+        metadata={"help": "Language models: `stage:NAME`, folders or hub ids. Win rates: later ones over earlier."},
+    )
+    text: str | None = field(
+        default=None, metadata={"help": "Perplexity: a file with the column `text` (any format that `data:` reads)."}
+    )
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Tasks of lm-eval: its own names, or paths of task files (.yaml), which need no network."},
+    )
+    shots: int | None = field(
+        default=None, metadata={"help": "Examples put before each question of a task (null: what the task says)."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Only so many questions of each task (null: all)."})
+    prompts: str | None = field(
+        default=None,
+        metadata={"help": "A file with the column `prompt`; every model answers it, and the judge judges."},
+    )
+    judge: str | None = field(
+        default=None,
+        metadata={
+            "help": "Who judges the answers: a Python function `package.module:name` taking (prompt, completion) and "
+            "giving a number, or named numbers of which `score` decides; or a reward model (`stage:NAME`, folder, hub id)."
+        },
+    )
+    samples: int = field(default=1, metadata={"help": "Answers of each model to each prompt; their mean counts."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits when answering."})
+    response_length: int = field(default=128, metadata={"help": "Longest answer in tokens."})
+    rankings: str | None = field(
+        default=None,
+        metadata={
+            "help": "Win rates by people: a file of rankings whose rows say which model wrote each answer (column "
+            "`models`), such as stage:NAME/rankings.jsonl or an export of the ranking page."
+        },
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Perplexity: window in tokens (null: what the model reads, at most 1024)."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Rows in memory at once: memory and speed."})

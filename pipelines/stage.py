@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pipelines.stages import WRITERS
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Stage:
     seed: int = 42
     parents: list[str] = field(default_factory=list)
     recipe: str = ""
+    earlier: dict[str, Stage] = field(default_factory=dict, repr=False)  # the stages before it in the recipe, by name
     report: dict = field(default_factory=dict)  # row counts and what happened to rows, for stage.json
     resolved: dict = field(default_factory=dict)  # every training argument as it was used, for stage.json
 
@@ -29,6 +33,11 @@ class Stage:
     def module(self):
         """The module of the stage's kind: `SECTIONS`, `ROWS`, `DEFAULTS`, `run`."""
         return importlib.import_module(f"pipelines.stages.{self.kind}")
+
+    @property
+    def data(self) -> dict:
+        """The `data:` section, `stage:NAME/FILE` in it already turned into the path of the file that stage writes."""
+        return resolve(self.sections.get("data", {}), self.folder.parent)
 
     @property
     def checkpoints(self) -> Path:
@@ -60,3 +69,15 @@ def references(value) -> list[str]:
         return [value.removeprefix("stage:").split("/")[0]] if value.startswith("stage:") else []
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     return [name for item in items for name in references(item)]
+
+
+def writer_problems(at: str, models: list[str], kinds: dict[str, str]) -> Iterator[tuple[str, str, object]]:
+    """What is wrong with a list of models that are to answer prompts: `(key path, message, value)`."""
+    if not models:
+        yield at, "needs at least one language model: stage:NAME, a folder or a hub id", None
+    if len(set(models)) < len(models):
+        yield at, "names a model twice", models
+    for i, name in enumerate(models):
+        kind = kinds.get(name.removeprefix("stage:")) if name.startswith("stage:") else None
+        if kind not in (None, "?", *WRITERS):
+            yield f"{at}[{i}]", f"must be a language model ({', '.join(WRITERS)}), this stage is of kind {kind}", name

@@ -99,3 +99,32 @@ def test_what_cannot_work_is_found_before_it_starts(recipe, write, tiny_gpt2):
     text = str(error.value)
     for words in ["what is an answer worth", "must be a reward stage", "needs 1 numbers", "package.module:function", "args.kl_estimator"]:  # fmt: skip
         assert words in text
+
+
+def test_tags_are_penalties(chain_of, tmp_path):
+    """The score of an answer is the reward model's less penalty times the probability of the tag, and check knows tags."""
+    import torch
+    from safetensors.torch import load_file
+
+    from pipelines.ppo.forward import sequence_scores
+    from pipelines.sections import ModelSection
+    from pipelines.stages.ppo import scorer
+    from pipelines.tag_heads import TagPenalty
+
+    path = chain_of(tag_penalties={"red": 0.5})
+    with pytest.raises(RecipeError, match="does not learn this tag"):
+        recipes.load(path)
+    rows = [{**p, "completions": ["it is red", "it is blue"], "ranks": [1, 2], "tags": [["red"], []]} for p in PROMPTS]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    loaded = recipes.load(path, ["stages.reward.args.tags=[red]"])
+    chain.run(loaded)
+    folder = loaded["reward"].folder
+    plain, judge = (scorer(str(folder), ModelSection(model_name_or_path=str(folder))).eval() for _ in range(2))
+    judge.tag_penalty = TagPenalty(folder, {"red": 0.5})
+    ids = [[5, 6, 7], [8, 9]]
+    head = load_file(folder / "tags.safetensors")["weight"]
+    scores, penalised = (sequence_scores(m, ids, False, "cpu") for m in (plain, judge))
+    states = [plain.base_model(torch.tensor([i])).last_hidden_state[0, -1] for i in ids]
+    taken = [0.5 * torch.sigmoid(head[0] @ s).item() for s in states]
+    assert (scores - penalised).tolist() == pytest.approx(taken, abs=1e-6) and max(taken) > 0.01
+    assert (loaded["policy"].folder / "model.safetensors").exists()

@@ -199,13 +199,18 @@ def token_values(critic: nn.Module, batch: dict) -> Tensor:
 
 @torch.no_grad()
 def sequence_scores(model: nn.Module, sequences: list[list[int]], packed: bool, device) -> Tensor:
-    """Scores (b,) of a one-label sequence classifier, read at the last real token of each sequence."""
+    """Scores (b,) of a one-label sequence classifier, read at the last real token of each sequence.
+
+    A model with a `tag_heads.TagPenalty` in `tag_penalty` takes it off.
+    """
     inputs, starts = lay_out(sequences, packed, device)
     if not hasattr(model, "score"):  # an encoder (BERT …): its own head knows where to look
         return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float()
     last = starts + torch.tensor([len(ids) for ids in sequences]) - 1
     hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
-    return model.score(hidden[last.to(device)])[:, 0].float()
+    states = hidden[last.to(device)]
+    scores = model.score(states)[:, 0].float()
+    return scores - model.tag_penalty(states) if hasattr(model, "tag_penalty") else scores
 
 
 class PolicyAndCritic(nn.Module):

@@ -121,7 +121,7 @@ def run(stage) -> dict:
         chat.ensure_pad(tokenizer)
     tokenizer.padding_side = "right"  # causal models read the score at the last token before the padding
 
-    train, validation = data.load(stage.sections["data"], ROWS, stage.seed, stage.sections.get("task"))
+    train, validation = data.load(stage.data, ROWS, stage.seed, stage.sections.get("task"))
     names = label_names(train, validation, task)
     settings = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if section.model_name_or_path:
@@ -136,7 +136,7 @@ def run(stage) -> dict:
     )
     chat.fit_model(model, tokenizer)
     context = models.context_length(model, args.max_length)
-    too_long = stage.sections["data"].get("too_long", "truncate")
+    too_long = stage.data.get("too_long", "truncate")
     train_set, where = _encode(stage, "train", train, names, task, tokenizer, context, too_long)
     validation_set = None
     if validation:

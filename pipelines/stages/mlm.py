@@ -88,12 +88,12 @@ def run(stage) -> dict:
     args = training.build_args(stage, **DEFAULTS, **best.defaults(stage.sections.get("args", {})))
 
     def documents(side):
-        return (row["text"] for row in data.stream(stage.sections["data"], side, ROWS, stage.seed))
+        return (row["text"] for row in data.stream(stage.data, side, ROWS, stage.seed))
 
     # Beside the stage's folder, keyed by content: kept when the stage is made again.
     folder = stage.folder.parent / ".tokens" / stage.name
-    key = {"data": data.fingerprint(stage.sections["data"]), "section": stage.sections["data"], "seed": stage.seed}
-    sides = ["train"] + (["validation"] if stage.sections["data"].get("validation") else [])
+    key = {"data": data.fingerprint(stage.data), "section": stage.data, "seed": stage.seed}
+    sides = ["train"] + (["validation"] if stage.data.get("validation") else [])
     with PartialState().main_process_first():
         if words.train and not section.model_name_or_path:
             tokenizer = corpus.trained_tokenizer(folder, words, documents("train"), key)

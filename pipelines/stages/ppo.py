@@ -45,6 +45,20 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     for i, name in enumerate(functions):
         if ":" not in name:
             yield f"reward.functions[{i}]", "is written package.module:function", name
+    for tag, penalty in (reward.get("tag_penalties") or {}).items():
+        if penalty <= 0:
+            yield f"reward.tag_penalties.{tag}", "must be above 0: it is taken from the score", penalty
+        for name in models:
+            judge = stage.earlier.get(name.removeprefix("stage:")) if name.startswith("stage:") else None
+            known = judge and (judge.sections.get("args", {}).get("tags") or [])
+            if known is not None and tag not in known:
+                yield (
+                    f"reward.tag_penalties.{tag}",
+                    f"{name} does not learn this tag: name it in its args.tags",
+                    penalty,
+                )
+    if reward.get("tag_penalties") and not models:
+        yield "reward.tag_penalties", "reward models tell tags: give reward.models", reward["tag_penalties"]
     weights = reward.get("weights")
     if weights is not None and len(weights) != len(models) + len(functions):
         yield "reward.weights", f"needs {len(models) + len(functions)} numbers: models first, then functions", weights
@@ -55,7 +69,7 @@ def run(stage) -> dict:
     from datasets import Dataset
     from transformers import set_seed
 
-    from pipelines import data, models, training
+    from pipelines import data, models, tag_heads, training
     from pipelines.ppo.trainer import PPOTrainer
 
     class Trainer_(training.ChainTrainer, PPOTrainer):
@@ -72,6 +86,8 @@ def run(stage) -> dict:
     for path in reward.models or []:
         _gate(path, reward.min_accuracy)
         funcs.append(scorer(path, section))
+        if reward.tag_penalties:
+            funcs[-1].tag_penalty = tag_heads.TagPenalty(path, reward.tag_penalties)
         tokenizers.append(models.load_tokenizer(_of(section, path)))
     for name in reward.functions or []:
         module, _, function = name.partition(":")
@@ -83,7 +99,7 @@ def run(stage) -> dict:
     policy = models.adapt(policy, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
     critic = models.adapt(critic, section, "SEQ_CLS")
 
-    train, validation = data.load(stage.sections["data"], ROWS, stage.seed)
+    train, validation = data.load(stage.data, ROWS, stage.seed)
     stage.report["prompts"] = {"train": len(train), "validation": len(validation)}
     trainer = Trainer_(
         model=policy,

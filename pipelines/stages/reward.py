@@ -4,11 +4,17 @@
       kind: reward
       model: {model_name_or_path: stage:sft}          # or any causal model or encoder; the score head is new
       data: {train: rankings.jsonl, validation: 0.05}           # prompt, completions, ranks; or prompt, chosen, rejected
-      args: {global_batch_size: 32, learning_rate: 1e-5, num_train_epochs: 1}
+      args: {global_batch_size: 32, learning_rate: 1e-5, num_train_epochs: 1, tags: [inappropriate, inaccurate]}
 
 A ranking of K answers is one element of a batch: each answer is encoded once, and the loss is the mean of
 -log sigmoid(r_better - r_worse) over the pairs that the ranking decides (Ouyang et al. 2022, section 3.4,
 https://arxiv.org/abs/2203.02155). K may differ from row to row, equals share a rank, and K = 2 is TRL's own loss.
+
+Rows may have a `margin`, a number for each answer: a better answer must be better by the difference, -log sigmoid(r_b -
+r_w - (m_b - m_w)) (Touvron et al. 2023, section 3.2.2, https://arxiv.org/abs/2307.09288); `args.rank_margin` takes it
+from the ranks. With `args.tags` the score head has one more output for each tag, learned by binary cross-entropy from
+the rows' `tags` (a list for each answer). The folder holds a plain one-score model all the same, and the rows of the
+head that tell tags beside it in `tags.safetensors`.
 
 The score is read at the last token, which is EOS (PAD is a token of its own). The head starts with deviation
 1/sqrt(width + 1) (Stiennon et al. 2020, https://arxiv.org/abs/2009.01325), and scores are kept around zero by
@@ -45,6 +51,11 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     model = stage.sections.get("model", {})
     if not model.get("model_name_or_path"):
         yield "model.model_name_or_path", "a reward model starts from a model: stage:NAME, a folder or a hub id", None
+    args = stage.sections.get("args", {})
+    if (args.get("rank_margin") or 0) < 0:
+        yield "args.rank_margin", "must not be negative", args["rank_margin"]
+    if len(set(args.get("tags") or [])) < len(args.get("tags") or []):
+        yield "args.tags", "names a tag twice", args["tags"]
 
 
 def run(stage) -> dict:
@@ -53,7 +64,7 @@ def run(stage) -> dict:
     from transformers import set_seed
     from trl import RewardTrainer
 
-    from pipelines import chat, data, models, training
+    from pipelines import chat, data, models, tag_heads, training
 
     class Trainer_(training.ChainTrainer, RewardTrainer):
         """TRL's trainer in the chain's order, on rankings."""
@@ -62,13 +73,17 @@ def run(stage) -> dict:
             return dataset  # `_encode` made it
 
         def _set_signature_columns_if_needed(self):
-            self._signature_columns = ["ids", "ranks"]
+            self._signature_columns = ["ids", "ranks", "margin", "tags"]
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            better, worse, weight = (inputs.pop(name) for name in ("better", "worse", "weight"))
+            better, worse, weight, wanted, tags = (
+                inputs.pop(name) for name in ("better", "worse", "weight", "margin", "tags")
+            )
             outputs = model(**inputs, use_cache=False)
-            scores = outputs.logits.squeeze(-1)
-            loss = ranking_loss(scores[better], scores[worse], weight, self.args.center_rewards_coefficient)
+            scores = outputs.logits[:, 0]
+            loss = ranking_loss(scores[better], scores[worse], weight, self.args.center_rewards_coefficient, wanted)
+            if tags.numel():
+                loss = loss + tag_heads.loss(outputs.logits[:, 1:], tags)
             mode = "train" if self.model.training else "eval"
             if mode == "train":
                 tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
@@ -87,21 +102,30 @@ def run(stage) -> dict:
     set_seed(stage.seed)
     section = stage.section("model")
     args = training.build_args(stage, **DEFAULTS)
+    tags = args.tags or []
     tokenizer = models.load_tokenizer(section)
     model = models.load_model(
         section, "AutoModelForSequenceClassification", allow_new=NEW, num_labels=1, problem_type="regression"
     )
+    if tags:
+        tag_heads.add(model, len(tags))
     with torch.no_grad():
         head = model.score if hasattr(model, "score") else model.classifier
         head.weight.normal_(std=1 / math.sqrt(head.weight.shape[-1] + 1))
     added = chat.install_template(model, tokenizer, section.chat_template)
     context = models.context_length(model, stage.sections.get("args", {}).get("max_length"))
 
-    train, validation = data.load(stage.sections["data"], ROWS, stage.seed)
+    train, validation = data.load(stage.data, ROWS, stage.seed)
     too_long = stage.section("data").too_long
-    train_set, where = _encode(stage, "train", train, tokenizer, context, too_long)
+    for row in [*train, *validation]:
+        if "margin" not in row and args.rank_margin:
+            row["margin"] = [-args.rank_margin * rank for rank in row["ranks"]]
+    for tag in tags:
+        if not any(tag in answer for row in train for answer in row.get("tags", [])):
+            raise data.DataError(f"data.train: no answer has the tag {tag!r} (args.tags), so it cannot be learned")
+    train_set, where = _encode(stage, "train", train, tags, tokenizer, context, too_long)
     validation_set, _ = (
-        _encode(stage, "validation", validation, tokenizer, context, too_long) if validation else (None, [])
+        _encode(stage, "validation", validation, tags, tokenizer, context, too_long) if validation else (None, [])
     )
 
     model = models.adapt(model, section, "SEQ_CLS", tokenizer.convert_tokens_to_ids(added))
@@ -118,18 +142,26 @@ def run(stage) -> dict:
     training.fit(stage, trainer)
     metrics = {}
     if validation_set is not None:
-        metrics |= preference_metrics(*pair_scores(trainer, validation_set, tokenizer.pad_token_id))
+        logits = answer_logits(trainer, validation_set, tokenizer.pad_token_id)
+        metrics |= preference_metrics(*pair_scores(validation_set, logits)) | tag_heads.metrics(
+            validation_set["tags"], logits, tags
+        )
     training.save(trainer, stage.folder, tokenizer)
+    if tags and args.should_save:
+        tag_heads.split(stage.folder, tags)
     return {**metrics, **training.final_metrics(trainer, evaluate=False)}
 
 
-def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_long: str):
-    """`(Dataset of ids, ranks, row; names of the rows)`; what is left out is counted, said and recorded."""
+def _encode(stage, side: str, rows: list[dict], tags: list[str], tokenizer, context: int, too_long: str):
+    """`(Dataset of ids, ranks, margin, tags, row; names of the rows)`; what is left out is counted, said and recorded.
+
+    Of each answer `tags` holds 1 or 0 for each of the tags, or -1 where the row says nothing about tags.
+    """
     from datasets import Dataset
 
     from pipelines import chat, data
 
-    columns, where, long = {"ids": [], "ranks": [], "row": []}, [], []
+    columns, where, long = {"ids": [], "ranks": [], "margin": [], "tags": [], "row": []}, [], []
     ranked = [row for row in rows if decided(row["ranks"])]
     for row in ranked:
         encoded = [sum(chat.encode_answer(tokenizer, row["prompt"], c), []) for c in row["completions"]]
@@ -142,6 +174,9 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_lon
             ]  # the answer and its EOS are what is scored: cut the beginning
         columns["ids"].append(encoded)
         columns["ranks"].append([float(r) for r in row["ranks"]])
+        columns["margin"].append([float(m) for m in row.get("margin", [0] * len(encoded))])
+        given = row.get("tags", [None] * len(encoded))
+        columns["tags"].append([[-1.0 if g is None else float(tag in g) for tag in tags] for g in given])
         columns["row"].append(len(where))
         where.append(row["where"])
     data.report_length(
@@ -166,7 +201,8 @@ class RankingCollator:
     """Rankings {"ids": K lists of ids, "ranks": K numbers} -> one padded batch of all their answers.
 
     Gives `input_ids` and `attention_mask` (answers, longest), and for the P decided pairs of the batch `better` and
-    `worse` (P,), which are rows of it, and `weight` (P,): every ranking weighs the same, and they sum to 1.
+    `worse` (P,), which are rows of it, `weight` (P,): every ranking weighs the same, and they sum to 1, and `margin`
+    (P,), by how much the better one must be better. `tags` (answers, T) are the rows' own; T may be 0.
     """
 
     def __init__(self, pad_token_id: int):
@@ -178,12 +214,14 @@ class RankingCollator:
         from trl.trainer.utils import pad
 
         answers = [torch.tensor(ids) for f in features for ids in f["ids"]]
-        better, worse, weight, start = [], [], [], 0
+        better, worse, weight, margin, start = [], [], [], [], 0
         for f in features:
             pairs = decided(f["ranks"])
             better += [start + i for i, _ in pairs]
             worse += [start + j for _, j in pairs]
             weight += [1 / (len(pairs) * len(features))] * len(pairs)
+            worth = f.get("margin") or [0.0] * len(f["ids"])
+            margin += [worth[i] - worth[j] for i, j in pairs]
             start += len(f["ids"])
         return {
             "input_ids": pad(answers, padding_value=self.pad_token_id),
@@ -191,24 +229,27 @@ class RankingCollator:
             "better": torch.tensor(better),
             "worse": torch.tensor(worse),
             "weight": torch.tensor(weight),
+            "margin": torch.tensor(margin),
+            "tags": torch.tensor([answer for f in features for answer in f.get("tags") or [[]] * len(f["ids"])]),
         }
 
 
-def ranking_loss(better, worse, weight, center: float | None = None):
-    """Weighted mean of -log sigmoid(better - worse) over scores (P,), plus `center` times that of their sums squared.
+def ranking_loss(better, worse, weight, center: float | None = None, margin=0.0):
+    """Weighted mean of -log sigmoid(better - worse - margin) over scores (P,), plus `center` times that of their sums
+    squared.
 
-    With pairs only (K = 2) it is the loss of `trl.RewardTrainer`, centring included.
+    With pairs only (K = 2) it is the loss of `trl.RewardTrainer`, centring and margin included.
     """
     from torch.nn.functional import softplus
 
-    loss = (weight * softplus(worse - better)).sum()
+    loss = (weight * softplus(worse - better + margin)).sum()
     return loss + center * (weight * (better + worse) ** 2).sum() if center is not None else loss
 
 
-def pair_scores(trainer, dataset, pad_token_id: int):
-    """Scores of the better and the worse answer of every decided pair, two float32 arrays, the same on every process.
+def answer_logits(trainer, dataset, pad_token_id: int) -> list:
+    """What the model says of the answers of every ranking: float32 arrays (K, 1 + T), the same on every process.
 
-    Each process scores its share; rankings go through in order of length, so that there is little padding.
+    Each process reads its share; rankings go through in order of length, so that there is little padding.
     """
     import numpy as np
     import torch
@@ -225,13 +266,19 @@ def pair_scores(trainer, dataset, pad_token_id: int):
         rows = [dataset[i] for i in chunk]
         batch = {k: v.to(args.device) for k, v in collate(rows).items() if k in ("input_ids", "attention_mask")}
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            scores = model(**batch, use_cache=False).logits.squeeze(-1).float().tolist()
-        for i, row in zip(chunk, rows, strict=True):
-            own, scores = scores[: len(row["ids"])], scores[len(row["ids"]) :]
-            found += [(i, n, own[a], own[b]) for n, (a, b) in enumerate(decided(row["ranks"]))]
+            logits = model(**batch, use_cache=False).logits.float().cpu().numpy()
+        found += zip(chunk, np.split(logits, np.cumsum([len(row["ids"]) for row in rows])[:-1]), strict=True)
     model.train(was_training)
-    found = sorted(gather_object(found) if args.world_size > 1 else found)
-    return np.array([f[2] for f in found], np.float32), np.array([f[3] for f in found], np.float32)
+    found = gather_object(found) if args.world_size > 1 else found
+    return [logits for _, logits in sorted(found, key=lambda item: item[0])]
+
+
+def pair_scores(dataset, logits: list):
+    """Scores of the better and the worse answer of every decided pair, two float32 arrays, from `answer_logits`."""
+    import numpy as np
+
+    pairs = [(own[a, 0], own[b, 0]) for row, own in zip(dataset, logits) for a, b in decided(row["ranks"])]
+    return tuple(np.array(side, np.float32) for side in zip(*pairs))
 
 
 def preference_metrics(chosen, rejected) -> dict:

@@ -128,7 +128,7 @@ def run(stage) -> dict:
     set_seed(stage.seed)
     section, task = stage.section("model"), stage.section("task")
     args = training.build_args(stage, **DEFAULTS, **best.defaults(stage.sections.get("args", {})))
-    train, validation = data.load(stage.sections["data"], ROWS, stage.seed)
+    train, validation = data.load(stage.data, ROWS, stage.seed)
     for row in [*train, *validation]:
         row["source"] = task.prefix + row["source"]
     with PartialState().main_process_first():
@@ -136,7 +136,7 @@ def run(stage) -> dict:
     new = {} if section.model_name_or_path else new_settings(section.config, tokenizer)
     model = models.load_model(section, "AutoModelForSeq2SeqLM", tokenizer, **new)
     check(model, tokenizer, args)
-    too_long = stage.sections["data"].get("too_long", "truncate")
+    too_long = stage.data.get("too_long", "truncate")
     train_set, train = _encode(stage, "train", train, tokenizer, args, too_long)
     validation_set, validation = (
         _encode(stage, "validation", validation, tokenizer, args, too_long) if validation else (None, [])
@@ -185,7 +185,7 @@ def load_tokenizer(stage, section, train: list[dict]):
         return models.load_tokenizer(section)
     folder = stage.folder.parent / ".tokens" / stage.name
     sections = {name: stage.sections.get(name) for name in ("data", "task")}
-    key = {"data": data.fingerprint(stage.sections["data"]), "sections": sections, "seed": stage.seed}
+    key = {"data": data.fingerprint(stage.data), "sections": sections, "seed": stage.seed}
     texts = (text for row in train for text in (row["source"], row["target"]))
     tokenizer = corpus.trained_tokenizer(folder, words, texts, key)
     if words.train == "wordpiece":

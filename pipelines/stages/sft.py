@@ -74,7 +74,7 @@ def run(stage) -> dict:
         logger.info("tokens added: %s (embeddings start at the mean of the others)", " ".join(added))
     context = models.context_length(model, stage.sections.get("args", {}).get("max_length"))
 
-    train, validation = data.load(stage.sections["data"], ROWS, stage.seed)
+    train, validation = data.load(stage.data, ROWS, stage.seed)
     too_long = stage.section("data").too_long
     train = _encode(stage, "train", train, tokenizer, context, too_long)
     validation = _encode(stage, "validation", validation, tokenizer, context, too_long) if validation else []

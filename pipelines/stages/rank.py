@@ -1,0 +1,135 @@
+"""Ranking: samples become rankings for the reward stage, by a person's judgements or by a script that stands in.
+
+    rankings:
+      kind: rank
+      rank: {labeller: my_labeller:rank}             # (prompt, completions) -> ranks, tags
+      data: {train: stage:samples/samples.jsonl}     # prompt, completions
+
+Writes `rankings.jsonl`: prompt, completions, ranks (1 is best, equals share a rank), tags, labeller, and who wrote each
+answer where the samples say so. With `rank: {judgements: FILE.jsonl}` people rank instead: the chain stops here and
+says how until the file is there, and goes on by the same command. Several people may have ranked the same answers:
+each judgement is a row. A file that grows later makes the stage stale: `--redo` it, and what builds on it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SECTIONS = {"rank": "pipelines.sections:RankSection", "data": "pipelines.sections:DataSection"}
+ROWS = "samples"
+DEFAULTS: dict = {}
+FILES = (("rank", "judgements"),)
+RANKINGS = "rankings.jsonl"
+
+
+def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
+    """What is wrong with the stage as a whole: `(key path, message, value)`."""
+    rank = stage.sections.get("rank", {})
+    labeller, judgements = rank.get("labeller"), rank.get("judgements")
+    if not labeller and not judgements:
+        yield (
+            "rank",
+            "who ranks? Give `judgements: FILE.jsonl` (people) or `labeller: module:function` (a script)",
+            None,
+        )
+    if labeller and ":" not in labeller:
+        yield "rank.labeller", "is written package.module:function", labeller
+    if judgements and not judgements.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet")):
+        yield "rank.judgements", "must be a .jsonl, .json or .parquet file (each also .gz)", judgements
+    if stage.sections.get("data", {}).get("validation") is not None:
+        yield "data.validation", "all samples are ranked: give them in data.train alone", None
+
+
+def run(stage) -> dict:
+    """Rank, or read the judgements; write the file; returns the counts."""
+    from accelerate import PartialState
+
+    from pipelines import artifact, data
+
+    if not PartialState().is_main_process:
+        return {}
+    settings = stage.section("rank")
+    samples, _ = data.load(stage.data, ROWS, stage.seed)
+    if settings.judgements:
+        if settings.labeller:
+            logger.info("%s: people ranked, so the labeller %s is not asked", stage.name, settings.labeller)
+        rankings = judged(stage, settings.judgements, samples)
+    else:
+        rankings = scripted(settings.labeller, samples)
+    artifact.write_rows(stage.folder / RANKINGS, rankings)
+    ties = sum(len(set(row["ranks"])) == 1 for row in rankings)
+    tags = [tag for row in rankings for answer in row.get("tags") or [] for tag in answer]
+    return {
+        "samples": len(samples),
+        "rankings": len(rankings),
+        "undecided": ties,
+        **{f"tagged_{tag}": tags.count(tag) for tag in sorted(set(tags))},
+    }
+
+
+def scripted(labeller: str, samples: list[dict]) -> list[dict]:
+    """A ranking of every sample by the function `package.module:name`."""
+    from pipelines.data import DataError, normalise
+
+    module, _, name = labeller.partition(":")
+    function, rows = getattr(importlib.import_module(module), name), []
+    for sample in samples:
+        ranks, tags = function(sample["prompt"], sample["completions"])
+        row = {"prompt": sample["prompt"], "completions": sample["completions"], "ranks": ranks, "tags": tags}
+        row |= {"labeller": name, **({"models": sample["models"]} if "models" in sample else {})}
+        try:
+            normalise(row, "rankings")
+        except DataError as error:
+            raise DataError(f"labeller {labeller}, asked about {sample['where']}: {error}") from None
+        rows.append(row)
+    return rows
+
+
+def judged(stage, path: str, samples: list[dict]) -> list[dict]:
+    """The judgements of people about these samples. Raises `SetupError` while there are none."""
+    from pipelines import SetupError, artifact, data
+
+    where = " ".join(source["path"] for source in data.sources(stage.data, "train"))
+    if not data.files(path):
+        (stage.folder / artifact.STARTED).unlink(missing_ok=True)  # nothing was done yet
+        labeller = stage.sections["rank"].get("labeller")
+        raise SetupError(
+            f"{stage.name}: waiting for people: there is no {path}. Rank the answers, and write the rankings there:\n"
+            f"    python -m pipelines rank {where}\n"
+            f"    python -m pipelines rank {where} --export {path}\n"
+            f"Then run the same command again{f' (or drop rank.judgements: {labeller} then ranks)' if labeller else ''}."
+        )
+    known = {_key(sample): sample for sample in samples}
+    rows, strange = [], 0
+    for where_, row in data.read({"path": path}):
+        try:
+            ranking = data.normalise(row, "rankings")
+        except data.DataError as error:
+            raise data.DataError(f"{where_}: {error}") from None
+        sample = known.get(_key(ranking))
+        if sample is None:
+            strange += 1
+            continue
+        ranking |= {"labeller": row["labeller"]} if row.get("labeller") else {}
+        if "models" in sample:
+            by = dict(zip(sample["completions"], sample["models"], strict=True))
+            ranking["models"] = [by[answer] for answer in ranking["completions"]]
+        rows.append(ranking)
+    if strange:
+        logger.warning("%s: %d judgements in %s are about other answers: left out", stage.name, strange, path)
+    if not rows:
+        raise data.DataError(f"{path}: no judgement is about the answers in {where}")
+    stage.report["judgements"] = {"file": str(Path(path)), "used": len(rows), "about_other_answers": strange}
+    stage.report["judgements"]["samples_without"] = len(known.keys() - {_key(row) for row in rows})
+    return rows
+
+
+def _key(row: dict) -> str:
+    """The same for the same answers to the same prompt, in whatever order they are shown."""
+    return json.dumps([row["prompt"], sorted(row["completions"])])

@@ -1,0 +1,151 @@
+"""Sampling: models answer the same prompts several times, for people to rank (or for a script that stands in).
+
+    samples:
+      kind: sample
+      sample: {models: [stage:sft, stage:policy], completions: 4, response_length: 128}
+      data: {train: prompts.jsonl}                                  # prompt
+
+Writes `samples.jsonl`: prompt, completions, and for each of them who wrote it (`models`) and whether it came to its end
+(`ended`). Answers that say the same are kept once; where two models wrote it, it is now the one's and now the other's.
+Empty answers, and prompts with fewer than two different answers, leave nothing to rank: left out and counted.
+
+Every answer has a random stream of its own: the file is the same with any number of processes, and a stage that was
+stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SECTIONS = {"sample": "pipelines.sections:SampleSection", "data": "pipelines.sections:DataSection"}
+ROWS = "prompts"
+DEFAULTS: dict = {}
+SAMPLES = "samples.jsonl"
+BATCHES = 8  # so many batches of answers are on disk, or lost, together
+
+
+def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
+    """What is wrong with the stage as a whole: `(key path, message, value)`."""
+    from pipelines.stage import writer_problems
+
+    sample, data = stage.sections.get("sample", {}), stage.sections.get("data", {})
+    models, count = sample.get("models") or [], sample.get("completions", 4)
+    yield from writer_problems("sample.models", models, kinds)
+    if count < 2:
+        yield "sample.completions", "a ranking needs two answers or more", count
+    elif models and count % len(models):
+        yield "sample.completions", f"must be a multiple of {len(models)}, so that each model writes as many", count
+    for key in ("temperature", "response_length", "batch_size"):
+        if sample.get(key, 1) <= 0:
+            yield f"sample.{key}", "must be above 0", sample[key]
+    if not 0 < sample.get("top_p", 1.0) <= 1:
+        yield "sample.top_p", "must be above 0 and at most 1", sample["top_p"]
+    if sample.get("top_k", 0) < 0:
+        yield "sample.top_k", "must be 0 (all tokens) or more", sample["top_k"]
+    if data.get("validation") is not None:
+        yield "data.validation", "all prompts are answered: give them in data.train alone", data["validation"]
+    if data.get("too_long") == "truncate":
+        yield "data.too_long", "a prompt that is cut asks something else: drop or error", "truncate"
+
+
+def run(stage) -> dict:
+    """Let every model answer, write the file; returns the counts."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    from pipelines import artifact, data, sampling
+
+    state, settings = PartialState(), stage.section("sample")
+    rows, _ = data.load(stage.data, ROWS, stage.seed)
+    rows = list({json.dumps(row["prompt"]): row for row in reversed(rows)}.values())[::-1]  # each prompt once
+    prompts = [row["prompt"] for row in rows]
+    each = settings.completions // len(settings.models)
+    how = {key: getattr(settings, key) for key in ("response_length", "temperature", "top_k", "top_p", "batch_size")}
+
+    log = stage.checkpoints / "answers.jsonl"
+    word = [_read(log) if state.is_main_process else None]
+    broadcast_object_list(word)
+    done: dict[tuple[int, int], list] = word[0]  # (model, prompt) -> its answers
+    left_out: set[int] = set()
+    for m, path in enumerate(settings.models):
+        model, tokenizer = sampling.load(path)
+        fits = sampling.fitting(model, tokenizer, prompts, settings.response_length)
+        left_out |= set(range(len(prompts))) - set(fits)
+        todo = sorted((i for i in fits if (m, i) not in done), key=lambda i: len(str(prompts[i])))
+        size = max(1, BATCHES * settings.batch_size * state.num_processes // each)
+        for start in range(0, len(todo), size):
+            some = todo[start : start + size]
+            seeds = [[(stage.seed, m, i, k) for k in range(each)] for i in some]
+            found = sampling.answers(model, tokenizer, [prompts[i] for i in some], seeds, **how)
+            done |= {(m, i): group for i, group in zip(some, found, strict=True)}
+            if state.is_main_process:
+                _append(log, [{"model": m, "prompt": i, "answers": done[m, i]} for i in some])
+                logger.info("%s: %s answered %d of %d prompts", stage.name, path, len(fits) - len(todo) + start + len(some), len(fits))  # fmt: skip
+        del model
+
+    policy = stage.section("data").too_long
+    long = [rows[i]["where"] for i in sorted(left_out)]
+    what = f"what the models read beside an answer of {settings.response_length} tokens"
+    data.report_length(stage, "prompts", len(rows), len(rows) - len(long), long, what, policy, "")
+    names = [name.removeprefix("stage:") for name in stage.sections["sample"]["models"]]
+    groups = {i: [done[m, i] for m in range(len(names))] for i in range(len(rows)) if i not in left_out}
+    samples, counts = collect(prompts, groups, names)
+    stage.report["answers"] = counts
+    if not samples:
+        raise data.DataError(f"{stage.name}: no prompt has two different answers; raise sample.temperature")
+    if state.is_main_process:
+        artifact.write_rows(stage.folder / SAMPLES, samples)
+    ended = [e for row in samples for e in row["ended"]]
+    return {**counts, "rows": len(samples), "ended": sum(ended) / len(ended)}
+
+
+def collect(prompts: list, groups: dict[int, list[list]], names: list[str]) -> tuple[list[dict], dict[str, int]]:
+    """Rows of samples.jsonl and what was left out, from the answers `(text, ended)` of each model to each prompt."""
+    samples, counts = [], {"duplicates": 0, "empty": 0, "prompts_without_choice": 0}
+    for place, (i, group) in enumerate(groups.items()):
+        kept: dict[str, tuple[str, bool]] = {}
+        for turn in range(len(names)):
+            m = (place + turn) % len(names)  # whose copy of an answer is kept: each model's in turn
+            for text, ended in group[m]:
+                if not text:
+                    counts["empty"] += 1
+                elif text in kept:
+                    counts["duplicates"] += 1
+                else:
+                    kept[text] = names[m], bool(ended)
+        if len(kept) < 2:
+            counts["prompts_without_choice"] += 1
+            continue
+        models, ended = zip(*kept.values(), strict=True)
+        samples.append({"prompt": prompts[i], "completions": list(kept), "models": list(models), "ended": list(ended)})
+    return samples, counts
+
+
+def _read(log: Path) -> dict[tuple[int, int], list]:
+    """What an interrupted run had written; a line it did not finish is cut off."""
+    from pipelines import artifact
+
+    found = []
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    if found:
+        artifact.write_rows(log, found)
+        logger.info("going on after %d prompts that are answered", len(found))
+    return {(row["model"], row["prompt"]): row["answers"] for row in found}
+
+
+def _append(log: Path, rows: list[dict]) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        stream.flush()
+        os.fsync(stream.fileno())
