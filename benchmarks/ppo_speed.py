@@ -93,15 +93,90 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def common_settings(folder: str, rows: int) -> dict:
+    """What every trainer is told; the names are those of `TrainingArguments` and of all PPO configs."""
+    return dict(
+        output_dir=folder, per_device_train_batch_size=rows, learning_rate=3e-6, temperature=1.0,
+        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, logging_steps=1,
+    )  # fmt: skip
+
+
+def models(vocabulary: int, lengths: str) -> dict:
+    """Policy, reference equal to it, critic and reward model, all of one size."""
+    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+
+    policy, ref = (gpt2(GPT2LMHeadModel, vocabulary, lengths, 0) for _ in range(2))
+    value, reward = (gpt2(GPT2ForSequenceClassification, vocabulary, lengths, seed) for seed in (1, 2))
+    return {"policy": policy, "ref": ref, "value": value, "reward": reward}
+
+
+def our_trainer(precision: str, vocabulary: int, lengths: str, rows: int, folder: str, callbacks=()):
+    """Our trainer, one update of which is `rows` answers."""
+    from datasets import Dataset
+
+    sys.path.insert(0, str(ROOT))
+    from pipelines.ppo.config import PPOConfig
+    from pipelines.ppo.trainer import PPOTrainer
+
+    four = models(vocabulary, lengths)
+    config = PPOConfig(
+        **common_settings(folder, rows), response_length=RESPONSE, num_ppo_epochs=EPOCHS,
+        total_episodes=10**4 * rows, bf16=precision == "bf16", num_sample_generations=0, allow_no_eos=True,
+    )  # fmt: skip
+    return PPOTrainer(
+        args=config, processing_class=tokenizer(vocabulary), model=four["policy"], ref_model=four["ref"],
+        reward_funcs=four["reward"], value_model=four["value"],
+        train_dataset=Dataset.from_dict({"prompt": prompts(vocabulary)}), callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def trl112_trainer(vocabulary: int, lengths: str, rows: int, folder: str, callbacks):
+    """TRL 1.12's PPOTrainer. Its logs get the mean length of the answers, read where it logs."""
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    class Counting(PPOTrainer):
+        def log(self, logs, *rest):
+            lengths = sys._getframe(1).f_locals["sequence_lengths"] + 1
+            super().log(logs | {"response_length": lengths.float().mean().item()}, *rest)
+
+    four, words = models(vocabulary, lengths), tokenizer(vocabulary)
+    config = PPOConfig(
+        **common_settings(folder, rows), response_length=RESPONSE, num_ppo_epochs=EPOCHS,
+        total_episodes=10**4 * rows, stop_token="eos", bf16=False, gradient_checkpointing=False,
+        num_sample_generations=0,
+    )  # fmt: skip
+    return Counting(
+        args=config, processing_class=words, model=four["policy"], ref_model=four["ref"],
+        reward_model=four["reward"], value_model=four["value"],
+        train_dataset=Dataset.from_list([dict(words(text)) for text in prompts(vocabulary)]), callbacks=callbacks,
+    )  # fmt: skip
+
+
+def group_trainer(name: str, vocabulary: int, lengths: str, rows: int, folder: str, callbacks):
+    """Today's TRL's GRPOTrainer or RLOOTrainer; they log once in as many steps as there are epochs in an update."""
+    import trl
+    from datasets import Dataset
+    from transformers import GPT2LMHeadModel
+
+    four, words = models(vocabulary, lengths), tokenizer(vocabulary)
+    four["policy"].save_pretrained(folder)  # they load their reference from the policy's folder
+    config = getattr(trl, f"{name}Config")(
+        **common_settings(folder, rows) | {"logging_steps": EPOCHS}, max_completion_length=RESPONSE,
+        num_iterations=EPOCHS, num_generations=4, beta=0.05, steps_per_generation=1, bf16=False,
+        activation_checkpointing=False, max_steps=10**5,
+    )  # fmt: skip
+    return getattr(trl, f"{name}Trainer")(
+        args=config, processing_class=words, model=GPT2LMHeadModel.from_pretrained(folder), reward_funcs=four["reward"],
+        reward_processing_classes=words, train_dataset=Dataset.from_dict({"prompt": prompts(vocabulary)}),
+        callbacks=callbacks,
+    )  # fmt: skip
+
+
 def run(kind: str, precision: str, args) -> None:
     """One candidate: a trainer that does an update when told."""
     import torch
-    from datasets import Dataset
-    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
-
-    policy, ref = (gpt2(GPT2LMHeadModel, args.vocabulary, args.lengths, 0) for _ in range(2))
-    value, reward = (gpt2(GPT2ForSequenceClassification, args.vocabulary, args.lengths, s) for s in (1, 2))
-    words, texts = tokenizer(args.vocabulary), prompts(args.vocabulary)
+    from transformers import TrainerCallback
 
     class Wait(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -109,62 +184,18 @@ def run(kind: str, precision: str, args) -> None:
             self.metronome.tick(peak_mb())  # the first "step" reports the memory held before training
 
         def on_log(self, _, state, control, logs, **__):
-            length = logs.get("response_length", logs.get("completions/mean_length", logs.get("length")))
+            length = logs.get("response_length", logs.get("completions/mean_length"))
             if length is not None:
                 self.metronome.tick(peak_mb(), length * args.prompts)
 
     with tempfile.TemporaryDirectory() as folder:
-        common = dict(
-            output_dir=folder, per_device_train_batch_size=args.prompts, learning_rate=3e-6, temperature=1.0,
-            save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, logging_steps=1,
-        )  # fmt: skip
-        episodes = 10**4 * args.prompts
-        if kind == "trl112":
-            from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-            class Counting(PPOTrainer):
-                """TRL's trainer, with the mean length of the answers among its logs."""
-
-                def log(self, logs, *rest):
-                    lengths = sys._getframe(1).f_locals["sequence_lengths"] + 1
-                    super().log(logs | {"length": lengths.float().mean().item()}, *rest)
-
-            config = PPOConfig(
-                **common, response_length=RESPONSE, num_ppo_epochs=EPOCHS, total_episodes=episodes, stop_token="eos",
-                bf16=False, gradient_checkpointing=False, num_sample_generations=0,
-            )  # fmt: skip
-            trainer = Counting(
-                args=config, processing_class=words, model=policy, ref_model=ref, reward_model=reward,
-                value_model=value, train_dataset=Dataset.from_list([dict(words(text)) for text in texts]),
-                callbacks=[Wait()],
-            )  # fmt: skip
-        elif kind == "ours":
-            sys.path.insert(0, str(ROOT))
-            from pipelines.ppo.config import PPOConfig
-            from pipelines.ppo.trainer import PPOTrainer
-
-            config = PPOConfig(
-                **common, response_length=RESPONSE, num_ppo_epochs=EPOCHS, total_episodes=episodes,
-                bf16=precision == "bf16", num_sample_generations=0, allow_no_eos=True,
-            )  # fmt: skip
-            trainer = PPOTrainer(
-                args=config, processing_class=words, model=policy, ref_model=ref, reward_funcs=reward,
-                value_model=value, train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=[Wait()],
-            )  # fmt: skip
+        size = args.vocabulary, args.lengths, args.prompts, folder, [Wait()]
+        if kind == "ours":
+            trainer = our_trainer(precision, *size)
+        elif kind == "trl112":
+            trainer = trl112_trainer(*size)
         else:
-            import trl
-
-            policy.save_pretrained(folder)  # they load their reference from the policy's folder
-            policy, name = GPT2LMHeadModel.from_pretrained(folder), kind.upper()
-            config = getattr(trl, f"{name}Config")(
-                **common | {"logging_steps": EPOCHS}, max_completion_length=RESPONSE, num_iterations=EPOCHS,
-                num_generations=4, beta=0.05, steps_per_generation=1, bf16=False, activation_checkpointing=False,
-                max_steps=10**5,
-            )  # fmt: skip
-            trainer = getattr(trl, f"{name}Trainer")(
-                args=config, processing_class=words, model=policy, reward_funcs=reward,
-                reward_processing_classes=words, train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=[Wait()],
-            )  # fmt: skip
+            trainer = group_trainer(kind.upper(), *size)
         torch.manual_seed(0)
         trainer.train()
 
@@ -215,8 +246,10 @@ def main() -> None:
         rows.append((c.name, cpu, wall, tokens, peak, peak - before))
     first = next((r for r in rows if r[0] == "TRL 1.12 PPO"), rows[0])  # the peer, in our environment
     for name, cpu, wall, tokens, peak, above in rows:
-        speed = first[1] / first[3] / (cpu / tokens)  # per sampled token, as lengths differ a little
-        print(f"{name:26}{cpu:8.2f}{wall:8.2f}{tokens:8.0f}{speed:8.2f}{peak:9.0f}{above:8.0f}{peak / first[4]:8.2f}")
+        print(
+            f"{name:26}{cpu:8.2f}{wall:8.2f}{tokens:8.0f}{first[1] / cpu:8.2f}{peak:9.0f}{above:8.0f}"
+            f"{peak / first[4]:8.2f}"
+        )
 
 
 if __name__ == "__main__":
