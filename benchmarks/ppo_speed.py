@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="measured updates of each candidate")
     parser.add_argument("--warm", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--only", help="comma-separated parts of candidates' names")
+    parser.add_argument("--skip", default="", help="comma-separated parts of the names of candidates to leave out")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -219,7 +219,7 @@ def main() -> None:
     print(machine(), flush=True)
     candidates = []
     for name, (kind, precision, fast) in CANDIDATES.items():
-        if args.only and not any(part in name for part in args.only.split(",")):
+        if any(part and part in name for part in args.skip.split(",")):
             continue
         if kind == "trl112" and not args.reference_python:
             continue
