@@ -172,3 +172,15 @@ def test_what_cannot_work_is_found_before_it_starts(recipe, write, tiny_gpt2):
     text = str(error.value)
     for words in ["what is an answer worth", "must be a reward (or classify) stage", "needs 1 numbers", "package.module:function", "args.kl_estimator"]:  # fmt: skip
         assert words in text
+
+
+def test_the_guide_explains_every_setting_and_every_diagnosis():
+    from pathlib import Path
+
+    from pipelines.ppo.config import PPOConfig
+    from pipelines.ppo.diagnosis import CHECKS
+
+    text = (Path(__file__).parents[1] / "docs" / "ppo.md").read_text()
+    own = [name for name in PPOConfig.__annotations__ if not name.startswith("allow_")]
+    assert [name for name in own if f"`{name}`" not in text and f"`{name}:" not in text] == []
+    assert [check.__name__ for check, _ in CHECKS if check.__name__.replace("_", " ") not in text] == []
