@@ -269,6 +269,13 @@ class RewardSection:
             "head on the policy's own trunk, half the memory."
         },
     )
+    share_base: bool = field(
+        default=False,
+        metadata={
+            "help": "With model.use_peft: reward stages that trained adapters on the policy's base are loaded as "
+            "adapters on it, and the critic is `shared` unless named: one network in memory."
+        },
+    )
     label: str | None = field(
         default=None,
         metadata={"help": "For a classifier of two labels among models: the one whose log-odds are the score."},

@@ -76,7 +76,7 @@ def test_noise_around_a_kl_of_nothing_is_no_finding():
 
 
 def test_a_kl_that_doubles_within_a_window_is_running_away():
-    rows = [row | {"objective/kl": 0.5 * 1.1**i} for i, row in enumerate(healthy(40))]
+    rows = [row | {"objective/kl": 0.5 * 1.15**i} for i, row in enumerate(healthy(40))]
     said = run(rows)
     assert [name for _, name in said] == ["kl_running_away"] and rows[said[0][0] - 1]["objective/kl"] < 40
 

@@ -791,6 +791,27 @@ def test_resume_is_bit_identical(tmp_path):
     assert samples[0] == samples[1] and len(samples[0].splitlines()) == 60
 
 
+def test_adapters_of_policy_and_critic_resume_to_the_bit(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def adapted():
+        torch.manual_seed(5)
+        settings = dict(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+        return (
+            get_peft_model(gpt2(), LoraConfig(task_type="CAUSAL_LM", **settings)),
+            get_peft_model(critic(), LoraConfig(task_type="SEQ_CLS", **settings)),
+        )
+
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    whole = make(tmp_path / "whole", models=adapted(), **settings)
+    whole.train()
+    make(tmp_path / "parts", models=adapted(), callbacks=[StopAt(2)], **settings).train()
+    resumed = make(tmp_path / "parts", models=adapted(), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights_of(resumed), weights_of(whole))
+    assert list(resumed.policy.peft_config) == ["default"]
+
+
 def test_resume_true_takes_the_last_checkpoint_and_refuses_another_batch(tmp_path):
     make(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
     longer = make(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
@@ -896,6 +917,9 @@ def worker(folder):
         kl_target=0.01,
         normalize_scores=True,
         kl_coef=0.2,
+        ptx=text(),
+        ptx_coef=0.5,
+        ptx_batch_size=6,
         eval_data=prompts(7),
         eval_strategy="steps",
         eval_steps=4,

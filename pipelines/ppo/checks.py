@@ -32,7 +32,9 @@ def check_models(model, value_model, ref_model, reward_funcs: list, tokenizer) -
             "read the policy's token ids (start it from the policy, or a reward model with that tokenizer)"
         )
     if hasattr(model, "peft_config"):
-        if ref_model is None and any("lora_B" in n and w.detach().any() for n, w in model.named_parameters()):
+        own = model.active_adapter
+        trained = ("lora_B" in n and f".{own}." in n and w.detach().any() for n, w in model.named_parameters())
+        if ref_model is None and any(trained):
             problems.append(
                 "the policy's adapter is already trained, so the policy without it is not what training "
                 "starts from: merge the adapter into the model first, or pass a ref_model"

@@ -57,7 +57,7 @@ def negative_kl(updates: list[dict], evaluations: list[dict]) -> str | None:
 
 
 def kl_running_away(updates: list[dict], evaluations: list[dict]) -> str | None:
-    """More than 1 nat per token, or doubled within WINDOW updates to more than 0.2."""
+    """More than 1 nat per token, or doubled within WINDOW updates to more than 0.5; below that it is a run that has begun."""
     last, before = updates[-3:], updates[-3 - WINDOW : -WINDOW]
     if len(last) < 3:
         return None
@@ -66,7 +66,7 @@ def kl_running_away(updates: list[dict], evaluations: list[dict]) -> str | None:
         return (
             f"the KL per answer is {kl:.3g} nats on {length:.0f} tokens: more than 1 per token, no longer fluent text"
         )
-    if len(before) == 3 and kl > 0.2 * length and kl > 2 * _mean(before, "objective/kl"):
+    if len(before) == 3 and kl > 0.5 * length and kl > 2 * _mean(before, "objective/kl"):
         was = _mean(before, "objective/kl")
         return f"the KL per answer went from {was:.3g} to {kl:.3g} nats within {WINDOW} updates ({length:.0f} tokens)"
 

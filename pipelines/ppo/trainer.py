@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import peft
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ from pipelines.ppo.forward import (
     sequence_scores,
     token_logprobs,
 )
+from pipelines.ppo.rewards import AdapterScorer
 from pipelines.ppo.rollout import generate
 from pipelines.training import NotFinite
 
@@ -127,7 +129,9 @@ class PPOTrainer(_BaseTrainer):
             ref_model = copy.deepcopy(model)
         together = [m for m in (model, value_model, ref_model) if m is not None and not isinstance(m, ValueHead)]
         self.packed = all([make_ready(module) for module in together])
-        self.reward_packed = [isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f) for f in reward_funcs]
+        self.reward_packed = [
+            self.packed if isinstance(f, AdapterScorer) else hasattr(f, "score") and make_ready(f) for f in reward_funcs
+        ]
         super().__init__(
             model=PolicyAndCritic(model, value_model),
             args=args,
@@ -661,7 +665,8 @@ class PPOTrainer(_BaseTrainer):
             for part in weights:
                 weights[part] = {k.removeprefix(f"{part}."): v for k, v in whole.items() if k.startswith(f"{part}.")}
         if self.args.should_save:
-            self.policy.save_pretrained(folder, state_dict=weights["policy"])
+            only = {"selected_adapters": [self.policy.active_adapter]} if hasattr(self.policy, "peft_config") else {}
+            self.policy.save_pretrained(folder, state_dict=weights["policy"], **only)
             self.critic.save_pretrained(folder / "critic", state_dict=weights["critic"])
             for place in (folder,) if isinstance(self.critic, ValueHead) else (folder, folder / "critic"):
                 self.processing_class.save_pretrained(place)
@@ -725,12 +730,16 @@ class PPOTrainer(_BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         for module, folder in ((self.policy, ""), (self.critic, "critic")):
+            place = Path(resume_from_checkpoint) / folder
             if isinstance(module, ValueHead):
-                module.load(Path(resume_from_checkpoint) / folder)
+                module.load(place)
+                continue
+            if hasattr(module, "peft_config"):  # Trainer would add the adapter in `critic` to the policy
+                peft.set_peft_model_state_dict(module, peft.load_peft_weights(str(place), device="cpu"))
                 continue
             whole, self.model = self.model, module  # Trainer reports missing weights of self.model
             try:
-                super()._load_from_checkpoint(str(Path(resume_from_checkpoint) / folder), module)
+                super()._load_from_checkpoint(str(place), module)
             finally:
                 self.model = whole
 

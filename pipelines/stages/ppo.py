@@ -51,6 +51,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     weights = reward.get("weights")
     if weights is not None and len(weights) != len(models) + len(functions):
         yield "reward.weights", f"needs {len(models) + len(functions)} numbers: models first, then functions", weights
+    if reward.get("share_base") and not (model.get("use_peft") and models):
+        yield "reward.share_base", "needs reward.models and model.use_peft: what is shared is adapted", True
     if reward.get("label") and not models:
         yield "reward.label", "is for a classifier in reward.models: drop this key", reward["label"]
     args, ptx = stage.sections.get("args", {}), stage.sections.get("data", {}).get("ptx")
@@ -76,11 +78,13 @@ def run(stage) -> dict:
     tokenizer = models.load_tokenizer(section)
     policy = models.load_model(section, "AutoModelForCausalLM")
     added = _template(policy, tokenizer, section)
+    policy = models.adapt(policy, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
 
     funcs, tokenizers = [], []
     for path in reward.models or []:
         stage.report.setdefault("reward_accuracy", {})[path] = _gate(path, reward.min_accuracy)
-        funcs.append(scorer(path, section, reward.label))
+        share = reward.share_base
+        funcs.append(_on_base(path, section, policy, len(funcs)) if share else scorer(path, section, reward.label))
         tokenizers.append(models.load_tokenizer(_of(section, path)))
         if not reward.allow_other_template:
             _same_template(tokenizer, tokenizers[-1], path)
@@ -88,13 +92,11 @@ def run(stage) -> dict:
         module, _, function = name.partition(":")
         funcs.append(getattr(importlib.import_module(module), function))
         tokenizers.append(None)
-    start = reward.critic or (reward.models or [None])[0]
+    start = reward.critic or ("shared" if reward.share_base else (reward.models or [None])[0])
     if start is None:
         critic = scorer(section.model_name_or_path, section, allow_new=("score",))
     else:
         critic = "shared" if start == "shared" else scorer(start, section, reward.label)
-
-    policy = models.adapt(policy, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
     if critic != "shared":
         critic = models.adapt(critic, section, "SEQ_CLS")
 
@@ -141,6 +143,23 @@ def scorer(path: str, section, label: str | None = None, allow_new: tuple[str, .
             "whose log-odds are the score"
         )
     return log_odds(models.load_model(one, kind), label)
+
+
+def _on_base(path: str, section, policy, number: int):
+    """The reward stage at `path` as one more adapter on the policy's base, which must be what it was trained from."""
+    import peft
+
+    from pipelines.models import ModelError
+    from pipelines.ppo.rewards import AdapterScorer
+
+    folder = Path(path) / "adapter"
+    base = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path if folder.is_dir() else None
+    if base != section.model_name_or_path:
+        raise ModelError(
+            f"reward.share_base: {path} was trained {'from ' + base if base else 'without adapters'}, not as an adapter "
+            f"on the policy's {section.model_name_or_path}. Train it so (model.use_peft), or drop reward.share_base."
+        )
+    return AdapterScorer(policy, folder, f"reward{number}")
 
 
 def _pretraining_text(stage, tokenizer, context: int):
