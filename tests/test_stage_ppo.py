@@ -128,6 +128,11 @@ def test_a_classifier_is_the_reward_and_pretraining_text_is_mixed_in(recipe, wri
     assert "t.jsonl" in " ".join(record["record"]["data"]) and isinstance(record["metrics"]["diagnosis"], list)
     assert any("loss/ptx_avg" in line for line in open(loaded["policy"].folder / "history.jsonl"))
     assert [p.name for p in (loaded["policy"].folder / "critic").iterdir()] == ["value_head.safetensors"]
+    from pipelines import artifact
+
+    other = json.loads(json.dumps(record["record"]))
+    other["sections"]["args"]["diagnosis"] = "stop"  # such a run may go on with another setting of it
+    assert artifact.differences(record["record"], other) == []
     del policy["reward"]["label"], policy["args"]["ptx_coef"]
     with pytest.raises(RecipeError, match="(?s)name the label whose log-odds.*PPO-ptx needs both"):
         recipes.load(recipe(stages))

@@ -292,6 +292,10 @@ class PPOConfig(TrainingArguments):
             f"vllm_mode must be colocate or server, is {self.vllm_mode!r}",
         )
         need(
+            self.vllm_server_base_url is None or (self.use_vllm and self.vllm_mode == "server"),
+            "vllm_server_base_url is used only with use_vllm and vllm_mode: server",
+        )
+        need(
             self.kl_target is None or self.kl_coef > 0,
             "kl_target multiplies kl_coef up and down, which does nothing while kl_coef is 0",
         )

@@ -130,7 +130,10 @@ class PPOTrainer(_BaseTrainer):
         together = [m for m in (model, value_model, ref_model) if m is not None and not isinstance(m, ValueHead)]
         self.packed = all([make_ready(module) for module in together])
         self.reward_packed = [
-            self.packed if isinstance(f, AdapterScorer) else hasattr(f, "score") and make_ready(f) for f in reward_funcs
+            self.packed
+            if isinstance(f, AdapterScorer)
+            else isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f)
+            for f in reward_funcs
         ]
         super().__init__(
             model=PolicyAndCritic(model, value_model),

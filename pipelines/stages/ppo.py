@@ -59,6 +59,9 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     if bool(args.get("ptx_coef")) != bool(ptx):
         missing = "args.ptx_coef" if ptx else "data.ptx"
         yield missing, "PPO-ptx needs both data.ptx (pretraining text) and args.ptx_coef above 0", None
+    for key in ("ptx_length", "ptx_batch_size"):
+        if args.get(key) and not ptx:
+            yield f"args.{key}", "is used only with data.ptx: drop this key", args[key]
 
 
 def run(stage) -> dict:
@@ -66,7 +69,7 @@ def run(stage) -> dict:
     from datasets import Dataset
     from transformers import set_seed
 
-    from pipelines import data, models, training
+    from pipelines import SetupError, data, models, training
     from pipelines.ppo.trainer import PPOTrainer
 
     class Trainer_(training.ChainTrainer, PPOTrainer):
@@ -88,6 +91,8 @@ def run(stage) -> dict:
         tokenizers.append(models.load_tokenizer(_of(section, path)))
         if not reward.allow_other_template:
             _same_template(tokenizer, tokenizers[-1], path)
+    if reward.label and not any(reward.label in f.config.id2label.values() for f in funcs):
+        raise SetupError(f"reward.label: none of reward.models is a classifier with the label {reward.label!r}")
     for name in reward.functions or []:
         module, _, function = name.partition(":")
         funcs.append(getattr(importlib.import_module(module), function))
