@@ -20,7 +20,7 @@ PACKAGES = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "t
 # Settings that cannot change what is learned: a stage that differs only in these is the same stage.
 HARMLESS = (
     "logging_", "log_", "save_steps", "save_strategy", "save_total_limit", "report_to", "run_name", "disable_tqdm",
-    "dataloader_", "per_device_eval", "use_cpu", "ddp_", "gradient_checkpointing", "eval_accumulation",
+    "dataloader_", "per_device_eval", "use_cpu", "ddp_", "gradient_checkpointing", "eval_accumulation", "diagnosis",
 )  # fmt: skip
 
 

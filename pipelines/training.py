@@ -304,7 +304,7 @@ def save(trainer, folder: Path, tokenizer) -> None:
         if PartialState().is_main_process:
             for name, model in parts.items():
                 if hasattr(model, "peft_config"):
-                    model.save_pretrained(folder / name / "adapter")
+                    model.save_pretrained(folder / name / "adapter", selected_adapters=[model.active_adapter])
                     model = copy.deepcopy(model).merge_and_unload()
                 if model is not None:
                     model.save_pretrained(folder / name)
