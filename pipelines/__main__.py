@@ -16,6 +16,7 @@ One recipe file takes a language model from raw text to an RLHF-tuned policy.
   python -m pipelines check RECIPE [KEY=VALUE ...]                     find every mistake in it, start nothing
   python -m pipelines status RECIPE                                    what is finished, due or changed
   python -m pipelines keys KIND [SECTION]                              every key a stage accepts, with its meaning
+  python -m pipelines plan RECIPE [--gpus 8 --gpu h100]                will it fit, how long will it take
 """
 MORE = """\
 examples
@@ -32,7 +33,7 @@ settings or data changed is refused until --redo STAGE; its old folder is kept. 
 or command is wrong, 130 stopped by the user.
 """
 # Verbs with a module of their own, which has `main(argv) -> exit code`; imported only when asked for.
-TOOLS: dict[str, str] = {}
+TOOLS: dict[str, str] = {"plan": "pipelines.plan"}
 VERBS = ("check", "status", "keys", *TOOLS)
 
 
