@@ -137,8 +137,8 @@ def measure(recipe: str) -> None:
     launch.start()
     loaded = recipes.load(recipe)
     import torch
-    import trl.trainer.reward_trainer
-    import trl.trainer.sft_trainer
+    import trl.trainer.reward_trainer  # noqa: F401
+    import trl.trainer.sft_trainer  # noqa: F401
     from transformers import Trainer, models  # noqa: F401
 
     import pipelines.ppo.trainer  # noqa: F401
@@ -166,7 +166,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="these kinds, or numbers of cases")
     parser.add_argument("--folder", help="keep models, recipes and measurements here")
-    parser.add_argument("--again", action="store_true", help="with --folder: predict anew, measure only what is missing")
+    parser.add_argument(
+        "--again", action="store_true", help="with --folder: predict anew, measure only what is missing"
+    )
     parser.add_argument("--prepare", help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -174,6 +176,7 @@ def main() -> None:
         return prepare(Path(args.prepare))
     if args.measure:
         return measure(args.measure)
+    sys.path.insert(0, str(ROOT))
     from pipelines.launch import FAST, SWITCH
 
     env = {**os.environ, **FAST, SWITCH: "set", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from pipelines import costs, kernels
@@ -55,8 +56,9 @@ def _fake():
 
 
 def _build(config, auto_class: str, adapt=None, dtype=torch.float32):
-    """The model on fake tensors; `adapt` may wrap it (LoRA)."""
-    model = getattr(transformers, auto_class).from_config(config, dtype=dtype)
+    """The model on fake tensors, not initialised; `adapt` may wrap it (LoRA)."""
+    with no_init_weights():
+        model = getattr(transformers, auto_class).from_config(config, dtype=dtype)
     return adapt(model) if adapt else model
 
 

@@ -321,7 +321,9 @@ def micro_batch(job: Job, setup: Setup) -> tuple[int, int]:
 
 def adapter(stage, quantize: bool = False):
     """What wraps a model in LoRA as the recipe says, or with TRL's defaults on all linear layers."""
-    said = {k: v for k, v in stage.sections.get("model", {}).items() if k.startswith(("lora_", "use_rslora", "use_dora"))}
+    said = {
+        k: v for k, v in stage.sections.get("model", {}).items() if k.startswith(("lora_", "use_rslora", "use_dora"))
+    }
 
     def wrap(model):
         import peft
@@ -352,9 +354,7 @@ class Planner:
         key = (name, lora)
         if key not in self.known:
             model = self.job.models[name]
-            self.known[key] = anatomy.examine(
-                model.config, model.auto_class, adapter(self.job.stage) if lora else None
-            )
+            self.known[key] = anatomy.examine(model.config, model.auto_class, adapter(self.job.stage) if lora else None)
         return self.known[key]
 
     def traced(self, name: str, setup: Setup) -> float:
@@ -434,7 +434,9 @@ class Planner:
     def cache(self, setup: Setup) -> float:
         """KV cache of the answers that one process of PPO decodes at once."""
         a, job = self.anatomy("model"), self.job
-        rows = min(job.values.get("local_rollout_forward_batch_size", 64), math.ceil(self.per_step(setup) / setup.world))
+        rows = min(
+            job.values.get("local_rollout_forward_batch_size", 64), math.ceil(self.per_step(setup) / setup.world)
+        )
         size = 2 if setup.bf16 else 4
         return costs.kv_cache(rows * (job.longest + job.target), a.layers, a.kv, size)
 
@@ -696,7 +698,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--processes", type=int, help="without GPUs: processes on this machine's CPU")
     out.add_argument("--config_file", "--config-file", help="the file that `accelerate launch` will get")
     out.add_argument("--price-per-hour", type=float, help="of one GPU (or of the machine without GPUs)")
-    out.add_argument("--mfu", type=float, default=costs.MFU, help="share of the peak FLOP/s reached (default %(default)s)")
+    out.add_argument(
+        "--mfu", type=float, default=costs.MFU, help="share of the peak FLOP/s reached (default %(default)s)"
+    )
     out.add_argument("--calibrate", action="store_true", help="measure this CPU for a second, to say how long")
     out.add_argument("--scaling", action="store_true", help="print the tables of docs/scaling.md instead")
     return out
