@@ -144,6 +144,11 @@ def measure(recipe: str) -> None:
     import pipelines.ppo.trainer  # noqa: F401
     from pipelines import data, kernels, lm, packing, training  # noqa: F401
 
+    if loaded.stages[0].kind == "classify":
+        from pipelines import metrics
+
+        metrics.MacroF1().compute(predictions=[0, 1], references=[0, 1])  # loads scikit-learn
+
     small = torch.nn.Linear(512, 512)
     small(torch.ones(64, 512)).sum().backward()
     torch.optim.AdamW(small.parameters(), fused=True).step()

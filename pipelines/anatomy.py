@@ -59,6 +59,7 @@ def _build(config, auto_class: str, adapt=None, dtype=torch.float32):
     """The model on fake tensors, not initialised; `adapt` may wrap it (LoRA)."""
     with no_init_weights():
         model = getattr(transformers, auto_class).from_config(config, dtype=dtype)
+    model.tie_weights()
     return adapt(model) if adapt else model
 
 

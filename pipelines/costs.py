@@ -178,6 +178,14 @@ def korthikanti(tokens: int, hidden: int, layers: int, size: int = 2) -> float:
     return 34 * tokens * hidden * layers * size / 2
 
 
+def backward_work(activations: float, layers: int) -> float:
+    """What backward holds beside the activations: their gradients within the layer it is at, which are of their size.
+
+    Found by measuring (benchmarks/plan_accuracy.py).
+    """
+    return activations / layers
+
+
 def checkpointed(activations: float, tokens: int, hidden: int, layers: int, size: int = 4) -> float:
     """Activations that remain with checkpointing: the input of each layer, and one layer at work (Chen 2016)."""
     return min(activations, layers * tokens * hidden * size + activations / layers)

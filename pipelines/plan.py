@@ -358,7 +358,7 @@ class Planner:
         return self.known[key]
 
     def traced(self, name: str, setup: Setup) -> float:
-        """Activations of `name` for the largest micro-batch, checkpointing included."""
+        """Activations of `name` for the largest micro-batch, with checkpointing what is left of them, and their gradients."""
         from pipelines import anatomy
 
         rows, length = micro_batch(self.job, setup)
@@ -381,11 +381,11 @@ class Planner:
             if not exact and note not in self.job.notes:
                 self.job.notes.append(note)
             self.known[key] = kept
-        kept = self.known[key]
+        kept, a = self.known[key], self.anatomy(name)
+        work = costs.backward_work(kept, a.layers)
         if setup.checkpointing:
-            a, size = self.anatomy(name), 4 if setup.precision == "fp32" else 2
-            kept = costs.checkpointed(kept, rows * length, a.hidden, a.layers, size)
-        return kept
+            kept = costs.checkpointed(kept, rows * length, a.hidden, a.layers, 4 if setup.precision == "fp32" else 2)
+        return kept + work
 
     def states(self, name: str, setup: Setup, trained: bool = True) -> costs.States:
         """Weights, gradients, optimizer states of one model on one device."""
