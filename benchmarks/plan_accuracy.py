@@ -70,7 +70,16 @@ CASES = [
     ("classify", bert(8, 512, 30522), 8, 60, {}),
     ("classify", bert(12, 768, 30522), 4, 60, {}),
     ("classify", gpt2(8, 768, 16384), 4, 60, {}),
+    # from here on with two processes (DDP over gloo); the larger of the two is shown
+    ("pretrain", gpt2(8, 512, 32768), 4, 128, {}),
+    ("reward", gpt2(8, 768, 16384), 2, 60, {}),
 ]
+FIRST_OF_TWO = 19  # number of the first case with two processes
+
+
+def processes(number: int) -> int:
+    """Processes that run the case."""
+    return 2 if number >= FIRST_OF_TWO else 1
 
 
 def prepare(work: Path) -> None:
@@ -93,7 +102,9 @@ def prepare(work: Path) -> None:
         count = rows * steps * 2
         cut = lambda n: " ".join(draw.choices(words, k=n))  # noqa: E731
         model = {"model_name_or_path": str(folder / "model")}
-        args |= {"max_steps": steps, "global_batch_size": rows}
+        world = processes(number)
+        args |= {"max_steps": steps, "global_batch_size": rows * world}
+        count *= world
         stage = {"kind": kind, "model": model, "data": {"train": str(folder / "rows.jsonl")}, "args": args}
         if kind == "pretrain":
             stage |= {"model": {"config": config, "tokenizer_name_or_path": str(work / "tokenizer")}}
@@ -196,8 +207,13 @@ def main() -> None:
         if missing:
             run([*me, "--prepare", str(work)], env)
         for n in missing:
-            words = run([*me, "--measure", str(work / str(n) / "recipe.yaml")], env).split("MEASURED")[1].split()
-            (work / str(n) / "measured.json").write_text(json.dumps([int(word) for word in words]))
+            command = [*me, "--measure", str(work / str(n) / "recipe.yaml")]
+            if processes(n) > 1:
+                launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file"]
+                command = [*launch, "accelerate_configs/cpu_2.yaml", *command[1:]]
+            found = [part.split()[:2] for part in run(command, env).split("MEASURED")[1:]]
+            before, peak = max(([int(word) for word in words] for words in found), key=lambda sizes: sizes[1])
+            (work / str(n) / "measured.json").write_text(json.dumps([before, peak]))
         table(work, chosen)
 
 
@@ -216,13 +232,14 @@ def table(work: Path, chosen: list[int]) -> None:
         loaded = recipes.load(work / str(n) / "recipe.yaml", read_data=False)
         job = plan.describe(loaded, loaded.stages[0])
         planner = plan.Planner(job)
-        setup = plan.setup_of(job, plan.parser().parse_args([str(loaded.file)]))
+        setup = plan.setup_of(job, plan.parser().parse_args([str(loaded.file), "--processes", str(processes(n))]))
         memory = planner.memory(setup)
         predicted, measured = memory.without_process().total, peak - before
         ratios.append(predicted / measured)
         anatomy, (rows, length) = planner.anatomy("model"), plan.micro_batch(job, setup)
+        kind = job.kind if setup.world == 1 else f"{job.kind}, {setup.world} processes"
         print(
-            f"| {job.kind} | {job.models['model'].config.model_type} {anatomy.layers} x {anatomy.hidden} "
+            f"| {kind} | {job.models['model'].config.model_type} {anatomy.layers} x {anatomy.hidden} "
             f"| {anatomy.parameters / 1e6:.1f} M | {rows} x {length} | {predicted / MB:.0f} | {measured / MB:.0f} "
             f"| {ratios[-1]:.2f} | {memory.total / peak:.2f} |"
         )

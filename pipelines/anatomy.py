@@ -36,6 +36,7 @@ class Anatomy:
     attention: int  # query heads x head size
     kv: int  # key-value heads x head size
     largest: int  # parameters of the largest layer
+    widest: int  # most outputs of a linear map in the layers
     linear: int  # weights in the layers' linear maps: what 4 bits can hold
     fusable: bool  # whether `kernels.fuse_loss` takes its head
 
@@ -81,7 +82,8 @@ def examine(config, auto_class: str, adapt=None) -> Anatomy:
         shared = in_blocks * (layers / max(len(blocks), 1) - 1)  # ALBERT: one block, passed several times
         heads = getattr(text, "num_attention_heads", 1)
         size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads
-        linear = [m.weight.numel() for b in blocks for m in b.modules() if isinstance(m, (nn.Linear, Conv1D))]
+        maps = [m for b in blocks for m in b.modules() if isinstance(m, (nn.Linear, Conv1D))]
+        outputs = [m.nf if isinstance(m, Conv1D) else m.out_features for m in maps]
         return Anatomy(
             architecture=type(plain).__name__,
             parameters=sum(p.numel() for p in model.parameters()),
@@ -93,7 +95,8 @@ def examine(config, auto_class: str, adapt=None) -> Anatomy:
             attention=heads * size,
             kv=(getattr(text, "num_key_value_heads", None) or heads) * size,
             largest=max((sum(p.numel() for p in b.parameters()) for b in blocks), default=count),
-            linear=sum(linear),
+            widest=max(outputs, default=0),
+            linear=sum(m.weight.numel() for m in maps),
             fusable=type(head) is nn.Linear and not text.is_encoder_decoder
             and all(getattr(text, key, None) in (None, off) for key, off in kernels.LOGIT_CHANGES.items()),
         )  # fmt: skip

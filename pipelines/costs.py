@@ -213,6 +213,15 @@ def kv_cache(tokens: int, layers: int, width: int, size: int = 4) -> float:
     return 2.0 * tokens * layers * width * size
 
 
+def scoring(tokens: int, widest: int, answer_tokens: int, vocabulary: int, rows: int, size: int = 4) -> float:
+    """What PPO's scoring of `tokens` holds at once without gradients, of which `answer_tokens` go through the head:
+
+    the feed-forward of one layer before and after its activation, and a chunk of at most `rows` logits.
+    """
+    chunk = min(rows, answer_tokens) * vocabulary
+    return 2 * tokens * widest * size + chunk * (size + (4 if size < 4 else 0))
+
+
 # --- operations --------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +286,7 @@ class Memory:
     activations: float = 0.0
     head: float = 0.0
     kv_cache: float = 0.0
+    rollouts: float = 0.0
     critic: float = 0.0
     reference: float = 0.0
     rewards: float = 0.0

@@ -429,16 +429,35 @@ class Planner:
             reference=0.0 if setup.lora else self.states("model", setup, trained=False).weights,
             rewards=sum(self.states(name, setup, trained=False).weights for name in scorers),
             kv_cache=self.cache(setup),
+            rollouts=self.rollouts(setup),
         )
 
+    def decoded(self, setup: Setup) -> int:
+        """Answers that one process of PPO decodes and scores at once; 64 prompts are tried before the first update."""
+        share = math.ceil(max(self.per_step(setup), 64) / setup.world)
+        return min(self.job.values.get("local_rollout_forward_batch_size", 64), share)
+
     def cache(self, setup: Setup) -> float:
-        """KV cache of the answers that one process of PPO decodes at once."""
-        a, job = self.anatomy("model"), self.job
-        rows = min(
-            job.values.get("local_rollout_forward_batch_size", 64), math.ceil(self.per_step(setup) / setup.world)
-        )
-        size = 2 if setup.bf16 else 4
-        return costs.kv_cache(rows * (job.longest + job.target), a.layers, a.kv, size)
+        """KV cache of the answers that are decoded at once."""
+        a, tokens = self.anatomy("model"), self.decoded(setup) * (self.job.longest + self.job.target)
+        return costs.kv_cache(tokens, a.layers, a.kv, 2 if setup.bf16 else 4)
+
+    def rollouts(self, setup: Setup) -> float:
+        """What scoring the answers of one batch takes beside weights and cache, and sampling's float32 probabilities."""
+        a, rows = self.anatomy("model"), self.decoded(setup)
+        tokens, answers = rows * (self.job.longest + self.job.target), rows * self.job.target
+        chunk = self.chunk(setup) if a.fusable and setup.strategy not in costs.SHARDED else answers
+        sampling = 3 * rows * a.vocabulary * 4
+        return sampling + costs.scoring(tokens, a.widest, answers, a.vocabulary, chunk, 2 if setup.bf16 else 4)
+
+    def chunk(self, setup: Setup) -> int:
+        """Rows of logits that the fused head holds at once, as `kernels.chunk_rows`."""
+        from pipelines import kernels
+
+        size, vocabulary = 2 if setup.bf16 else 4, self.anatomy("model").vocabulary
+        if setup.gpu:
+            return max(kernels.GPU_ROWS, kernels.GPU_BYTES // (vocabulary * size))
+        return max(kernels.CPU_ROWS * 4 // size, kernels.CPU_BYTES // (vocabulary * size))
 
     def head(self, setup: Setup) -> float:
         """What comes of the hidden states: chunks of logits, or all of them where the head cannot be fused."""
@@ -458,12 +477,10 @@ class Planner:
             tokens = rows * self.job.target
         if setup.strategy in costs.SHARDED or not a.fusable:
             return costs.full_logits(tokens, a.vocabulary, size)
-        at_least, in_bytes = (
-            (kernels.GPU_ROWS, kernels.GPU_BYTES) if setup.gpu else (kernels.CPU_ROWS * 4 // size, kernels.CPU_BYTES)
+        chunk = self.chunk(setup)
+        return costs.fused_head(
+            tokens, a.vocabulary, a.hidden, chunk, size, chunk if setup.gpu else kernels.CPU_WIDE_ROWS
         )
-        chunk = max(at_least, in_bytes // (a.vocabulary * size))
-        wide = chunk if setup.gpu else kernels.CPU_WIDE_ROWS
-        return costs.fused_head(tokens, a.vocabulary, a.hidden, chunk, size, wide)
 
     # --- work ---
 
@@ -527,9 +544,12 @@ class Planner:
             out["decode"] = max(reading, decoding / (flops * setup.world))
         if setup.gpu and setup.world > 1:
             a = self.anatomy("model", setup.lora)
-            sent = costs.traffic(a.parameters, a.trainable, setup.strategy, setup.world, self.micro_batches(setup))
+            updates, micro = 1, self.micro_batches(setup)
             if self.job.kind == "ppo":
-                sent *= 2 * self.job.values.get("num_ppo_epochs", 4) * self.job.values.get("num_mini_batches", 1)
+                minis = self.job.values.get("num_mini_batches", 1)
+                updates, micro = self.job.values.get("num_ppo_epochs", 4) * minis, math.ceil(micro / minis)
+            models = 2 if self.job.kind == "ppo" else 1  # the critic is as large as the policy
+            sent = costs.traffic(a.parameters, a.trainable, setup.strategy, setup.world, micro) * updates * models
             out["traffic"] = sent / costs.bus(costs.DEVICES[setup.gpu], setup.world)
         return out
 

@@ -7,10 +7,11 @@ Four shapes stand for all: GPT-2 124M, and Llama's at 1.2 B, 8 B and 70 B. Nothi
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import SimpleNamespace
 
 from pipelines import costs
-from pipelines.plan import Job, Model, Planner, Setup
+from pipelines.plan import AUTO, Job, Model, Planner, Setup
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 SHAPES = {
@@ -22,27 +23,26 @@ SHAPES = {
     "Llama 70B": {**LLAMA, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
                   "intermediate_size": 28672},
 }  # fmt: skip
-GPU, LENGTH, ANSWER = "h100", 2048, 512
+GPU, LENGTH, ANSWER, BATCH = "h100", 2048, 512, 512
 WORLDS = (1, 8, 64, 512)
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 
 
-def job(shape: str, kind: str, **values) -> Job:
-    """A stage on rows of `LENGTH` tokens; PPO answers with `ANSWER` of them."""
+@lru_cache(None)
+def planner(shape: str, kind: str) -> Planner:
+    """A stage on rows of `LENGTH` tokens; an update of PPO has `BATCH` answers, `ANSWER` of those tokens long."""
     import transformers
 
     config = transformers.AutoConfig.for_model(**SHAPES[shape])
     scorer = transformers.AutoConfig.for_model(**SHAPES[shape], num_labels=1)
-    models = {"model": Model(config, "AutoModelForCausalLM")}
+    models = {"model": Model(scorer, AUTO[kind]) if kind == "reward" else Model(config, "AutoModelForCausalLM")}
     if kind == "ppo":
-        models |= {name: Model(scorer, "AutoModelForSequenceClassification") for name in ("critic", "reward 0")}
-    elif kind == "reward":
-        models = {"model": Model(scorer, "AutoModelForSequenceClassification")}
+        models |= {name: Model(scorer, AUTO["reward"]) for name in ("critic", "reward 0")}
     answer = ANSWER if kind == "ppo" else 0
-    prompt = LENGTH - answer
+    values = {"num_train_epochs": 1, "packing": True} | ({"global_batch_size": BATCH} if answer else {})
     stage = SimpleNamespace(name=kind, seed=0, sections={})
-    values = {"num_train_epochs": 1, "packing": True, **values}
-    return Job(stage, kind, values, models, 10**6, [prompt], prompt, 2 if kind == "reward" else 1, answer)
+    prompt = LENGTH - answer
+    return Planner(Job(stage, kind, values, models, 10**6, [prompt], prompt, target=answer))
 
 
 def setup(strategy: str, world: int, **changes) -> Setup:
@@ -70,9 +70,9 @@ def memory(kind: str) -> None:
     print(f"### Memory of `{kind}`, GB a device ({LENGTH} tokens a device at once, bf16, checkpointing)\n")
     rows = []
     for shape in SHAPES:
-        planner = Planner(job(shape, kind, global_batch_size=512))
+        planned = planner(shape, kind)
         for strategy in STRATEGIES:
-            cells = [gigabytes(planner.memory(setup(strategy, world)).total) for world in WORLDS]
+            cells = [gigabytes(planned.memory(setup(strategy, world)).total) for world in WORLDS]
             rows.append([shape, strategy, *cells])
     table(["model", "launcher", *(f"{world} GPUs" if world > 1 else "1 GPU" for world in WORLDS)], rows)
 
@@ -83,9 +83,9 @@ def adapters() -> None:
     rows = []
     for shape in SHAPES:
         for kind in ("sft", "reward", "ppo"):
-            planner = Planner(job(shape, kind, global_batch_size=64))
+            planned = planner(shape, kind)
             ways = ({}, {"lora": True, "size": 2}, {"lora": True, "quantize": True, "size": 2})
-            rows.append([shape, kind, *(gigabytes(planner.memory(setup("ddp", 1, **way)).total) for way in ways)])
+            rows.append([shape, kind, *(gigabytes(planned.memory(setup("ddp", 1, **way)).total) for way in ways)])
     table(["model", "stage", "all weights", "LoRA on bf16 weights", "QLoRA"], rows)
 
 
@@ -100,12 +100,12 @@ def traffic() -> None:
         for strategy in STRATEGIES:
             cells = []
             for world in WORLDS[1:]:
-                planner = Planner(job(shape, "sft", global_batch_size=world))
+                planned = planner(shape, "sft")
                 where = setup(strategy, world)
-                a = planner.anatomy("model")
+                a = planned.anatomy("model")
                 sent = costs.traffic(a.parameters, a.trainable, strategy, world)
                 hardware = costs.DEVICES[GPU]
-                parts = planner.seconds_per_step(where, hardware.bf16 * costs.MFU, hardware.bandwidth)
+                parts = planned.seconds_per_step(where, hardware.bf16 * costs.MFU, hardware.bandwidth)
                 cells.append(f"{sent / 1e9:.1f} GB, {parts['traffic'] / parts['compute']:.2f}x")
             rows.append([shape, strategy, *cells])
     table(["model", "launcher", *(f"{world} GPUs" for world in WORLDS[1:])], rows)
@@ -116,8 +116,8 @@ def enough() -> None:
     print("### Tokens that a device must compute in a step before traffic is a tenth of it, across machines\n")
     rows, hardware = [], costs.DEVICES[GPU]
     for shape in SHAPES:
-        planner = Planner(job(shape, "sft", global_batch_size=64))
-        a, cells = planner.anatomy("model"), []
+        planned = planner(shape, "sft")
+        a, cells = planned.anatomy("model"), []
         for strategy in STRATEGIES:
             seconds = costs.traffic(a.parameters, a.trainable, strategy, 64) / costs.NETWORK
             forward = costs.forward_flops(1, a.products, a.layers, a.attention, LENGTH / 2)
@@ -132,9 +132,9 @@ def rollouts() -> None:
     print(f"### One PPO update on 8 GPUs: 512 answers of {ANSWER} tokens, 4 epochs, ZeRO-3; seconds if all fits\n")
     rows, hardware = [], costs.DEVICES[GPU]
     for shape in SHAPES:
-        planner = Planner(job(shape, "ppo", global_batch_size=512))
+        planned = planner(shape, "ppo")
         where = setup("zero3", 8)
-        parts = planner.seconds_per_step(where, hardware.bf16 * costs.MFU, hardware.bandwidth)
+        parts = planned.seconds_per_step(where, hardware.bf16 * costs.MFU, hardware.bandwidth)
         total = sum(parts.values())
         rows.append(
             [shape, *(f"{parts[name]:.1f} ({parts[name] / total:.0%})" for name in ("decode", "compute", "traffic"))]
