@@ -18,6 +18,7 @@ One recipe file takes a language model from raw text to an RLHF-tuned policy.
   python -m pipelines keys KIND [SECTION]                              every key a stage accepts, with its meaning
   python -m pipelines rank FILE_OR_STAGE ...                           a page where people rank sampled answers
   python -m pipelines evaluate MODEL ... [--tasks T] [--prompts P]     perplexity, tasks, win rates of any models
+  python -m pipelines plan RECIPE [--gpus 8 --gpu h100]                will it fit, how long will it take
 """
 MORE = """\
 examples
@@ -37,6 +38,7 @@ or command is wrong, 130 stopped by the user.
 TOOLS: dict[str, str] = {
     "rank": "pipelines.feedback.rank",
     "evaluate": "pipelines.evaluation",
+    "plan": "pipelines.plan",
 }
 VERBS = ("check", "status", "keys", *TOOLS)
 

@@ -468,13 +468,18 @@ def fast_model(model) -> None:
     - GPT-2's tanh-GELU, eight Python operations over the widest activation, becomes PyTorch's single one
       (equal to 1e-6).
     """
+    fast_gelu(model)
+    fuse_loss(model.get_base_model() if hasattr(model, "get_base_model") else model)
+
+
+def fast_gelu(model) -> None:
+    """The GELU half of `fast_model`, in place."""
     from transformers.activations import FastGELUActivation, NewGELUActivation
 
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) in (NewGELUActivation, FastGELUActivation):
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
-    fuse_loss(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
 
 def bf16_pays(device: str | torch.device = "cpu") -> bool:

@@ -55,7 +55,7 @@ def build_args(stage, **defaults):
     if values.get("fp16"):
         values["bf16"] = False
     values |= {"output_dir": str(stage.checkpoints), "seed": stage.seed, "remove_unused_columns": False}
-    values |= _accumulation(values, state.num_processes)
+    values |= accumulation(values, state.num_processes)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "logs")
     module, _, name = stage.module.SECTIONS["args"].partition(":")
     cls = getattr(__import__(module, fromlist=[name]), name)
@@ -72,7 +72,7 @@ def build_args(stage, **defaults):
     return args
 
 
-def _accumulation(values: dict, world: int) -> dict:
+def accumulation(values: dict, world: int) -> dict:
     """Micro-batch and accumulation that give `global_batch_size` rows per step on `world` processes."""
     total, micro = values.get("global_batch_size"), values.get("per_device_train_batch_size", 8)
     if total is None:

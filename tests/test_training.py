@@ -6,7 +6,7 @@ import pytest
 
 from pipelines import chain, training
 from pipelines import recipe as recipes
-from pipelines.training import GlobalOrder, NotFinite, _accumulation
+from pipelines.training import GlobalOrder, NotFinite, accumulation
 
 
 @pytest.mark.parametrize(
@@ -21,14 +21,14 @@ from pipelines.training import GlobalOrder, NotFinite, _accumulation
     ],
 )
 def test_global_batch_becomes_micro_batch_and_accumulation(total, micro, world, expected):
-    found = _accumulation({"global_batch_size": total, "per_device_train_batch_size": micro}, world)
+    found = accumulation({"global_batch_size": total, "per_device_train_batch_size": micro}, world)
     size, steps = found["per_device_train_batch_size"], found["gradient_accumulation_steps"]
     assert (size, steps) == expected and size * steps * world == total and size <= micro
 
 
 def test_a_global_batch_that_does_not_divide_is_an_error():
     with pytest.raises(ValueError, match="use a multiple of 3"):
-        _accumulation({"global_batch_size": 32}, 3)
+        accumulation({"global_batch_size": 32}, 3)
 
 
 def order(rows, epoch=0.0, batch=4, accumulate=1, world=1, seed=1):
