@@ -16,6 +16,7 @@ One recipe file takes a language model from raw text to an RLHF-tuned policy.
   python -m pipelines check RECIPE [KEY=VALUE ...]                     find every mistake in it, start nothing
   python -m pipelines status RECIPE                                    what is finished, due or changed
   python -m pipelines keys KIND [SECTION]                              every key a stage accepts, with its meaning
+  python -m pipelines report RUN [--watch]                             one HTML file: chain, curves, samples, costs
 """
 MORE = """\
 examples
@@ -32,7 +33,7 @@ settings or data changed is refused until --redo STAGE; its old folder is kept. 
 or command is wrong, 130 stopped by the user.
 """
 # Verbs with a module of their own, which has `main(argv) -> exit code`; imported only when asked for.
-TOOLS: dict[str, str] = {}
+TOOLS: dict[str, str] = {"report": "pipelines.report"}
 VERBS = ("check", "status", "keys", *TOOLS)
 
 

@@ -14,6 +14,8 @@ from pipelines import data
 from pipelines.stage import Stage
 
 STARTED, FINISHED = "started.json", "stage.json"
+HISTORY = "history.jsonl"  # every logged step of a finished stage
+LOG = "log.jsonl"  # the same while it runs, beside its checkpoints
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers", "bitsandbytes", "deepspeed"]
 
 # Settings that cannot change what is learned: a stage that differs only in these is the same stage.
@@ -38,6 +40,28 @@ def write_json(path: Path, value) -> None:
 def read_json(path: Path) -> dict | None:
     """The file's content, or None where there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_log(folder: Path) -> tuple[list[dict], int | None, float]:
+    """`(entries, steps to come in all, seconds spent)` of a stage that is not finished, from its checkpoints' folder.
+
+    What was logged after the checkpoint that a session resumed from is dropped; a line half written is left alone.
+    """
+    entries, total, seconds, last = [], None, 0.0, 0.0
+    path = folder / LOG
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
+        if not line.endswith("\n"):
+            break
+        entry = json.loads(line)
+        moment = entry.pop("time")
+        if "max_steps" in entry:  # a session begins
+            entries = [e for e in entries if e["step"] <= entry["step"]]
+            total, last = entry["max_steps"], moment
+        else:
+            entries.append(entry)
+        seconds += moment - last
+        last = moment
+    return entries, total, seconds
 
 
 def record(stage: Stage, parents: dict[str, str]) -> dict:
@@ -107,7 +131,7 @@ def _short(value) -> str:
 
 def finish(stage: Stage, made_from: dict, metrics: dict, started: str, seconds: float, world: int) -> None:
     """Write the log (`history.jsonl`), the model card and, last of all, `stage.json`."""
-    with open(stage.folder / "history.jsonl", "w", encoding="utf-8") as stream:
+    with open(stage.folder / HISTORY, "w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(entry) + "\n" for entry in metrics.get("history", []))
     final = {
         "stage": stage.name,
