@@ -17,6 +17,8 @@ One recipe file takes a language model from raw text to an RLHF-tuned policy.
   python -m pipelines status RECIPE                                    what is finished, due or changed
   python -m pipelines keys KIND [SECTION]                              every key a stage accepts, with its meaning
   python -m pipelines report RUN [--watch]                             one HTML file: chain, curves, samples, costs
+  python -m pipelines chat RUN[/STAGE] [RUN/STAGE ...]                 talk to a stage, or to several side by side
+  python -m pipelines push RUN/STAGE HUB_ID [--private] [--dry-run]    upload a finished stage to the hub
 """
 MORE = """\
 examples
@@ -33,7 +35,7 @@ settings or data changed is refused until --redo STAGE; its old folder is kept. 
 or command is wrong, 130 stopped by the user.
 """
 # Verbs with a module of their own, which has `main(argv) -> exit code`; imported only when asked for.
-TOOLS: dict[str, str] = {"report": "pipelines.report"}
+TOOLS: dict[str, str] = {"report": "pipelines.report", "chat": "pipelines.talk", "push": "pipelines.push"}
 VERBS = ("check", "status", "keys", *TOOLS)
 
 
