@@ -396,7 +396,11 @@ def _special(s: Seen) -> list[str]:
             [(r["step"], r["score"]) for r in scored if (r["split"] == "train") == side] for side in (True, False)
         )
         lines = [Series("training", train, "dots"), Series("held out", held_out, "dots", 1)]
-        out.append(_titled("scores of the sample answers", svg.chart(lines, "step", "score of an answer")))
+        out.append(
+            _titled(
+                "scores of the sample answers", svg.chart(lines, "step (1: before any update)", "score of an answer")
+            )
+        )
     if "confusion_matrix" in metrics:
         out.append(_titled("confusion matrix, rows", _matrix(metrics["confusion_matrix"], metrics.get("labels"))))
     for name in ("tags", "class_weights"):
