@@ -19,6 +19,9 @@ One recipe file takes a language model from raw text to an RLHF-tuned policy.
   python -m pipelines rank FILE_OR_STAGE ...                           a page where people rank sampled answers
   python -m pipelines evaluate MODEL ... [--tasks T] [--prompts P]     perplexity, tasks, win rates of any models
   python -m pipelines plan RECIPE [--gpus 8 --gpu h100]                will it fit, how long will it take
+  python -m pipelines report RUN [--watch]                             one HTML file: chain, curves, samples, costs
+  python -m pipelines chat RUN[/STAGE] [RUN/STAGE ...]                 talk to a stage, or to several side by side
+  python -m pipelines push RUN/STAGE HUB_ID [--private] [--dry-run]    upload a finished stage to the hub
 """
 MORE = """\
 examples
@@ -39,6 +42,9 @@ TOOLS: dict[str, str] = {
     "rank": "pipelines.feedback.rank",
     "evaluate": "pipelines.evaluation",
     "plan": "pipelines.plan",
+    "report": "pipelines.report",
+    "chat": "pipelines.talk",
+    "push": "pipelines.push",
 }
 VERBS = ("check", "status", "keys", *TOOLS)
 

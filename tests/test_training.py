@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from pipelines import chain, training
+from pipelines import artifact, chain, training
 from pipelines import recipe as recipes
 from pipelines.training import GlobalOrder, NotFinite, accumulation
 
@@ -71,12 +71,19 @@ def test_nan_names_step_rows_and_last_checkpoint(recipe, write, tiny_gpt2, tmp_p
         "kind": "sft",
         "model": {"model_name_or_path": str(tmp_path / "poisoned"), "chat_template": "plain"},
         "data": {"train": write("rows.jsonl", rows)},
-        "args": {"global_batch_size": 4, "per_device_train_batch_size": 4, "num_train_epochs": 1, "save_steps": 1},
-    }
+        "args": {"global_batch_size": 4, "per_device_train_batch_size": 4, "num_train_epochs": 1, "save_steps": 1,
+                 "logging_steps": 1},
+    }  # fmt: skip
+    loaded = recipes.load(recipe({"sft": stage}))
     with pytest.raises(NotFinite) as error:
-        chain.run(recipes.load(recipe({"sft": stage})))
+        chain.run(loaded)
     text = str(error.value)
     assert "rows.jsonl:14" in text and "the loss is nan at step" in text and "last good checkpoint" in text
+    # What was logged until then is on disk, and in the report.
+    entries, total, seconds = artifact.read_log(loaded["sft"].checkpoints)
+    failed = int(text.split("at step ")[1].split(".")[0])
+    assert total == 8 and seconds > 0 and [e["step"] for e in entries] == list(range(1, failed))
+    assert f"step {failed - 1} of 8" in (loaded.output_dir / "report.html").read_text()
 
 
 def test_last_checkpoint_is_the_newest_whole_one(tmp_path):

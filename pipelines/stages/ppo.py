@@ -37,7 +37,11 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     if not model.get("model_name_or_path"):
         yield "model.model_name_or_path", "the policy starts from a model: stage:NAME, a folder or a hub id", None
     if reward.get("share_base") and reward.get("tag_penalties"):
-        yield "reward.tag_penalties", "cannot be used with reward.share_base: drop one of the two", reward["tag_penalties"]
+        yield (
+            "reward.tag_penalties",
+            "cannot be used with reward.share_base: drop one of the two",
+            reward["tag_penalties"],
+        )
     functions, models = reward.get("functions") or [], reward.get("models") or []
     if not models and not functions:
         yield "reward", "what is an answer worth? Give `models: [stage:NAME]` and/or `functions: [module:name]`", None
