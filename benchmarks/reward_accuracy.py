@@ -1,6 +1,6 @@
 """Held-out pair accuracy of a reward model by epoch: rankings as we learn them, against TRL's trainer on their pairs.
 
-    python benchmarks/reward_accuracy.py                                        # the demo's rankings
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/reward_accuracy.py                # the demo's rankings
     python benchmarks/reward_accuracy.py --rankings FILE.jsonl.gz --epochs 6    # any: prompt, completions, ranks
 
 Both sides train the same small GPT-2 from the same random weights, with the same optimizer, on as many pairs a step and
@@ -66,7 +66,8 @@ def main() -> None:
 
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=args.context, n_layer=2, n_embd=args.width, n_head=4, num_labels=1,
-        pad_token_id=tokenizer.pad_token_id, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
     )  # fmt: skip
     torch.manual_seed(0)
     models = [GPT2ForSequenceClassification(config) for _ in range(2)]

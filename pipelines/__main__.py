@@ -180,7 +180,7 @@ def _log() -> None:
 
 def entry() -> None:
     """The console command and `python -m pipelines`."""
-    if len(sys.argv) > 1 and sys.argv[1] not in (*VERBS, "-h", "--help"):
+    if len(sys.argv) > 1 and sys.argv[1] not in {*VERBS, "-h", "--help"} - {"evaluate"}:
         from pipelines.launch import fast_environment
 
         fast_environment()
