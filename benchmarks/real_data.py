@@ -1,6 +1,7 @@
-"""Runs benchmarks/real_data.yaml, every stage on real data, and prints what came out of it.
+"""Runs benchmarks/real_data.yaml (every stage on real data) or another recipe, and prints what came out of it.
 
     python benchmarks/real_data.py --data FOLDER --encoder FOLDER_OR_HUB_ID [STAGE …] [KEY=VALUE …]
+    python benchmarks/real_data.py --data FOLDER --recipe ppo_imdb.yaml --output runs/ppo_imdb
 
 The recipe's header lists the files that FOLDER must hold. The encoder is any BERT-style model. Runs through
 `accelerate launch`; what is finished is skipped, so the command can be given again.
@@ -20,7 +21,7 @@ SHOWN = {
     "mlm": ["eval_loss", "eval_accuracy", "masked_accuracy"],
     "sft": ["eval_loss", "eval_perplexity"],
     "reward": ["accuracy", "margin", "calibration_error", "pairs"],
-    "ppo": ["eval_score", "eval_kl", "eval_length", "eval_eos_rate"],
+    "ppo": ["eval_score", "eval_kl", "eval_ref_perplexity", "eval_length", "eval_eos_rate"],
     "classify": ["eval_accuracy", "eval_f1_macro", "eval_matthews"],
 }
 
@@ -29,17 +30,18 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--encoder", required=True)
+    parser.add_argument("--encoder", help="for recipes that say ENCODER")
+    parser.add_argument("--recipe", default="real_data.yaml", help="a file beside this one")
     parser.add_argument("--output", type=Path, default=Path("runs/real_data"))
     parser.add_argument("--config_file", help="of accelerate, e.g. accelerate_configs/cpu_2.yaml")
     args, words = parser.parse_known_args()
 
     args.output.mkdir(parents=True, exist_ok=True)
     recipe = args.output / "recipe.yaml"
-    text = (
-        (HERE / "real_data.yaml").read_text().replace("DATA/", f"{args.data}/").replace("ENCODER}", f"{args.encoder}}}")
-    )
-    recipe.write_text(text)
+    text = (HERE / args.recipe).read_text().replace("DATA/", f"{args.data}/")
+    if "ENCODER}" in text and not args.encoder:
+        parser.error(f"{args.recipe} needs --encoder")
+    recipe.write_text(text.replace("ENCODER}", f"{args.encoder}}}"))
     launcher = str(Path(sys.executable).parent / "accelerate")
     config = ["--config_file", args.config_file] if args.config_file else []
     command = [launcher, "launch", *config, "-m", "pipelines", str(recipe), f"output_dir={args.output}", *words]
@@ -53,6 +55,12 @@ def main() -> None:
         losses = [(e["step"], e["eval_loss"]) for e in curve if "eval_loss" in e]
         if losses:
             print(f"{'':25}validation loss: " + "  ".join(f"{step}: {loss:.3f}" for step, loss in losses))
+        for e in curve:
+            if "eval_ref_perplexity" in e:
+                print(
+                    f"{'':25}update {e['step']:>4}: held-out score {e['eval_score']:.3f}, KL {e['eval_kl']:.2f}, "
+                    f"perplexity under the reference {e['eval_ref_perplexity']:.1f}"
+                )
     samples(args.output)
     sys.exit(code)
 

@@ -19,34 +19,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import world  # noqa: E402  beside this file
 
-
-def answers(folder: Path, prompts: list[str], samples: int, length: int) -> list[list[str]]:
-    """`samples` sampled answers (temperature 1) of the model in `folder` to each prompt, cut at EOS or `length` tokens."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from pipelines import chat
-    from pipelines.ppo.rollout import generate
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    if torch.cuda.is_available():
-        model.cuda()
-    encoded = [chat.encode_prompt(tokenizer, p) for p in prompts for _ in range(samples)]
-    with torch.no_grad():
-        ids, _ = generate(
-            model, encoded, max_new_tokens=length, eos_token_ids=[tokenizer.eos_token_id],
-            seeds=[(0, i) for i in range(len(encoded))], temperature=1.0, top_k=0, top_p=1.0, batch_size=64,
-        )  # fmt: skip
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [texts[i : i + samples] for i in range(0, len(texts), samples)]
-
-
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean of per-prompt values and its 95 % bootstrap interval."""
-    rng = random.Random(0)
-    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(500))
-    return sum(values) / len(values), means[12], means[487]
+from pipelines import sampling  # noqa: E402
+from pipelines.evaluation import interval, mean_verdict, wins  # noqa: E402
 
 
 def main() -> None:
@@ -65,32 +39,34 @@ def main() -> None:
     if not stages:
         sys.exit(f"error: no finished stage of {', '.join(args.stages)} in {args.run}; run recipes/demo.yaml first")
     prompts = [json.loads(line)["prompt"] for line in open(args.prompts, encoding="utf-8")]
-    found = {stage: answers(args.run / stage, prompts, args.samples, args.length) for stage in stages}
+    seeds = [[(0, i * args.samples + k) for k in range(args.samples)] for i in range(len(prompts))]
+    found = {
+        stage: sampling.answers(
+            *sampling.load(str(args.run / stage)), prompts, seeds, response_length=args.length, temperature=1.0
+        )
+        for stage in stages
+    }
     verdicts = {
-        stage: [[world.oracle(p, t) for t in group] for p, group in zip(prompts, texts)]
-        for stage, texts in found.items()
+        stage: [mean_verdict([world.oracle(p, text) for text, _ in group]) for p, group in zip(prompts, groups)]
+        for stage, groups in found.items()
     }
     print(
         f"\nThe oracle on {len(prompts)} held-out prompts, {args.samples} sampled answers each (share, 95 % interval)\n"
     )
     print(f"  {'stage':<10}" + "".join(f"{name:>24}" for name in ("relevant", "accurate", "polite", "score")))
     for stage in stages:
-        cells = [interval(per_prompt(verdicts[stage], name)) for name in ("relevant", "accurate", "polite", "score")]
+        cells = [interval([v[name] for v in verdicts[stage]]) for name in ("relevant", "accurate", "polite", "score")]
         print(f"  {stage:<10}" + "".join(f"{f'{m:.3f} [{low:.3f}, {high:.3f}]':>24}" for m, low, high in cells))
     for better, worse in zip(stages[1:], stages):
-        a, b = per_prompt(verdicts[better], "score"), per_prompt(verdicts[worse], "score")
-        mean, low, high = interval([(x > y) + 0.5 * (x == y) for x, y in zip(a, b)])
+        a, b = ([v["score"] for v in verdicts[stage]] for stage in (better, worse))
+        mean, low, high = interval(wins(a, b))
         print(f"  {better} is preferred to {worse} in {mean:.1%} of the prompts [{low:.1%}, {high:.1%}], ties split")
     print()
     for i in random.Random(1).sample(range(len(prompts)), min(args.show, len(prompts))):
         print(f"  {prompts[i]}")
-        for stage, texts in found.items():
-            print(f"    {stage:<8} {verdicts[stage][i][0].score:.2f}  {' '.join(texts[i][0].split())}")
-
-
-def per_prompt(verdicts: list[list], name: str) -> list[float]:
-    """The mean of one field of the verdicts over the answers to each prompt."""
-    return [sum(float(getattr(v, name)) for v in group) / len(group) for group in verdicts]
+        for stage, groups in found.items():
+            text = groups[i][0][0]
+            print(f"    {stage:<8} {world.oracle(prompts[i], text).score:.2f}  {' '.join(text.split())}")
 
 
 def stage_table(run: Path) -> None:

@@ -16,6 +16,12 @@ One recipe file takes a language model from raw text to an RLHF-tuned policy.
   python -m pipelines check RECIPE [KEY=VALUE ...]                     find every mistake in it, start nothing
   python -m pipelines status RECIPE                                    what is finished, due or changed
   python -m pipelines keys KIND [SECTION]                              every key a stage accepts, with its meaning
+  python -m pipelines rank FILE_OR_STAGE ...                           a page where people rank sampled answers
+  python -m pipelines evaluate MODEL ... [--tasks T] [--prompts P]     perplexity, tasks, win rates of any models
+  python -m pipelines plan RECIPE [--gpus 8 --gpu h100]                will it fit, how long will it take
+  python -m pipelines report RUN [--watch]                             one HTML file: chain, curves, samples, costs
+  python -m pipelines chat RUN[/STAGE] [RUN/STAGE ...]                 talk to a stage, or to several side by side
+  python -m pipelines push RUN/STAGE HUB_ID [--private] [--dry-run]    upload a finished stage to the hub
 """
 MORE = """\
 examples
@@ -32,7 +38,14 @@ settings or data changed is refused until --redo STAGE; its old folder is kept. 
 or command is wrong, 130 stopped by the user.
 """
 # Verbs with a module of their own, which has `main(argv) -> exit code`; imported only when asked for.
-TOOLS: dict[str, str] = {}
+TOOLS: dict[str, str] = {
+    "rank": "pipelines.feedback.rank",
+    "evaluate": "pipelines.evaluation",
+    "plan": "pipelines.plan",
+    "report": "pipelines.report",
+    "chat": "pipelines.talk",
+    "push": "pipelines.push",
+}
 VERBS = ("check", "status", "keys", *TOOLS)
 
 
@@ -167,7 +180,7 @@ def _log() -> None:
 
 def entry() -> None:
     """The console command and `python -m pipelines`."""
-    if len(sys.argv) > 1 and sys.argv[1] not in (*VERBS, "-h", "--help"):
+    if len(sys.argv) > 1 and sys.argv[1] not in {*VERBS, "-h", "--help"} - {"evaluate"}:
         from pipelines.launch import fast_environment
 
         fast_environment()

@@ -6,21 +6,38 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
+
+import yaml
 
 from pipelines import data
 from pipelines.stage import Stage, resolve
 from pipelines.stages import NO_MODEL
 
 STARTED, FINISHED = "started.json", "stage.json"
+HISTORY = "history.jsonl"  # every logged step of a finished stage
+LOG = "log.jsonl"  # the same while it runs, beside its checkpoints
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers", "bitsandbytes", "deepspeed"]
+
+# What the hub calls the task of a kind, and the class that loads its model; other kinds' cards leave both out.
+CARD_TASKS = {
+    "pretrain": ("text-generation", "AutoModelForCausalLM"),
+    "sft": ("text-generation", "AutoModelForCausalLM"),
+    "ppo": ("text-generation", "AutoModelForCausalLM"),
+    "mlm": ("fill-mask", "AutoModelForMaskedLM"),
+    "reward": ("text-classification", "AutoModelForSequenceClassification"),
+    "classify": ("text-classification", "AutoModelForSequenceClassification"),
+    "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+}
+NO_RESULTS = ("train_", "steps", "parameters", "pairs", "eval_tokens", "eval_hidden_words")  # counts, and not held-out
 
 # Settings that cannot change what is learned: a stage that differs only in these is the same stage.
 HARMLESS = (
     "logging_", "log_", "save_steps", "save_strategy", "save_total_limit", "report_to", "run_name", "disable_tqdm",
-    "dataloader_", "per_device_eval", "use_cpu", "ddp_", "gradient_checkpointing", "eval_accumulation",
+    "dataloader_", "per_device_eval", "use_cpu", "ddp_", "gradient_checkpointing", "eval_accumulation", "diagnosis",
 )  # fmt: skip
 
 
@@ -47,6 +64,28 @@ def _replace(path: Path, lines) -> None:
 def read_json(path: Path) -> dict | None:
     """The file's content, or None where there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_log(folder: Path) -> tuple[list[dict], int | None, float]:
+    """`(entries, steps to come in all, seconds spent)` of a stage that is not finished, from its checkpoints' folder.
+
+    What was logged after the checkpoint that a session resumed from is dropped; a line half written is left alone.
+    """
+    entries, total, seconds, last = [], None, 0.0, 0.0
+    path = folder / LOG
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
+        if not line.endswith("\n"):
+            break
+        entry = json.loads(line)
+        moment = entry.pop("time")
+        if "max_steps" in entry:  # a session begins
+            entries = [e for e in entries if e["step"] <= entry["step"]]
+            total, last = entry["max_steps"], moment
+        else:
+            entries.append(entry)
+        seconds += moment - last
+        last = moment
+    return entries, total, seconds
 
 
 def record(stage: Stage, parents: dict[str, str]) -> dict:
@@ -129,7 +168,7 @@ def _short(value) -> str:
 
 def finish(stage: Stage, made_from: dict, metrics: dict, started: str, seconds: float, world: int) -> None:
     """Write the log (`history.jsonl`), the card of a model and, last of all, `stage.json`."""
-    with open(stage.folder / "history.jsonl", "w", encoding="utf-8") as stream:
+    with open(stage.folder / HISTORY, "w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(entry) + "\n" for entry in metrics.get("history", []))
     final = {
         "stage": stage.name,
@@ -182,28 +221,65 @@ def now() -> str:
 
 
 def card(stage: Stage, final: dict) -> str:
-    """The model card: what the model is, what it was made from, how it did, what it must not be used for."""
-    scalars = {k: v for k, v in final["metrics"].items() if isinstance(v, (int, float, str))}
-    record_ = final["record"]
-    base = stage.sections.get("model", {}).get("model_name_or_path") or "trained from scratch"
-    front = ["---", "library_name: transformers", f"tags: [{stage.kind}]"]
-    if not base.startswith("stage:") and base != "trained from scratch" and not Path(base).exists():
-        front.append(f"base_model: {base}")
+    """The model card: what the model is, what it was made from, how it did, what it must not be used for.
+
+    Its front matter is the hub's (https://huggingface.co/docs/hub/model-cards): task, base model, data sets, results.
+    """
+    record_, metrics = final["record"], final["metrics"]
+    scalars = {k: v for k, v in metrics.items() if isinstance(v, (int, float, str))}
+    ancestors, origin = _origin(stage)
+    task, auto = CARD_TASKS.get(stage.kind, (None, None))
+    hub_data = [source["hub"] for source in record_["data"].values() if "hub" in source]
+    front: dict = {"library_name": "transformers", "tags": ["finetune-pipelines", stage.kind]}
+    if task:
+        front["pipeline_tag"] = task
+    if origin and not Path(origin).expanduser().is_dir():
+        front |= {"base_model": origin, "base_model_relation": "finetune"}
+    if hub_data:
+        front["datasets"] = hub_data
+    results = _results(stage, metrics) if task else []
+    if results:
+        held_out = data.sources(stage.sections.get("data", {}), "validation")
+        name = Path(str(held_out[0]["path"])).name if held_out else "held-out rows of the training data"
+        where = {"name": name, "type": hub_data[-1] if hub_data else "local"}
+        index = {"task": {"type": task}, "dataset": where, "metrics": results}
+        front["model-index"] = [{"name": stage.name, "results": [index]}]
     lines = [
-        *front,
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
         f"# {stage.name}",
         "",
         f"Made by the stage `{stage.name}` (kind `{stage.kind}`) of `{stage.recipe}` on {final['finished'][:10]}.",
-        f"Built on: `{base}`.",
+        f"Built on: {' ← '.join(f'`{name}`' for name in [*ancestors, origin or 'a new model'])}.",
         "",
+    ]
+    if auto:
+        lines += [
+            "```python",
+            f"from transformers import {auto}, AutoTokenizer",
+            "",
+            f'model = {auto}.from_pretrained("…")  # this folder, or its hub id',
+            'tokenizer = AutoTokenizer.from_pretrained("…")',
+            "```",
+            "",
+        ]
+    lines += [
         "## Data",
         "",
-        *[f"- `{path}`: {_short(info)}" for path, info in record_["data"].items()],
-        *[f"- {key}: {value}" for key, value in final["rows"].items()],
+        "| source | size | SHA-256 or revision |",
+        "| --- | --- | --- |",
+        *[
+            f"| `{path}` | {info.get('bytes', '–')} bytes | `{info.get('sha256') or info.get('revision') or 'latest'}` |"
+            for path, info in record_["data"].items()
+        ],
+        "",
+        *[f"- {key}: {_words(value)}" for key, value in final["rows"].items()],
         "",
         "## Results",
+        "",
+        "`eval_` marks figures on held-out rows; a reward model's accuracy, margin and calibration are held-out too.",
         "",
         "| metric | value |",
         "| --- | --- |",
@@ -216,9 +292,40 @@ def card(stage: Stage, final: dict) -> str:
         "",
         "## How it was made",
         "",
-        f"- settings: `{json.dumps(record_['sections'], ensure_ascii=False)}`",
-        f"- seed {final['seed']}, {final['world_size']} process(es), {final['seconds']} s, commit {final['git_commit']}",
-        f"- versions: {', '.join(f'{k} {v}' for k, v in final['versions'].items())}",
+        f"The stage as it stands in the recipe (seed {final['seed']}, {final['world_size']} process(es), "
+        f"{final['seconds']} s, commit {final['git_commit']}):",
+        "",
+        "```yaml",
+        yaml.safe_dump({"kind": stage.kind, **record_["sections"]}, sort_keys=False, allow_unicode=True).strip(),
+        "```",
+        "",
+        f"Versions: {', '.join(f'{k} {v}' for k, v in final['versions'].items())}.",
         "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _origin(stage: Stage) -> tuple[list[str], str | None]:
+    """`(stages it descends from, nearest first, what the first of them began with: a hub id, a folder or None)`."""
+    ancestors, model = [], stage.sections.get("model", {})
+    while str(model.get("model_name_or_path")).startswith("stage:"):
+        name = model["model_name_or_path"].removeprefix("stage:").split("/")[0]
+        ancestors.append(name)
+        parent = read_json(stage.folder.parent / name / FINISHED) or {}
+        model = parent.get("record", {}).get("sections", {}).get("model", {})
+    return ancestors, model.get("model_name_or_path")
+
+
+def _results(stage: Stage, metrics: dict) -> list[dict]:
+    """The held-out figures as the hub's `metrics:`; none without validation data."""
+    if not stage.sections.get("data", {}).get("validation"):
+        return []
+    return [
+        {"type": key.removeprefix("eval_"), "value": value}
+        for key, value in metrics.items()
+        if isinstance(value, (int, float)) and not key.startswith(NO_RESULTS) and math.isfinite(value)
+    ]
+
+
+def _words(value) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

@@ -16,6 +16,9 @@ from pipelines.stage import Stage
 logger = logging.getLogger(__name__)
 
 
+CHAIN = "chain.json"  # the stages of the run, those that are still to come too
+
+
 class ChainError(ValueError):
     """A chain that cannot go on as asked, with the reason per stage and what to do."""
 
@@ -101,11 +104,18 @@ def run(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> None:
         broadcast_object_list(word)
         if isinstance(word[0], ChainError):
             raise word[0]
-        for name, action in word[0]:
-            if action == "finished":
-                logger.info("%s: finished, skipped (%s)", name, recipe[name].folder)
-            else:
-                _run_stage(recipe, recipe[name], action, state)
+        if state.is_main_process:
+            stages = [{"name": s.name, "kind": s.kind, "parents": s.parents} for s in recipe.stages]
+            artifact.write_json(recipe.output_dir / CHAIN, {"recipe": str(recipe.file), "stages": stages})
+        try:
+            for name, action in word[0]:
+                if action == "finished":
+                    logger.info("%s: finished, skipped (%s)", name, recipe[name].folder)
+                else:
+                    _run_stage(recipe, recipe[name], action, state)
+        finally:  # of a run that was stopped or failed, too
+            if state.is_main_process:
+                _draw(recipe.output_dir)
     logger.info("the chain is complete: %s", recipe.output_dir)
 
 
@@ -113,10 +123,11 @@ def _run_stage(recipe: Recipe, stage: Stage, action: str, state) -> None:
     from pipelines import launch
 
     clock, started = time.monotonic(), artifact.now()
-    record = None
+    record, earlier = None, 0.0
     if state.is_main_process:
         if action == "redo":
             _set_aside(stage.folder)
+        earlier = artifact.read_log(stage.checkpoints)[2]  # seconds of the sessions that were stopped
         parents = {
             p: artifact.identity(artifact.read_json(recipe[p].folder / artifact.FINISHED)) for p in stage.parents
         }
@@ -129,12 +140,23 @@ def _run_stage(recipe: Recipe, stage: Stage, action: str, state) -> None:
     metrics = stage.module.run(stage)
     state.wait_for_everyone()
     if state.is_main_process:
-        artifact.finish(stage, record, metrics, started, time.monotonic() - clock, state.num_processes)
+        seconds = earlier + time.monotonic() - clock
+        artifact.finish(stage, record, metrics, started, seconds, state.num_processes)
         _clean(stage)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float)))
         logger.info("%s: done in %.0f s: %s", stage.name, time.monotonic() - clock, shown)
     state.wait_for_everyone()
     launch.reset()
+
+
+def _draw(folder: Path) -> None:
+    """Write the run's report. It is no part of the training: where it fails, the error is shown and the run goes on."""
+    from pipelines import report
+
+    try:
+        logger.info("report: %s", report.write(folder, running=False))
+    except Exception:
+        logger.warning("%s could not be drawn; the run is not affected", folder / report.PAGE, exc_info=True)
 
 
 def _clean(stage: Stage) -> None:
@@ -151,6 +173,18 @@ def _set_aside(folder: Path) -> None:
     aside.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(aside)
     logger.warning("the old %s is kept in %s", folder, aside)
+
+
+def busy(folder: Path) -> bool:
+    """Whether a run is working in this output folder."""
+    if not (folder / ".lock").is_file():
+        return False
+    with open(folder / ".lock") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
 
 @contextmanager

@@ -104,6 +104,13 @@ def install_template(model, tokenizer, template: str | None) -> list[str]:
     chatml where it has none. chatml's markers are added where the vocabulary lacks them, and `<|im_end|>` becomes EOS.
     In every case PAD is made a token of its own (pad == eos means that EOS is never learned).
     """
+    added = dress(tokenizer, template)
+    fit_model(model, tokenizer)
+    return added
+
+
+def dress(tokenizer, template: str | None) -> list[str]:
+    """The tokenizer's half of `install_template`; returns the tokens added."""
     added: list[str] = []
     if template is None:
         template = "chatml" if tokenizer.chat_template is None else "keep"
@@ -115,9 +122,7 @@ def install_template(model, tokenizer, template: str | None) -> list[str]:
         tokenizer.chat_template = (TEMPLATES / "plain.jinja").read_text()
     elif template != "keep":
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
-    added += ensure_pad(tokenizer)
-    fit_model(model, tokenizer)
-    return added
+    return added + ensure_pad(tokenizer)
 
 
 def ensure_pad(tokenizer) -> list[str]:

@@ -43,6 +43,7 @@ NEEDS = {
 }
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+SIDES = ("train", "validation", "ptx")  # the last in ppo only: pretraining text beside the prompts
 SHOWN = 5  # problems shown per source; the rest are counted
 
 
@@ -54,12 +55,12 @@ class DataError(ValueError):
 
 
 def sources(section: dict, side: str) -> list[dict]:
-    """The sources of `section[side]` ("train" or "validation") in full form; none when it is absent or a fraction."""
+    """The sources of `section[side]` (one of `SIDES`) in full form; none when it is absent or a fraction."""
     value = section.get(side)
     if value is None or isinstance(value, (int, float)):
         return []
     items = value if isinstance(value, list) else [value]
-    base = {"columns": section.get("columns")}
+    base = {"columns": section.get("columns") if side != "ptx" else None}  # those are names of the prompts' columns
     return [{**base, "path": i} if isinstance(i, str) else {**base, **i} for i in items]
 
 
@@ -77,7 +78,7 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
     if isinstance(value, (int, float)) and not 0 < value < 1:
         yield "validation", "a fraction lies between 0 and 1 (or give a source)", value
     known = schema.fields("pipelines.sections:SourceSection")
-    for side in ("train", "validation"):
+    for side in SIDES:
         many = isinstance(section.get(side), list)
         for i, source in enumerate(sources(section, side)):
             at = f"{side}[{i}]" if many else side
@@ -94,7 +95,8 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
                 if not files(source["path"]):
                     yield f"{at}", f"no such file (looked in {Path.cwd()})", source["path"]
                 elif read_rows:
-                    yield from ((at, message, None) for message in _wrong_rows(source, kind, task))
+                    rows = "text" if side == "ptx" else kind
+                    yield from ((at, message, None) for message in _wrong_rows(source, rows, task))
 
 
 def _wrong_keys(source: dict, known: dict, at: str) -> Iterator[tuple[str, str, object]]:
@@ -569,7 +571,7 @@ def report_length(stage, side: str, total: int, used: int, long: list[str], limi
 def fingerprint(section: dict) -> dict[str, dict]:
     """What the rows come from: SHA-256 and size of every local file, id and revision of every hub source."""
     out: dict[str, dict] = {}
-    for side in ("train", "validation"):
+    for side in SIDES:
         for source in sources(section, side):
             if not is_local(source["path"]):
                 out[source["path"]] = {"hub": source["path"], "revision": source.get("revision")}

@@ -139,13 +139,19 @@ def _special(tokenizer) -> dict:
     return {"vocab_size": len(tokenizer), **known}
 
 
-def context_length(model, asked: int | None = None) -> int:
-    """Longest sequence in tokens: what the model's positions allow, or less where asked; raises when asked for more."""
+def positions(model) -> int | None:
+    """Tokens that the model can read at once; None where its config names no limit."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     # RoBERTa and its kin count positions from the padding id + 1.
     if limit and config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer"):
         limit -= (config.pad_token_id or 0) + 1
+    return limit
+
+
+def context_length(model, asked: int | None = None) -> int:
+    """Longest sequence in tokens: what the model's positions allow, or less where asked; raises when asked for more."""
+    limit = positions(model)
     if asked is None:
         return min(limit or 1024, 1024)
     if limit and asked > limit:

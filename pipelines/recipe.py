@@ -183,6 +183,7 @@ def _override(tree: dict, lines: dict, override: str, problems: list[Problem]) -
                 problems.append(Problem(path, f"no {key!r} in this recipe{schema.meant(key, known)}"))
                 return
             here[key] = {}
+        here[key] = dict(here[key])  # a mapping that other stages share by a YAML alias stays theirs
         here = here[key]
     try:
         here[keys[-1]] = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
@@ -253,9 +254,9 @@ def _check_stage(recipe, name, body, kinds, bad, read_data) -> Stage | None:
     stage = Stage(name, kind, recipe.output_dir / name, sections, recipe.seed, parents, str(recipe.file), earlier)
     if "model" in module.SECTIONS:
         _check_model(at, kind, sections.get("model", {}), bad)
-        base = str(sections.get("model", {}).get("model_name_or_path")).removeprefix("stage:")
-        if kinds.get(base) in NO_MODEL:
-            bad(f"{at}.model.model_name_or_path", f"the stage is of kind {kinds[base]} and leaves no model", base)
+        base = str(sections.get("model", {}).get("model_name_or_path"))
+        if base.startswith("stage:") and (made := kinds.get(base.removeprefix("stage:"))) in NO_MODEL:
+            bad(f"{at}.model.model_name_or_path", f"that stage is of kind {made} and leaves no model", base)
     args = sections.get("args", {})
     if args.get("global_batch_size") and args.get("gradient_accumulation_steps"):
         message = "follows from global_batch_size and the number of processes: give one of the two"

@@ -99,6 +99,16 @@ class DataSection:
 
 
 @dataclass
+class PPODataSection(DataSection):
+    """`data:` of ppo: prompts, and pretraining text for PPO-ptx."""
+
+    ptx: Any = field(
+        default=None,
+        metadata={"help": "Sources of rows with `text`, mixed into every step with the weight args.ptx_coef."},
+    )
+
+
+@dataclass
 class SourceSection:
     """One source of rows inside `data.train` or `data.validation`."""
 
@@ -186,6 +196,11 @@ class RewardArguments(Batching, RewardConfig):
 class PPOArguments(Batching, PPOConfig):
     """`args:` of ppo: our `PPOConfig`; global_batch_size is the number of answers per update."""
 
+    ptx_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens per row of data.ptx (null: what the model's positions allow). More costs memory."},
+    )
+
 
 @dataclass
 class ClassifyArguments(Batching, TrainingArguments):
@@ -270,7 +285,29 @@ class RewardSection:
         },
     )
     critic: str | None = field(
-        default=None, metadata={"help": "What the critic starts from (null: the first reward model, else the policy)."}
+        default=None,
+        metadata={
+            "help": "What the critic starts from (null: the first reward model, else the policy), or `shared`: a value "
+            "head on the policy's own trunk, half the memory."
+        },
+    )
+    share_base: bool = field(
+        default=False,
+        metadata={
+            "help": "With model.use_peft: reward stages that trained adapters on the policy's base are loaded as "
+            "adapters on it, and the critic is `shared` unless named: one network in memory."
+        },
+    )
+    label: str | None = field(
+        default=None,
+        metadata={"help": "For a classifier of two labels among models: the one whose log-odds are the score."},
+    )
+    allow_other_template: bool = field(
+        default=False,
+        metadata={
+            "help": "Accept a reward model that reads dialogues under another chat template than the policy's although "
+            "it has the same tokens, or that has none (it then reads prompt and answer as plain text)."
+        },
     )
     min_accuracy: float = field(
         default=0.55,

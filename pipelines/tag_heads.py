@@ -60,9 +60,11 @@ def metrics(tags: list, logits: list, names: list[str]) -> dict[str, float]:
 def split(folder: Path, names: list[str]) -> None:
     """Turn the model in `folder`, whose head has 1 + T outputs, into a one-score model with the tags beside it."""
     from safetensors.torch import save_file
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1 + len(names))
+    config = AutoConfig.from_pretrained(folder)
+    config.num_labels = 1 + len(names)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, config=config)
     weight = model.score.weight.detach()
     save_file({"weight": weight[1:].contiguous()}, folder / FILE, metadata={"tags": json.dumps(names)})
     model.score = nn.Linear(weight.shape[1], 1, bias=False, dtype=weight.dtype)

@@ -8,11 +8,13 @@ that names the rows.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from pipelines import SetupError
+from pipelines import SetupError, artifact
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ def build_args(stage, **defaults):
     if values.get("fp16"):
         values["bf16"] = False
     values |= {"output_dir": str(stage.checkpoints), "seed": stage.seed, "remove_unused_columns": False}
-    values |= _accumulation(values, state.num_processes)
+    values |= accumulation(values, state.num_processes)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "logs")
     module, _, name = stage.module.SECTIONS["args"].partition(":")
     cls = getattr(__import__(module, fromlist=[name]), name)
@@ -72,7 +74,7 @@ def build_args(stage, **defaults):
     return args
 
 
-def _accumulation(values: dict, world: int) -> dict:
+def accumulation(values: dict, world: int) -> dict:
     """Micro-batch and accumulation that give `global_batch_size` rows per step on `world` processes."""
     total, micro = values.get("global_batch_size"), values.get("per_device_train_batch_size", 8)
     if total is None:
@@ -224,7 +226,10 @@ class _StopOnSignal(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """One bar per stage, and a line per log entry with what matters; replaces transformers' bar and raw dicts."""
+    """One bar per stage, and a line per log entry with what matters; replaces transformers' bar and raw dicts.
+
+    Every entry also goes to `log.jsonl` beside the checkpoints, for the report of a running stage.
+    """
 
     SHOWN = (
         "loss", "accuracy", "masked_accuracy", "perplexity", "f1_macro", "matthews", "bleu", "chrf", "rougeL", "margin",
@@ -234,6 +239,7 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = None
+        self._note(args, state, {"max_steps": state.max_steps})
         if state.is_world_process_zero and not args.disable_tqdm:
             name = Path(args.output_dir).parent.name
             self.bar = tqdm(
@@ -244,7 +250,15 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
+    def _note(self, args, state, entry: dict):
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            with open(Path(args.output_dir) / artifact.LOG, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({**entry, "step": state.global_step, "time": time.time()}) + "\n")
+
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs:
+            self._note(args, state, logs)
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         short = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and k.removeprefix("eval_") in self.SHOWN}
@@ -304,7 +318,7 @@ def save(trainer, folder: Path, tokenizer) -> None:
         if PartialState().is_main_process:
             for name, model in parts.items():
                 if hasattr(model, "peft_config"):
-                    model.save_pretrained(folder / name / "adapter")
+                    model.save_pretrained(folder / name / "adapter", selected_adapters=[model.active_adapter])
                     model = copy.deepcopy(model).merge_and_unload()
                 if model is not None:
                     model.save_pretrained(folder / name)

@@ -81,6 +81,39 @@ def test_settings_that_cannot_change_the_result_are_not_a_change(two):
     assert actions(harmless) == [("one", "finished"), ("two", "finished")]
 
 
+def test_a_report_is_written_at_the_end_of_a_run_and_of_a_failed_one(two):
+    two.fail.append("two")
+    with pytest.raises(RuntimeError):
+        chain.run(two.load())
+    page = two.load().output_dir / "report.html"
+    assert "1 of 2" in page.read_text() and "stopped" in page.read_text()
+    two.fail.clear()
+    chain.run(two.load())
+    assert "2 of 2" in page.read_text() and 'http-equiv="refresh"' not in page.read_text()
+
+
+def test_a_report_that_cannot_be_drawn_is_said_and_the_run_goes_on(two, monkeypatch, caplog):
+    monkeypatch.setattr("pipelines.report.page", lambda *args: 1 / 0)
+    chain.run(two.load())
+    assert two.runs == ["one", "two"] and actions(two.load()) == [("one", "finished"), ("two", "finished")]
+    warning = next(r for r in caplog.records if "report.html" in r.getMessage())
+    assert warning.levelname == "WARNING" and warning.exc_info[0] is ZeroDivisionError
+
+
+def test_the_time_of_a_stopped_session_counts(two):
+    two.fail.append("one")
+    with pytest.raises(RuntimeError):
+        chain.run(two.load())
+    log = two.load()["one"].checkpoints / artifact.LOG
+    log.parent.mkdir()
+    log.write_text("".join(json.dumps({"step": 0, "max_steps": 9, "time": t}) + "\n" for t in (0, 50)))
+    with open(log, "a") as stream:
+        stream.write(json.dumps({"step": 4, "loss": 1.0, "time": 1050}) + "\n" + '{"step": 5, "lo')
+    two.fail.clear()
+    chain.run(two.load())
+    assert 1000 <= json.loads((two.load()["one"].folder / "stage.json").read_text())["seconds"] < 1030
+
+
 def test_changed_data_is_refused(two):
     chain.run(two.load())
     with open(two.data, "a") as stream:

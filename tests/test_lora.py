@@ -63,6 +63,8 @@ def run(tmp_path_factory, tiny_gpt2):
                      "num_mini_batches": 1, "missing_eos_penalty": 1.0},
         },
     }  # fmt: skip
+    stages["policy"]["args"]["logging_steps"] = 1
+    stages["one_base"] = {**stages["policy"], "reward": {**stages["policy"]["reward"], "share_base": True}}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(folder / "out"), "stages": stages}, sort_keys=False))
     chain.run(recipes.load(path))
@@ -164,6 +166,44 @@ def test_an_interrupted_stage_resumes_to_the_same_weights(run, tmp_path):
     chain.run(recipes.load(path, [f"output_dir={tmp_path / 'again'}"]), ["sft"])
     again = weights(stopped)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_reward_adapters_on_the_policys_base_score_like_the_merged_model(run):
+    """One network in memory: the same scores, and the policy's own adapter is the active one before and after."""
+    from pipelines.ppo.forward import sequence_scores
+    from pipelines.ppo.rewards import AdapterScorer
+    from pipelines.stages.ppo import scorer
+
+    _, out = run
+    section = ModelSection(model_name_or_path=str(out / "sft"), **LORA)
+    policy = models.adapt(models.load_model(section, "AutoModelForCausalLM"), section, "CAUSAL_LM").eval()
+    trained = {n for n, w in policy.named_parameters() if w.requires_grad}
+    ids = [[5, 9, 11, 4], [7, 8, 3]]
+    before = policy(torch.tensor(ids[:1])).logits
+    shared = AdapterScorer(policy, out / "reward" / "adapter", "reward0")
+    alone = scorer(str(out / "reward"), section).eval()
+    expected, found = (sequence_scores(model, ids, False, "cpu") for model in (alone, shared))
+    assert (expected[0] - expected[1]).abs() > 1e-4
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(policy(torch.tensor(ids[:1])).logits, before) and policy.active_adapter == "default"
+    assert {n for n, w in policy.named_parameters() if w.requires_grad} == trained
+    assert sum(w.numel() for w in shared.parameters()) == 32
+
+
+def test_a_policy_trains_on_one_base_with_its_reward_and_critic(run):
+    path, out = run
+    assert (out / "one_base" / "critic" / "value_head.safetensors").is_file()
+    assert all("c_attn" in n for n in moved(weights(out / "sft"), weights(out / "one_base")))
+    assert not [p for p in (out / "one_base").rglob("*") if "reward" in p.name]
+    record = json.loads((out / "one_base" / "stage.json").read_text())
+    first = json.loads((out / "one_base" / "history.jsonl").read_text().splitlines()[0])
+    other = json.loads((out / "policy" / "history.jsonl").read_text().splitlines()[0])
+    assert record["metrics"]["steps"] == 2
+    assert first["objective/scores"] == pytest.approx(other["objective/scores"], abs=1e-4)
+    with pytest.raises(models.ModelError, match="was trained without adapters|was trained from"):
+        from pipelines.stages.ppo import _on_base
+
+        _on_base(str(out / "reward"), ModelSection(model_name_or_path="another"), None, 0)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from pipelines.ppo.config import PPOConfig
-from pipelines.ppo.trainer import PPOTrainer
+from pipelines.ppo.trainer import Diagnosed, PPOTrainer
 from pipelines.training import NotFinite
 
 WORDS, EOS, PAD, GOAL = 30, 30, 31, 3
@@ -79,6 +79,8 @@ def make(
     data=None,
     eval_data=None,
     models=None,
+    weights=None,
+    ptx=None,
     **settings,
 ):
     defaults = dict(
@@ -103,6 +105,8 @@ def make(
         args=PPOConfig(**defaults | settings),
         reward_funcs=reward_funcs,
         reward_processing_classes=reward_tokenizers,
+        reward_weights=weights,
+        ptx_dataset=ptx,
         train_dataset=data or prompts(),
         eval_dataset=eval_data,
         processing_class=tokenizer(),
@@ -110,7 +114,7 @@ def make(
     )
 
 
-def weights(trainer):
+def weights_of(trainer):
     return {name: w.detach().clone() for name, w in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
 
 
@@ -140,11 +144,11 @@ def test_a_bandit_like_task_is_solved(tmp_path, seed):
         response_length=4,
         allow_no_eos=True,
     )
-    before = weights(trainer)
+    before = weights_of(trainer)
     trainer.train()
     history = [row["objective/scores"] for row in trainer.state.log_history if "objective/scores" in row]
     assert history[0] < 0.1 and history[-1] > 0.9
-    moved = [name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])]
+    moved = [name for name, weight in weights_of(trainer).items() if not torch.equal(weight, before[name])]
     assert any(n.startswith("policy.") for n in moved) and any(n.startswith("critic.") for n in moved)
 
 
@@ -191,7 +195,7 @@ def test_gradient_accumulation_changes_nothing(tmp_path):
             continue
         trainer = make(tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps, optim="sgd")
         trainer.train()
-        results.append(weights(trainer))
+        results.append(weights_of(trainer))
     assert_same_weights(*results, atol=1e-6, rtol=1e-5)
 
 
@@ -205,9 +209,9 @@ def test_dropout_is_off(tmp_path):
 
 def test_critic_warmup_leaves_the_policy_alone(tmp_path):
     trainer = make(tmp_path, max_steps=2, critic_warmup_steps=2)
-    before = weights(trainer)
+    before = weights_of(trainer)
     trainer.train()
-    for name, weight in weights(trainer).items():
+    for name, weight in weights_of(trainer).items():
         if name.startswith("policy."):
             assert torch.equal(weight, before[name]), name
     assert not torch.equal(trainer.critic.score.weight, before["critic.score.weight"])
@@ -246,11 +250,11 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_policy_without_them(
     policy = lora()
     trainer = make(tmp_path, models=(policy, critic()), activation_checkpointing=checkpointing, max_steps=3)
     assert trainer.ref_model is None
-    before = weights(trainer)
+    before = weights_of(trainer)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "objective/kl" in row]
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5) != rows[-1]["objective/kl"]
-    for name, weight in weights(trainer).items():
+    for name, weight in weights_of(trainer).items():
         if name.startswith("policy.") and "lora" not in name:
             assert torch.equal(weight, before[name]), name
         elif "lora_B" in name:
@@ -268,7 +272,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
     for trainer in (plain, checkpointed):
         trainer.train()
     assert checkpointed.policy.is_activation_checkpointing and checkpointed.critic.is_activation_checkpointing
-    assert_same_weights(weights(plain), weights(checkpointed), atol=1e-6, rtol=1e-5)
+    assert_same_weights(weights_of(plain), weights_of(checkpointed), atol=1e-6, rtol=1e-5)
 
 
 def test_bf16_is_really_bf16(tmp_path):
@@ -291,7 +295,7 @@ def test_architectures_that_cannot_be_packed_are_padded(tmp_path):
         trainer.packed = packed
         trainer.policy._has_plain_head = trainer.ref_model._has_plain_head = plain_head
         trainer.train()
-        results.append(weights(trainer))
+        results.append(weights_of(trainer))
     for other in results[1:]:
         assert_same_weights(results[0], other, atol=2e-6, rtol=1e-4)
 
@@ -417,6 +421,263 @@ def test_rollout_numbers_equal_plain_forwards(tmp_path):
             torch.testing.assert_close(out.values[i, :n], values, atol=1e-5, rtol=0)
 
 
+def test_the_length_penalty_is_a_reward_like_any_other(tmp_path):
+    from pipelines.ppo.rewards import length_penalty
+
+    trainer = make(
+        tmp_path,
+        reward_funcs=[count_goal, length_penalty],
+        weights=[0.0, 0.5],
+        max_steps=8,
+        per_device_train_batch_size=64,
+        learning_rate=4e-3,
+        kl_coef=0.0,
+    )
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "objective/scores" in row]
+    for row in rows:
+        assert row["reward/length_penalty"] == pytest.approx(-row["response_length"]) == 2 * row["objective/scores"]
+    assert rows[-1]["response_length"] < rows[0]["response_length"] - 1
+
+
+@pytest.mark.parametrize("label", ["bad", "good"])
+def test_a_classifier_scores_by_the_log_odds_of_a_label(label):
+    from pipelines.ppo.rewards import log_odds
+
+    torch.manual_seed(0)
+    config = gpt2().config
+    config.id2label = {0: "bad", 1: "good"}
+    classifier = GPT2ForSequenceClassification(config).eval()
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        probabilities = classifier(ids).logits[0].softmax(-1)
+        score = log_odds(classifier, label)(ids).logits
+    p = probabilities[["bad", "good"].index(label)]
+    assert score.shape == (1, 1) and classifier.config.num_labels == 1
+    torch.testing.assert_close(score[0, 0], (p / (1 - p)).log())
+    with pytest.raises(ValueError, match="'fine' must be one of"):
+        log_odds(GPT2ForSequenceClassification(config), "fine")
+
+
+# --- a critic on the policy's own trunk ---------------------------------------------------------------------
+
+
+def test_shared_critic_learns_in_half_the_memory(tmp_path):
+    trainer = make(tmp_path, models=(gpt2(), "shared"), max_steps=12, learning_rate=3e-3, kl_coef=0.0, vf_coef=0.5)
+    assert sum(w.numel() for w in trainer.critic.parameters()) == 32
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "objective/scores" in row]
+    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 0.1
+    assert rows[0]["val/first_ratio_rms"] < 1e-4
+
+
+def test_shared_critic_computes_what_two_forwards_would(tmp_path):
+    """Values and gradients of trunk and head are those of an ordinary critic with the same trunk."""
+    trainer = make(tmp_path, models=(gpt2(), "shared"), max_steps=1)
+    trainer._set_up(None)
+    with torch.no_grad():
+        trainer.critic.score.weight.normal_()
+    out = trainer._rollout(trainer.train_dataset, trainer.train_prompts, list(range(6)), list(range(6)))
+    prompt, response = out.prompts[3], out.responses[3]
+    hidden = trainer.policy.transformer(torch.tensor([prompt + response])).last_hidden_state
+    expected = trainer.critic.score(hidden)[0, len(prompt) - 1 : -1, 0]
+    torch.testing.assert_close(out.values[3, : len(response)], expected, atol=1e-5, rtol=0)
+
+    from pipelines.ppo.forward import collate
+
+    batch = collate([(prompt, response)], trainer.packed, "cpu")
+    for hold in (False, True):
+        trainer.model.zero_grad()
+        trainer.model(batch, values_only=True, hold_trunk=hold).sum().backward()
+        of_trunk = trainer.policy.transformer.h[0].mlp.c_fc.weight.grad
+        assert (of_trunk is None) == hold
+        torch.testing.assert_close(trainer.critic.score.weight.grad[0], hidden[0, len(prompt) - 1 : -1].sum(0))
+        if not hold:
+            (expected_grad,) = torch.autograd.grad(expected.sum(), trainer.policy.transformer.h[0].mlp.c_fc.weight)
+            torch.testing.assert_close(of_trunk, expected_grad, atol=1e-5, rtol=1e-4)
+
+
+def test_shared_critic_warms_up_alone_and_resumes_to_the_bit(tmp_path):
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=2, critic_warmup_steps=1)
+    whole = make(tmp_path / "whole", models=(gpt2(), "shared"), **settings)
+    before = weights_of(whole)
+    stopped = make(tmp_path / "parts", models=(gpt2(), "shared"), callbacks=[StopAt(1)], **settings)
+    stopped.train()
+    assert not torch.equal(stopped.critic.score.weight, before["critic.score.weight"])
+    assert_same_weights(weights_of(stopped) | {"critic.score.weight": before["critic.score.weight"]}, before)
+    whole.train()
+    resumed = make(tmp_path / "parts", models=(gpt2(), "shared"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-1"))
+    assert_same_weights(weights_of(resumed), weights_of(whole))
+    assert not torch.equal(whole.policy.lm_head.weight, before["policy.transformer.wte.weight"])
+    resumed.save_model(str(tmp_path / "model"))
+    whole.critic.score.weight.data.zero_()
+    whole.critic.load(tmp_path / "model" / "critic")
+    assert torch.equal(whole.critic.score.weight, resumed.critic.score.weight)
+
+
+# --- PPO-ptx ------------------------------------------------------------------------------------------------
+
+
+def text(n=40, length=12):
+    """Pretraining rows: the words in order, from a different one each time."""
+    return Dataset.from_dict({"input_ids": [[(i + j) % WORDS for j in range(length)] for i in range(n)]})
+
+
+def lm_loss(policy, rows):
+    ids = torch.tensor(rows["input_ids"])
+    return policy(ids, labels=ids).loss
+
+
+def silent(prompts, completions, **_):
+    return [0.0] * len(prompts)
+
+
+NO_REWARD = dict(reward_funcs=silent, allow_constant_scores=True, kl_coef=0.0, vf_coef=0.0)
+
+
+def test_ptx_gradient_is_that_of_the_language_model_loss(tmp_path):
+    """With no reward and no critic one SGD step is −lr · ptx_coef · ∇(mean loss per token), in any micro-batches."""
+    value = critic()
+    with torch.no_grad():
+        value.score.weight.zero_()
+    settings = dict(optim="sgd", learning_rate=0.1, num_ppo_epochs=1, num_mini_batches=1, max_steps=1, max_grad_norm=0.0)  # fmt: skip
+    settings |= dict(ptx_coef=2.0, ptx_batch_size=40, ptx=text(), lr_scheduler_type="constant") | NO_REWARD
+    reference = gpt2().eval()  # without dropout, as PPO
+    loss = lm_loss(reference, text())
+    loss.backward()
+    for rows, steps in ((16, 1), (4, 4)):
+        trainer = make(
+            tmp_path,
+            models=(gpt2(), value),
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=steps,
+            **settings,
+        )
+        trainer.train()
+        for (name, new), old in zip(trainer.policy.named_parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(new, old - 0.1 * 2.0 * old.grad, atol=1e-6, rtol=1e-4, msg=name)
+        assert trainer.state.log_history[0]["loss/ptx_avg"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_ptx_keeps_what_the_policy_knows_and_resumes_to_the_bit(tmp_path):
+    settings = dict(ptx=text(), ptx_coef=1.0, ptx_batch_size=8, max_steps=6, learning_rate=3e-3) | NO_REWARD
+    settings |= dict(save_strategy="steps", save_steps=3)
+    whole = make(tmp_path / "whole", **settings)
+    before = lm_loss(whole.policy, text()).item()
+    whole.train()
+    assert lm_loss(whole.policy, text()).item() < before - 0.7
+    make(tmp_path / "parts", callbacks=[StopAt(3)], **settings).train()
+    resumed = make(tmp_path / "parts", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights_of(resumed), weights_of(whole))
+
+
+def test_ptx_needs_text_and_a_coefficient(tmp_path):
+    with pytest.raises(ValueError, match="ptx_coef is above 0, but there is no pretraining text"):
+        make(tmp_path, ptx_coef=1.0)
+    with pytest.raises(ValueError, match="is used only with ptx_coef above 0"):
+        make(tmp_path, ptx=text())
+
+
+# --- diagnosis ----------------------------------------------------------------------------------------------
+
+
+def test_diagnosis_names_a_policy_that_runs_away_and_stops_resumably(tmp_path, caplog):
+    settings = dict(max_steps=12, kl_coef=0.0, learning_rate=2e-2, num_ppo_epochs=4)
+    warned = make(tmp_path / "warn", **settings)
+    with caplog.at_level("WARNING", logger="pipelines"):
+        warned.train()
+    said = [finding["name"] for finding in warned.watch.said]
+    assert "kl_running_away" in said and len(set(said)) == len(said)
+    assert [r.message for r in caplog.records if "kl running away" in r.message][0].endswith("each update.")
+    assert make(tmp_path / "off", **settings, diagnosis="off").watch.said == []
+
+    stopped = make(tmp_path / "stop", **settings, diagnosis="stop")
+    with pytest.raises(Diagnosed, match=r"(?s)PPO diagnosis after update \d+.*saved in .*checkpoint-"):
+        stopped.train()
+    at = stopped.state.global_step
+    assert at < 12 and stopped.watch.said[0]["step"] == at
+    resumed = make(tmp_path / "stop", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights_of(resumed), weights_of(warned))
+    assert resumed.watch.said == warned.watch.said
+
+
+def test_a_judge_of_weight_0_is_watched_but_not_trained_on(tmp_path):
+    def judge(prompts, completions, completion_ids, **_):
+        return [-score for score in count_goal(prompts, completions, completion_ids)]
+
+    trainer = make(
+        tmp_path,
+        reward_funcs=[count_goal, judge],
+        weights=[1.0, 0.0],
+        eval_data=prompts(64),
+        eval_strategy="steps",
+        eval_steps=3,
+        max_steps=12,
+        per_device_train_batch_size=32,
+        learning_rate=4e-3,
+        kl_coef=0.0,
+    )
+    trainer.train()
+    falls = [finding for finding in trainer.watch.said if finding["name"] == "held_out_falls"]
+    assert len(falls) == 1 and "held-out reward/judge fell" in falls[0]["what"]
+
+
+def test_sampling_that_does_not_match_the_log_probs_is_noticed(tmp_path, monkeypatch):
+    from pipelines.ppo import trainer as module
+
+    plain = module.generate
+    monkeypatch.setattr(module, "generate", lambda *a, **k: plain(*a, **k | {"temperature": 0.5}))
+    broken = make(tmp_path, max_steps=1)
+    broken.train()
+    assert [finding["name"] for finding in broken.watch.said] == ["ratio_not_one"]
+
+
+def test_samples_are_shown_with_their_scores(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="pipelines"):
+        make(tmp_path, max_steps=1, num_sample_generations=1).train()
+    (table,) = [r.message for r in caplog.records if "answers after update" in r.message]
+    first = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
+    line = table.splitlines()[1]
+    assert len(table.splitlines()) == 4 and line.split()[0] == f"{first['score']:.3f}"
+    assert first["prompt"][-40:] in line and first["completion"] in line
+
+
+# --- vLLM ---------------------------------------------------------------------------------------------------
+
+
+def test_vllm_samples_with_the_weights_of_now_and_our_log_probs(tmp_path, monkeypatch):
+    """A stand-in for the engine: it answers from the weights it was given last, and knows no log-probs."""
+    from pipelines.ppo import trainer as module
+    from pipelines.ppo.rollout import generate
+
+    class Engine:
+        def __init__(self, trainer):
+            self.trainer, self.copy, self.synced = trainer, gpt2(seed=7), 0
+
+        def sync_weights(self):
+            self.copy.load_state_dict(self.trainer.policy.state_dict())
+            self.synced += 1
+
+        def generate(self, prompts, images, num_generations):
+            assert images is None and num_generations == 1
+            seeds = [(1, self.synced, i) for i in range(len(prompts))]
+            ids, _ = generate(self.copy, prompts, max_new_tokens=8, eos_token_ids=[EOS], seeds=seeds)
+            return prompts, ids, None, None
+
+    with pytest.raises(ValueError, match="vLLM is not installed here"):
+        make(tmp_path, use_vllm=True)
+    monkeypatch.setattr(module, "vllm_engine", Engine)
+    trainer = make(tmp_path, use_vllm=True)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "objective/kl" in row]
+    assert trainer.vllm.synced == 5 and len(rows) == 4  # the gate before training, then once an update
+    assert all(row["val/first_ratio_rms"] < 1e-4 for row in rows)
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4) != rows[-1]["objective/kl"]
+
+
 # --- gates and errors ---------------------------------------------------------------------------------------
 
 
@@ -521,13 +782,34 @@ def test_resume_is_bit_identical(tmp_path):
     torch.manual_seed(456)
     resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
 
-    assert_same_weights(weights(resumed), weights(whole))
+    assert_same_weights(weights_of(resumed), weights_of(whole))
     assert resumed.kl_controller.value == whole.kl_controller.value != 0.05
     for one, other in zip(resumed.state.log_history, whole.state.log_history, strict=True):
         timeless = {k for k in one if "second" not in k and "runtime" not in k}
         assert {k: one[k] for k in timeless} == {k: other[k] for k in timeless}
     samples = [(p / "samples.jsonl").read_text() for p in (tmp_path / "whole", tmp_path / "parts")]
     assert samples[0] == samples[1] and len(samples[0].splitlines()) == 60
+
+
+def test_adapters_of_policy_and_critic_resume_to_the_bit(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def adapted():
+        torch.manual_seed(5)
+        settings = dict(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+        return (
+            get_peft_model(gpt2(), LoraConfig(task_type="CAUSAL_LM", **settings)),
+            get_peft_model(critic(), LoraConfig(task_type="SEQ_CLS", **settings)),
+        )
+
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    whole = make(tmp_path / "whole", models=adapted(), **settings)
+    whole.train()
+    make(tmp_path / "parts", models=adapted(), callbacks=[StopAt(2)], **settings).train()
+    resumed = make(tmp_path / "parts", models=adapted(), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights_of(resumed), weights_of(whole))
+    assert list(resumed.policy.peft_config) == ["default"]
 
 
 def test_resume_true_takes_the_last_checkpoint_and_refuses_another_batch(tmp_path):
@@ -564,6 +846,7 @@ def test_evaluation(tmp_path):
     rows = [row for row in trainer.state.log_history if "eval_score" in row]
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert rows[0]["eval_kl"] == pytest.approx(0, abs=1e-5) and rows[-1]["eval_kl"] != rows[0]["eval_kl"]
+    assert rows[0]["eval_ref_perplexity"] == pytest.approx(32, rel=0.2)  # nearly uniform over 32 words
     assert 1 <= rows[0]["eval_length"] <= 8 and 0 <= rows[0]["eval_eos_rate"] <= 1
     assert trainer.evaluate()["eval_score"] == rows[-1]["eval_score"]  # the same random streams each time
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -634,6 +917,9 @@ def worker(folder):
         kl_target=0.01,
         normalize_scores=True,
         kl_coef=0.2,
+        ptx=text(),
+        ptx_coef=0.5,
+        ptx_batch_size=6,
         eval_data=prompts(7),
         eval_strategy="steps",
         eval_steps=4,

@@ -159,3 +159,14 @@ def test_bad_recipes_end_with_exit_code_2(recipe, write):
     path = recipe(stages(write("a.jsonl", ROWS), learning_rat=1))
     done = subprocess.run([sys.executable, "-m", "pipelines", "check", str(path)], capture_output=True, text=True)
     assert done.returncode == 2 and "did you mean learning_rate?" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_override_does_not_reach_a_stage_that_shares_the_section_by_an_alias(tmp_path, write):
+    data = write("a.jsonl", ROWS)
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"stages:\n  a: {{kind: sft, model: {{model_name_or_path: gpt2}}, data: &d {{train: {data}}}, args: &args {{max_steps: 3}}}}\n"
+        "  b: {kind: sft, model: {model_name_or_path: gpt2}, data: *d, args: *args}\n"
+    )
+    loaded = load(path, "stages.a.args.max_steps=5")
+    assert loaded["a"].sections["args"] == {"max_steps": 5} and loaded["b"].sections["args"] == {"max_steps": 3}

@@ -60,6 +60,84 @@ def test_a_reward_model_that_cannot_judge_is_refused(chain_of):
         chain.run(recipes.load(chain_of(min_accuracy=1.01)))
 
 
+def test_an_accuracy_that_is_not_on_record_is_said(tmp_path, caplog):
+    from pipelines.stages.ppo import _gate
+
+    assert _gate(str(tmp_path), 0.6) is None
+    assert "no held-out accuracy on record" in caplog.text
+    (tmp_path / "stage.json").write_text(json.dumps({"metrics": {"accuracy": 0.7}}))
+    assert _gate(str(tmp_path), 0.6) == 0.7
+
+
+def test_a_reward_model_with_a_fresh_head_is_refused(tiny_gpt2):
+    from pipelines.sections import ModelSection
+    from pipelines.stages.ppo import scorer
+
+    with pytest.raises(ModelError, match=r"score\.weight"):
+        scorer(str(tiny_gpt2), ModelSection(model_name_or_path="x"))
+
+
+def test_policy_and_reward_model_must_read_the_same(tokenizer):
+    import copy
+
+    from pipelines import chat
+    from pipelines.corpus import train_bpe
+    from pipelines.stages.ppo import _same_template
+
+    def with_template(name, base=tokenizer):
+        out = copy.deepcopy(base)
+        out.chat_template = name and (chat.TEMPLATES / f"{name}.jinja").read_text()
+        if name == "chatml":
+            out.eos_token = "<|im_end|>"
+            out.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+        return out
+
+    plain, chatml, none = with_template("plain"), with_template("chatml"), with_template(None)
+    _same_template(plain, copy.deepcopy(plain), "rm")
+    _same_template(plain, none, "rm")  # plain text for both
+    other = copy.deepcopy(chatml)
+    other.chat_template = chatml.chat_template.replace("<|im_start|>", "<|im_start|>the ")
+    with pytest.raises(TemplateError, match="reward.allow_other_template"):
+        _same_template(chatml, other, "rm")
+    with pytest.raises(TemplateError, match="has no chat template"):
+        _same_template(chatml, none, "rm")
+    _same_template(chatml, with_template("plain", train_bpe(["other words"] * 20, vocab_size=300)), "rm")
+
+
+def test_a_classifier_is_the_reward_and_pretraining_text_is_mixed_in(recipe, write, tiny_gpt2):
+    """Also: the head on the policy's trunk, through the chain."""
+    labelled = [{"text": f"the {w} is {c} {i}", "label": int(c == "red")} for i in range(5) for w in "cat dog bird".split() for c in ("red", "blue")]  # fmt: skip
+    texts = [{"text": "the cat is red and the dog is blue"}] * 20
+    small = {"global_batch_size": 8, "num_train_epochs": 1, "max_length": 32}
+    policy = {
+        "kind": "ppo",
+        "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"},
+        "reward": {"models": ["stage:colour"], "label": "red", "critic": "shared", "min_accuracy": 0.0},
+        "data": {"train": write("p.jsonl", PROMPTS), "ptx": write("t.jsonl", texts)},
+        "args": {**ARGS, "ptx_coef": 1.0, "ptx_length": 16, "max_steps": 1, "logging_steps": 1},
+    }
+    stages = {
+        "colour": {"kind": "classify", "model": {"model_name_or_path": str(tiny_gpt2)}, "task": {"labels": ["other", "red"]}, "data": {"train": write("l.jsonl", labelled), "validation": 0.3}, "args": small},
+        "policy": policy,
+    }  # fmt: skip
+    loaded = recipes.load(recipe(stages))
+    chain.run(loaded)
+    record = json.loads((loaded["policy"].folder / "stage.json").read_text())
+    (accuracy,) = record["rows"]["reward_accuracy"].values()
+    assert 0 <= accuracy <= 1 and record["rows"]["ptx"]["context"] == 16
+    assert "t.jsonl" in " ".join(record["record"]["data"]) and isinstance(record["metrics"]["diagnosis"], list)
+    assert any("loss/ptx_avg" in line for line in open(loaded["policy"].folder / "history.jsonl"))
+    assert [p.name for p in (loaded["policy"].folder / "critic").iterdir()] == ["value_head.safetensors"]
+    from pipelines import artifact
+
+    other = json.loads(json.dumps(record["record"]))
+    other["sections"]["args"]["diagnosis"] = "stop"  # such a run may go on with another setting of it
+    assert artifact.differences(record["record"], other) == []
+    del policy["reward"]["label"], policy["args"]["ptx_coef"]
+    with pytest.raises(RecipeError, match="(?s)name the label whose log-odds.*PPO-ptx needs both"):
+        recipes.load(recipe(stages))
+
+
 def test_reward_functions_alone_are_enough(recipe, write, tiny_gpt2):
     stage = {
         "kind": "ppo",
@@ -97,5 +175,46 @@ def test_what_cannot_work_is_found_before_it_starts(recipe, write, tiny_gpt2):
     with pytest.raises(RecipeError) as error:
         recipes.load(recipe(stages))
     text = str(error.value)
-    for words in ["what is an answer worth", "must be a reward stage", "needs 1 numbers", "package.module:function", "args.kl_estimator"]:  # fmt: skip
+    for words in ["what is an answer worth", "must be a reward (or classify) stage", "needs 1 numbers", "package.module:function", "args.kl_estimator"]:  # fmt: skip
         assert words in text
+
+
+def test_tags_are_penalties(chain_of, tmp_path):
+    """The score of an answer is the reward model's less penalty times the probability of the tag, and check knows tags."""
+    import torch
+    from safetensors.torch import load_file
+
+    from pipelines.ppo.forward import sequence_scores
+    from pipelines.sections import ModelSection
+    from pipelines.stages.ppo import scorer
+    from pipelines.tag_heads import TagPenalty
+
+    path = chain_of(tag_penalties={"red": 0.5})
+    with pytest.raises(RecipeError, match="does not learn this tag"):
+        recipes.load(path)
+    rows = [{**p, "completions": ["it is red", "it is blue"], "ranks": [1, 2], "tags": [["red"], []]} for p in PROMPTS]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    loaded = recipes.load(path, ["stages.reward.args.tags=[red]"])
+    chain.run(loaded)
+    folder = loaded["reward"].folder
+    plain, judge = (scorer(str(folder), ModelSection(model_name_or_path=str(folder))).eval() for _ in range(2))
+    judge.tag_penalty = TagPenalty(folder, {"red": 0.5})
+    ids = [[5, 6, 7], [8, 9]]
+    head = load_file(folder / "tags.safetensors")["weight"]
+    scores, penalised = (sequence_scores(m, ids, False, "cpu") for m in (plain, judge))
+    states = [plain.base_model(torch.tensor([i])).last_hidden_state[0, -1] for i in ids]
+    taken = [0.5 * torch.sigmoid(head[0] @ s).item() for s in states]
+    assert (scores - penalised).tolist() == pytest.approx(taken, abs=1e-6) and max(taken) > 0.01
+    assert (loaded["policy"].folder / "model.safetensors").exists()
+
+
+def test_the_guide_explains_every_setting_and_every_diagnosis():
+    from pathlib import Path
+
+    from pipelines.ppo.config import PPOConfig
+    from pipelines.ppo.diagnosis import CHECKS
+
+    text = (Path(__file__).parents[1] / "docs" / "ppo.md").read_text()
+    own = [name for name in PPOConfig.__annotations__ if not name.startswith("allow_")]
+    assert [name for name in own if f"`{name}`" not in text and f"`{name}:" not in text] == []
+    assert [check.__name__ for check, _ in CHECKS if check.__name__.replace("_", " ") not in text] == []

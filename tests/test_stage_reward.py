@@ -202,3 +202,102 @@ def test_bad_rankings_are_named(row, says):
 
     with pytest.raises(DataError, match=says):
         normalise({"prompt": "p", **row}, "rankings")
+
+
+def test_margins_are_taken_off_as_trl_takes_them(tiny_gpt2, tmp_path):
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl import RewardConfig, RewardTrainer
+
+    from pipelines.data import normalise
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_gpt2, num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    pairs = [{"chosen_ids": [5, 6], "rejected_ids": [5, 8, 2], "margin": m} for m in (0.0, 1.5)]
+    args = RewardConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to=[])
+    theirs = RewardTrainer(model=model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
+    expected = theirs.compute_loss(model, dict(theirs.data_collator(pairs)))
+    rows = [
+        normalise({"prompt": "p", "chosen": "a", "rejected": "b", "margin": p["margin"]}, "rankings") for p in pairs
+    ]
+    assert rows[1]["margin"] == [1.5, 0]
+    batch = RankingCollator(tokenizer.pad_token_id)(
+        [{"ids": [p["chosen_ids"], p["rejected_ids"]], **row} for p, row in zip(pairs, rows)]
+    )
+    scores = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
+    ours = ranking_loss(scores[batch["better"]], scores[batch["worse"]], batch["weight"], None, batch["margin"])
+    assert ours.item() == pytest.approx(expected.item(), abs=1e-5)
+    ranked = RankingCollator(0)([{"ids": [[1], [2], [3]], "ranks": [1, 2, 4], "margin": [-1, -2, -4]}])
+    assert ranked["margin"].tolist() == [1, 3, 2]  # pairs (0, 1), (0, 2), (1, 2)
+
+
+def test_tags_are_learned_beside_a_plain_score(recipe, write, tiny_gpt2):
+    """The score prefers red; the tag `loud`, independent of it, is learned by outputs of their own."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from pipelines import chat
+    from pipelines.tag_heads import TagPenalty
+
+    rows = [
+        {"prompt": f"what is the {w} {i}", "completions": [f"the {w} is {c} {end}" for c in ("blue", "red") for end in ("big", "small")],
+         "ranks": [2, 2, 1, 1], "tags": [["loud"], [], ["loud"], ["other"]]}
+        for i in range(24) for w in ("cat", "dog")
+    ]  # fmt: skip
+    rows += [{"prompt": "p", "completions": ["a red", "a blue"], "ranks": [1, 2]}] * 8  # nothing is known of their tags
+    stage = {
+        "kind": "reward",
+        "model": {"model_name_or_path": str(tiny_gpt2)},
+        "data": {"train": write("ranked.jsonl", rows), "validation": 0.2},
+        "args": {**ARGS, "num_train_epochs": 15, "tags": ["loud"], "rank_margin": 0.5},
+    }
+    loaded = recipes.load(recipe({"reward": stage}))
+    chain.run(loaded)
+    folder = loaded["reward"].folder
+    metrics = json.loads((folder / "stage.json").read_text())["metrics"]
+    assert metrics["accuracy"] > 0.95 and metrics["tag_loud_auc"] > 0.95 and metrics["tag_loud_share"] == 0.5
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.num_labels == 1 and model.score.weight.shape[0] == 1
+    penalty = TagPenalty(folder, {"loud": 2.0})
+    found = {}
+    for color in ("blue", "red"):
+        for end in ("big", "small"):
+            ids = torch.tensor(
+                [sum(chat.encode_answer(tokenizer, "what is the cat 1", f"the cat is {color} {end}"), [])]
+            )
+            with torch.no_grad():
+                found[color, end] = model(ids).logits.item(), penalty(model.base_model(ids).last_hidden_state[:, -1]).item()  # fmt: skip
+    assert min(found["red", e][0] for e in ("big", "small")) > max(found["blue", e][0] for e in ("big", "small"))
+    assert min(found[c, "big"][1] for c in ("blue", "red")) > 1 > max(found[c, "small"][1] for c in ("blue", "red"))
+    with pytest.raises(ModelError, match="tells loud, not rude"):
+        TagPenalty(folder, {"rude": 1.0})
+
+
+def test_unknown_tags_teach_nothing_and_the_loss_is_a_mean_over_the_known():
+    from pipelines import tag_heads
+
+    logits = torch.tensor([[2.0, -1.0], [0.5, 3.0]], requires_grad=True)
+    loss = tag_heads.loss(logits, torch.tensor([[1.0, -1.0], [0.0, -1.0]]))
+    assert loss.item() == pytest.approx((np.log1p(np.exp(-2.0)) + np.log1p(np.exp(0.5))) / 2)
+    loss.backward()
+    assert logits.grad[:, 1].tolist() == [0, 0]
+    assert tag_heads.loss(logits, torch.full((2, 2), -1.0)).item() == 0
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"margin": [1]}, "list of 2, one for each"),
+        ({"margin": [0, 1]}, "puts a worse answer above a better one"),
+        ({"margin": ["x", 1]}, "margin must be numbers"),
+        ({"tags": ["rude", "wrong"]}, "a list of tags for each answer"),
+        ({"tags": [[1], []]}, "must be texts"),
+        ({"models": [1, 2]}, "a name for each answer"),
+    ],
+)
+def test_bad_columns_of_rankings_are_named(row, says):
+    from pipelines.data import DataError, normalise
+
+    with pytest.raises(DataError, match=says):
+        normalise({"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], **row}, "rankings")

@@ -1,7 +1,6 @@
 """Samples, rankings of them, and a reward model from those: one chain, whose later stages read what earlier ones wrote."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -68,14 +67,14 @@ def test_what_models_wrote_is_ranked_and_learned_from(recipe, stages, caplog):
         chain.plan(recipes.load(path))
 
 
-def test_an_interrupted_stage_goes_on_to_the_same_file(recipe, stages, monkeypatch):
+def test_an_interrupted_stage_goes_on_to_the_same_file(recipe, stages, monkeypatch, tmp_path):
     from pipelines import sampling
     from pipelines.stages import sample
 
     monkeypatch.setattr(sample, "BATCHES", 1)
     stages = {name: stages[name] for name in ("other", "samples")}
     stages["samples"]["sample"]["batch_size"] = 8
-    whole = recipes.load(recipe(stages, "whole.yaml", output_dir=str(Path(recipe({}).parent) / "whole")))
+    whole = recipes.load(recipe(stages, "whole.yaml", output_dir=str(tmp_path / "whole")))
     chain.run(whole)
     stopped = recipes.load(recipe(stages, "stopped.yaml"))
     real, asked = sampling.answers, []

@@ -4,9 +4,9 @@ import types
 
 import pytest
 
-from pipelines import chain, training
+from pipelines import artifact, chain, training
 from pipelines import recipe as recipes
-from pipelines.training import GlobalOrder, NotFinite, _accumulation
+from pipelines.training import GlobalOrder, NotFinite, accumulation
 
 
 @pytest.mark.parametrize(
@@ -21,14 +21,14 @@ from pipelines.training import GlobalOrder, NotFinite, _accumulation
     ],
 )
 def test_global_batch_becomes_micro_batch_and_accumulation(total, micro, world, expected):
-    found = _accumulation({"global_batch_size": total, "per_device_train_batch_size": micro}, world)
+    found = accumulation({"global_batch_size": total, "per_device_train_batch_size": micro}, world)
     size, steps = found["per_device_train_batch_size"], found["gradient_accumulation_steps"]
     assert (size, steps) == expected and size * steps * world == total and size <= micro
 
 
 def test_a_global_batch_that_does_not_divide_is_an_error():
     with pytest.raises(ValueError, match="use a multiple of 3"):
-        _accumulation({"global_batch_size": 32}, 3)
+        accumulation({"global_batch_size": 32}, 3)
 
 
 def order(rows, epoch=0.0, batch=4, accumulate=1, world=1, seed=1):
@@ -71,12 +71,19 @@ def test_nan_names_step_rows_and_last_checkpoint(recipe, write, tiny_gpt2, tmp_p
         "kind": "sft",
         "model": {"model_name_or_path": str(tmp_path / "poisoned"), "chat_template": "plain"},
         "data": {"train": write("rows.jsonl", rows)},
-        "args": {"global_batch_size": 4, "per_device_train_batch_size": 4, "num_train_epochs": 1, "save_steps": 1},
-    }
+        "args": {"global_batch_size": 4, "per_device_train_batch_size": 4, "num_train_epochs": 1, "save_steps": 1,
+                 "logging_steps": 1},
+    }  # fmt: skip
+    loaded = recipes.load(recipe({"sft": stage}))
     with pytest.raises(NotFinite) as error:
-        chain.run(recipes.load(recipe({"sft": stage})))
+        chain.run(loaded)
     text = str(error.value)
     assert "rows.jsonl:14" in text and "the loss is nan at step" in text and "last good checkpoint" in text
+    # What was logged until then is on disk, and in the report.
+    entries, total, seconds = artifact.read_log(loaded["sft"].checkpoints)
+    failed = int(text.split("at step ")[1].split(".")[0])
+    assert total == 8 and seconds > 0 and [e["step"] for e in entries] == list(range(1, failed))
+    assert f"step {failed - 1} of 8" in (loaded.output_dir / "report.html").read_text()
 
 
 def test_last_checkpoint_is_the_newest_whole_one(tmp_path):

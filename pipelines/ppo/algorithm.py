@@ -9,12 +9,16 @@ Sources: PPO = Schulman et al. 2017 (arXiv 1707.06347); GAE = Schulman et al. 20
 Schulman 2020 (http://joschu.net/blog/kl-approx.html); Ziegler et al. 2019 (1909.08593); Stiennon et al. 2020
 (2009.01325); InstructGPT = Ouyang et al. 2022 (2203.02155); N+ details = Huang et al. 2024 (2403.17031).
 
-Where this deliberately differs from TRL 1.12's trainer, the reference (everything else is equal to it):
+Where this deliberately differs from TRL 1.12's trainer, the reference (tests/test_ppo_parity.py: undo these, and
+all numbers and the updated weights are equal):
 - The score is added at the last real token. TRL adds it one later, on the first PAD after EOS, so that the
   critic also values a state behind EOS (trl issue 3750); a response that fills the whole length gets it at
   its last token in both.
-- Responses keep their natural length. TRL always samples `response_length` tokens and masks what follows EOS.
-- Every mean is over real tokens. TRL's approximate KL, ratio and entropy statistics include padding.
+- Responses keep their natural length. TRL pads them to the longest of the batch, and without its `stop_token`
+  samples `response_length` tokens whatever comes. A PAD that the policy itself samples ends an answer there.
+- Every mean is over real tokens. TRL's approximate KL, ratio and entropy statistics include padding. Our
+  entropy is that of the first epoch.
+- Whitening is over the answers of all processes. TRL whitens on each by itself.
 - A minibatch's loss is the mean over all of its tokens, on all ranks and micro-batches. TRL averages the
   means of its micro-batches, so that gradient accumulation changes the loss.
 - One optimizer step per minibatch. TRL steps every `gradient_accumulation_steps` micro-batches, whatever the

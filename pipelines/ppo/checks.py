@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from pipelines import SetupError
-from pipelines.ppo.forward import plain_model
+from pipelines.ppo.forward import ValueHead, plain_model
 
 
 def check_models(model, value_model, ref_model, reward_funcs: list, tokenizer) -> None:
@@ -24,14 +24,17 @@ def check_models(model, value_model, ref_model, reward_funcs: list, tokenizer) -
         problems.append(
             "model, value_model, ref_model and reward models must be separate objects: load each for itself"
         )
-    rows = plain_model(value_model).get_input_embeddings().weight.shape[0]
-    if rows < len(tokenizer):
+    shared = isinstance(value_model, ValueHead)
+    rows = None if shared else plain_model(value_model).get_input_embeddings().weight.shape[0]
+    if rows is not None and rows < len(tokenizer):
         problems.append(
             f"value_model knows {rows} tokens and the policy's tokenizer has {len(tokenizer)}: a critic must "
             "read the policy's token ids (start it from the policy, or a reward model with that tokenizer)"
         )
     if hasattr(model, "peft_config"):
-        if ref_model is None and any("lora_B" in n and w.detach().any() for n, w in model.named_parameters()):
+        own = model.active_adapter
+        trained = ("lora_B" in n and f".{own}." in n and w.detach().any() for n, w in model.named_parameters())
+        if ref_model is None and any(trained):
             problems.append(
                 "the policy's adapter is already trained, so the policy without it is not what training "
                 "starts from: merge the adapter into the model first, or pass a ref_model"
@@ -56,6 +59,18 @@ def check_counts(reward_funcs: list, weights: list, tokenizers: list) -> None:
     for name, given in (("reward_weights", weights), ("reward_processing_classes", tokenizers)):
         if len(given) != len(reward_funcs):
             raise SetupError(f"{name} has {len(given)} entries for {len(reward_funcs)} reward function(s)")
+
+
+def check_ptx(args, ptx_dataset) -> None:
+    """Raise ValueError unless `ptx_coef` and pretraining text are given together, each row with two tokens."""
+    if (args.ptx_coef > 0) != (ptx_dataset is not None):
+        raise SetupError(
+            "ptx_coef is above 0, but there is no pretraining text: give ptx_dataset (data.ptx in a recipe)"
+            if ptx_dataset is None
+            else "pretraining text (ptx_dataset, data.ptx in a recipe) is used only with ptx_coef above 0"
+        )
+    if ptx_dataset is not None and (len(ptx_dataset) == 0 or len(ptx_dataset[0].get("input_ids", ())) < 2):
+        raise SetupError("ptx_dataset needs rows with `input_ids` of at least two tokens")
 
 
 def check_rollouts(rollouts, args) -> None:

@@ -86,6 +86,27 @@ class PPOConfig(TrainingArguments):
         },
     )
 
+    use_vllm: bool = field(
+        default=False,
+        metadata={
+            "help": "Sample with vLLM (NVIDIA GPUs; `pip install trl[vllm]`). Its own log-probs are not used, ours "
+            "are computed anew. Its random streams are its own: a resumed run goes on, but not with the same answers."
+        },
+    )
+    vllm_mode: Literal["colocate", "server"] = field(
+        default="colocate",
+        metadata={"help": "'colocate': on the training GPUs. 'server': on others, where `vllm serve` runs."},
+    )
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "Where that server listens, e.g. http://localhost:8000 (only with 'server')."}
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3,
+        metadata={
+            "help": "Share of GPU memory for vLLM with 'colocate'. Higher samples faster and leaves less to train."
+        },
+    )
+
     # Reward
     kl_coef: float = field(
         default=0.05,
@@ -170,8 +191,26 @@ class PPOConfig(TrainingArguments):
         default=0,
         metadata={"help": "Updates that train the critic alone. More gives a useless critic time to become one."},
     )
+    ptx_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a language-modelling loss on pretraining text, mixed into every step (PPO-ptx, "
+            "InstructGPT 2203.02155). Higher keeps more of what the model knew. 0: none."
+        },
+    )
+    ptx_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows of pretraining text per optimizer step. More costs time. None: as many as answers."},
+    )
 
     # Watching, and the gates before training
+    diagnosis: Literal["warn", "stop", "off"] = field(
+        default="warn",
+        metadata={
+            "help": "When a known pathology shows (pipelines/ppo/diagnosis.py): say so, or save and stop; "
+            "the same command then goes on, `diagnosis: warn` without stopping again."
+        },
+    )
     num_sample_generations: int = field(
         default=10,
         metadata={"help": "How often in the whole training sample answers are written to samples.jsonl. 0: never."},
@@ -215,7 +254,7 @@ class PPOConfig(TrainingArguments):
             "local_rollout_forward_batch_size",
         ):
             need(getattr(self, name) >= 1, f"{name} must be at least 1, is {getattr(self, name)}")
-        for name in ("total_episodes", "max_prompt_length", "kl_horizon"):
+        for name in ("total_episodes", "max_prompt_length", "kl_horizon", "ptx_batch_size"):
             value = getattr(self, name)
             need(value is None or value >= 1, f"{name} must be at least 1, is {value}")
         for name in ("temperature", "cliprange", "cliprange_value"):
@@ -227,6 +266,7 @@ class PPOConfig(TrainingArguments):
             "top_k",
             "num_sample_generations",
             "critic_warmup_steps",
+            "ptx_coef",
         ):
             need(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
         for name in ("kl_target", "score_clip", "max_approx_kl", "best_kl_cap", "missing_eos_penalty"):
@@ -242,6 +282,18 @@ class PPOConfig(TrainingArguments):
         need(
             self.kl_placement in ("reward", "loss"),
             f"kl_placement must be reward or loss, is {self.kl_placement!r}",
+        )
+        need(
+            self.diagnosis in ("warn", "stop", "off"),
+            f"diagnosis must be warn, stop or off, is {self.diagnosis!r}",
+        )
+        need(
+            self.vllm_mode in ("colocate", "server"),
+            f"vllm_mode must be colocate or server, is {self.vllm_mode!r}",
+        )
+        need(
+            self.vllm_server_base_url is None or (self.use_vllm and self.vllm_mode == "server"),
+            "vllm_server_base_url is used only with use_vllm and vllm_mode: server",
         )
         need(
             self.kl_target is None or self.kl_coef > 0,

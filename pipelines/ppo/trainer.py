@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import math
 import time
 from collections import defaultdict
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import peft
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -32,20 +34,29 @@ from pipelines import SetupError
 from pipelines.chat import as_text, encode_answer, encode_prompt
 from pipelines.ppo import algorithm, checks
 from pipelines.ppo.config import PPOConfig
+from pipelines.ppo.diagnosis import Watch
 from pipelines.ppo.forward import (
     PolicyAndCritic,
+    ValueHead,
     collate,
     make_ready,
     plain_model,
     sequence_scores,
     token_logprobs,
 )
+from pipelines.ppo.rewards import AdapterScorer
 from pipelines.ppo.rollout import generate
 from pipelines.training import NotFinite
 
+logger = logging.getLogger(__name__)
+
 STATE = "ppo_state.json"
 SAMPLES = "samples.jsonl"
-TRAIN, EVAL = 0, 1  # which random streams an answer is sampled from
+TRAIN, EVAL, PTX = 0, 1, 2  # which random streams an answer or a pretraining row is drawn from
+
+
+class Diagnosed(SetupError):
+    """`diagnosis: stop` found a pathology; the run is saved, and the same command goes on from there."""
 
 
 @dataclass
@@ -75,9 +86,11 @@ class PPOTrainer(_BaseTrainer):
             `(prompts, completions, **columns) -> list[float]`. These get the prompts as they are in the
             dataset, the completions as text, the dataset's other columns as lists, and `completion_ids`.
         value_model: the critic, a causal `AutoModelForSequenceClassification` with one label that shares the
-            policy's token ids; usually a second copy of the reward model. Trained in place.
+            policy's token ids; usually a second copy of the reward model. Trained in place. "shared": a value
+            head on the policy's own trunk.
         train_dataset, eval_dataset: column `prompt` (text or messages), any others go to the callables.
         processing_class: the policy's tokenizer.
+        ptx_dataset: rows with `input_ids` of pretraining text for `ptx_coef`, EOS where a text ends.
         ref_model: frozen reference. None: a copy of `model`, or with PEFT the policy with its adapters off.
         reward_weights: one per reward function, all 1 by default.
         reward_processing_classes: a tokenizer for each reward model that has its own; None: the policy's.
@@ -93,10 +106,11 @@ class PPOTrainer(_BaseTrainer):
         model: nn.Module,
         args: PPOConfig,
         reward_funcs: list,
-        value_model: nn.Module,
+        value_model: nn.Module | str,
         train_dataset,
         processing_class,
         eval_dataset=None,
+        ptx_dataset=None,
         ref_model: nn.Module | None = None,
         reward_weights: list[float] | None = None,
         reward_processing_classes: list | None = None,
@@ -107,13 +121,20 @@ class PPOTrainer(_BaseTrainer):
         self.reward_tokenizers = list(reward_processing_classes or [None] * len(reward_funcs))
         self.reward_weights = [1.0] * len(reward_funcs) if reward_weights is None else list(reward_weights)
         self.eos_token_ids = checks.end_tokens(model, processing_class)
+        value_model = ValueHead(model) if value_model == "shared" else value_model
         checks.check_models(model, value_model, ref_model, reward_funcs, processing_class)
         checks.check_counts(reward_funcs, self.reward_weights, self.reward_tokenizers)
+        checks.check_ptx(args, ptx_dataset)
         if ref_model is None and not hasattr(model, "peft_config"):
             ref_model = copy.deepcopy(model)
-        together = [model, value_model] if ref_model is None else [model, value_model, ref_model]
+        together = [m for m in (model, value_model, ref_model) if m is not None and not isinstance(m, ValueHead)]
         self.packed = all([make_ready(module) for module in together])
-        self.reward_packed = [isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f) for f in reward_funcs]
+        self.reward_packed = [
+            self.packed
+            if isinstance(f, AdapterScorer)
+            else isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f)
+            for f in reward_funcs
+        ]
         super().__init__(
             model=PolicyAndCritic(model, value_model),
             args=args,
@@ -123,7 +144,7 @@ class PPOTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.policy, self.critic = model, value_model
+        self.policy, self.critic, self.ptx_dataset = model, value_model, ptx_dataset
         self.reward_funcs = [self._frozen(f) if isinstance(f, nn.Module) else f for f in reward_funcs]
         self.reward_tokenizers = [
             None if t is None or checks.same_tokenizer(t, processing_class) else t for t in self.reward_tokenizers
@@ -155,6 +176,8 @@ class PPOTrainer(_BaseTrainer):
         else:
             self.kl_controller = algorithm.AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
         self.score_normalizer = algorithm.ScoreNormalizer() if args.normalize_scores else None
+        self.watch, self._stopped_by = Watch(), None
+        self.vllm = vllm_engine(self) if args.use_vllm else None
         self._unlogged = defaultdict(list)  # metrics of the updates since the last log line
 
     # --- the loop -------------------------------------------------------------------------------------------
@@ -190,6 +213,7 @@ class PPOTrainer(_BaseTrainer):
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
             if int(self.state.epoch) > seen // len(self.train_dataset):
                 self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
+            self.watch.add_update(self.state.global_step, metrics)
             self._log_evaluate_save()
 
         if args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
@@ -203,6 +227,11 @@ class PPOTrainer(_BaseTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
         self.is_in_train = False
+        if self._stopped_by is not None:
+            raise Diagnosed(
+                f"{self._stopped_by}\nStopped (diagnosis: stop) and saved in {get_last_checkpoint(args.output_dir)}. "
+                "Running the same again goes on; diagnosis: warn does not stop any more."
+            )
         return TrainOutput(self.state.global_step, float("nan"), metrics)
 
     # --- rollouts -------------------------------------------------------------------------------------------
@@ -225,21 +254,7 @@ class PPOTrainer(_BaseTrainer):
         self.model_wrapped.eval()
 
         began = time.perf_counter()
-        with (
-            unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
-            self.accelerator.autocast(),
-        ):
-            responses, logprobs = generate(
-                model.policy,
-                my_prompts,
-                max_new_tokens=args.response_length,
-                eos_token_ids=self.eos_token_ids,
-                seeds=seeds[mine],
-                temperature=args.temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                batch_size=args.local_rollout_forward_batch_size,
-            )
+        responses, logprobs = self._sample(my_prompts, seeds[mine])
         seconds["generate"] = time.perf_counter() - began
 
         began = time.perf_counter()
@@ -247,10 +262,14 @@ class PPOTrainer(_BaseTrainer):
         per_token: list = [None] * share  # (3, length): log-probs of policy and reference, values
         for chunk in _chunks(_by_length(answers), args.local_rollout_forward_batch_size):
             batch = collate([answers[i] for i in chunk], self.packed, device)
-            values = self.model_wrapped(batch, values_only=True)
+            if self.vllm is None:
+                sampled = torch.cat([logprobs[i] for i in chunk])
+                values = self.model_wrapped(batch, values_only=True)
+            else:
+                sampled, _, values = self.model_wrapped(batch, temperature=args.temperature)
             with self._reference() as reference, self.accelerator.autocast():
                 ref_logprobs, _ = token_logprobs(reference, batch, args.temperature)
-            columns = torch.stack([torch.cat([logprobs[i] for i in chunk]), ref_logprobs.cpu(), values.cpu()])
+            columns = torch.stack([sampled.cpu(), ref_logprobs.cpu(), values.cpu()])
             for i, part in zip(chunk, columns.split([len(responses[i]) for i in chunk], dim=1), strict=True):
                 per_token[i] = part
         rewards = self._rewards(dataset, my_rows, answers)  # (share, functions)
@@ -276,6 +295,28 @@ class PPOTrainer(_BaseTrainer):
             ended=torch.tensor([r[-1] in self.eos_token_ids for r in responses], device=device),
             seconds=seconds,
         )
+
+    def _sample(self, prompts: list[list[int]], seeds: list) -> tuple[list[list[int]], list[Tensor] | None]:
+        """An answer to each prompt, and the log-probs of its tokens (None: vLLM's would not be ours)."""
+        args = self.args
+        if self.vllm is not None:
+            self.vllm.sync_weights()
+            return [list(ids) for ids in self.vllm.generate(prompts, None, 1)[1]], None
+        with (
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
+            self.accelerator.autocast(),
+        ):
+            return generate(
+                model.policy,
+                prompts,
+                max_new_tokens=args.response_length,
+                eos_token_ids=self.eos_token_ids,
+                seeds=seeds,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                batch_size=args.local_rollout_forward_batch_size,
+            )
 
     def _rewards(self, dataset, rows: list[int], answers: list[tuple[list[int], list[int]]]) -> Tensor:
         """What each reward function says of each answer (prompt ids, response ids): (answers, functions)."""
@@ -337,10 +378,14 @@ class PPOTrainer(_BaseTrainer):
         advantages, returns = algorithm.gae(rewards, rollouts.values, mask, args.gamma, args.lam)
         advantages = algorithm.whiten(advantages, mask)
 
-        statistics, grad_norms, stopped = [], [], False
+        statistics, ptx_losses, grad_norms, stopped = [], [], [], False
+        ptx = args.ptx_coef > 0 and self.state.global_step >= args.critic_warmup_steps
+        first = None
         for epoch in range(args.num_ppo_epochs):
-            for minibatch in _chunks(self._order(epoch), self.mini_batch_size):
+            for number, minibatch in enumerate(_chunks(self._order(epoch), self.mini_batch_size)):
+                ptx_losses += [self._ptx_backward(epoch, number)] if ptx else []
                 stats = self._backward(rollouts, advantages, returns, minibatch, first=epoch == 0)
+                first = stats if first is None else first
                 if args.max_approx_kl is not None:
                     moved = self.accelerator.reduce(stats, "sum")[STATISTICS.index("policy/approxkl_avg")]
                     stopped = moved.item() > args.max_approx_kl
@@ -363,6 +408,10 @@ class PPOTrainer(_BaseTrainer):
 
         seconds = rollouts.seconds | {"update": time.perf_counter() - began}
         metrics = self._metrics(rollouts, scores, kl, kl_coef, returns, seconds)
+        moved_before_any_step = self.accelerator.reduce(first, "sum")[STATISTICS.index("policy/approxkl_avg")].item()
+        metrics["val/first_ratio_rms"] = math.sqrt(2 * moved_before_any_step)  # of log π/π_old, ideally 0
+        if ptx_losses:
+            metrics["loss/ptx_avg"] = self.accelerator.reduce(torch.stack(ptx_losses).mean(), "sum").item()
         if statistics:
             table = self.accelerator.reduce(torch.stack(statistics), "sum")  # (optimizer steps, STATISTICS)
             metrics |= dict(zip(STATISTICS, table.mean(0).tolist(), strict=True))
@@ -370,6 +419,30 @@ class PPOTrainer(_BaseTrainer):
             metrics["policy/entropy_avg"] = table[: args.num_mini_batches, -1].mean().item()
             metrics["grad_norm"] = sum(grad_norms) / len(grad_norms)
         return metrics | {"optimizer_steps": len(grad_norms)}
+
+    def _ptx_backward(self, epoch: int, number: int) -> Tensor:
+        """Gradients of `ptx_coef` × the mean loss per token on rows of pretraining text; returns that loss.
+
+        L = −γ E_{x∼D} log π(x) (InstructGPT eq. 2). Which rows depends only on the place in the run, so a resumed
+        run takes the same. The loss returned, (), is this process's part of it.
+        """
+        args, accelerator, world = self.args, self.accelerator, self.accelerator.num_processes
+        draw = np.random.default_rng((args.seed, PTX, self.state.global_step, epoch, number))
+        size = args.ptx_batch_size or self.mini_batch_size
+        size = math.ceil(size / world) * world
+        chosen = draw.choice(len(self.ptx_dataset), size, replace=size > len(self.ptx_dataset))
+        rows = [[int(i) for i in self.ptx_dataset[int(row)]["input_ids"]] for row in chosen]
+        tokens = sum(len(ids) - 1 for ids in rows)
+        total = torch.zeros((), device=accelerator.device)
+        for micro in _chunks(rows[accelerator.process_index :: world], args.per_device_train_batch_size):
+            accelerator.gradient_state._set_sync_gradients(False)  # the minibatch's own backward comes last
+            batch = collate([(ids[:1], ids[1:]) for ids in micro], self.packed, accelerator.device)
+            with contextlib.nullcontext() if self.is_deepspeed_enabled else accelerator.no_sync(self.model_wrapped):
+                loss = -self.model_wrapped(batch, logprobs_only=True, temperature=1.0).sum() / tokens
+                scaling = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                accelerator.backward(args.ptx_coef * loss * world, **scaling)
+            total += loss.detach()
+        return total
 
     def _order(self, epoch: int) -> list[int]:
         """The answers of the global batch in the order in which this epoch of this update takes them."""
@@ -383,7 +456,8 @@ class PPOTrainer(_BaseTrainer):
         statistics are this process's part of such means.
         """
         args, accelerator, mask = self.args, self.accelerator, rollouts.mask
-        policy_weight = 0.0 if self.state.global_step < args.critic_warmup_steps else 1.0
+        warming_up = self.state.global_step < args.critic_warmup_steps
+        policy_weight = 0.0 if warming_up else 1.0
         tokens, bonus = int(mask[minibatch].sum()), args.entropy_coef > 0
         micros = self._micro_batches(rollouts, minibatch)
         stats = torch.zeros(len(STATISTICS), device=accelerator.device)
@@ -402,7 +476,11 @@ class PPOTrainer(_BaseTrainer):
             with contextlib.nullcontext() if share_gradients else accelerator.no_sync(self.model_wrapped):
                 # entropy costs a pass over the vocabulary: to watch it, the first epoch is enough
                 logprobs, entropies, values = self.model_wrapped(
-                    batch, temperature=args.temperature, entropy=first or bonus, grad_entropy=bonus
+                    batch,
+                    hold_trunk=warming_up,
+                    temperature=args.temperature,
+                    entropy=first or bonus,
+                    grad_entropy=bonus,
                 )
                 pg, pg_clipped = algorithm.policy_loss(logprobs, old_logprobs, advantage, args.cliprange)
                 vf, vf_clipped = algorithm.value_loss(values, old_values, target, args.cliprange_value)
@@ -443,10 +521,12 @@ class PPOTrainer(_BaseTrainer):
     def _metrics(self, rollouts: Rollouts, scores, kl, kl_coef: float, returns, seconds: dict) -> dict[str, float]:
         """What there is to know of one batch of rollouts, under TRL's names."""
         mask, responses = rollouts.mask, len(rollouts.responses)
-        kl_of_answers = torch.where(mask, kl, 0.0).sum(1).mean().item()
+        each_kl = torch.where(mask, kl, 0.0).sum(1)
+        kl_of_answers = each_kl.mean().item()
         tokens = int(mask.sum())
         metrics = {
             "objective/kl": kl_of_answers,
+            "objective/kl_sem": each_kl.std(unbiased=False).item() / math.sqrt(responses),  # its standard error
             "objective/entropy": torch.where(mask, -rollouts.logprobs, 0.0).sum(1).mean().item(),
             "objective/non_score_reward": -kl_coef * kl_of_answers,
             "objective/rlhf_reward": scores.mean().item() - kl_coef * kl_of_answers,
@@ -490,15 +570,37 @@ class PPOTrainer(_BaseTrainer):
             is_best = not too_far and self._determine_best_metric(metrics=metrics, trial=None)
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = is_best
+            self.watch.add_evaluation(self._held_out(metrics))
+        self._diagnose()
         if self.control.should_save:
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _held_out(self, metrics: dict) -> dict[str, tuple[float, float]]:
+        """Mean and standard error of the held-out score, and of every reward of weight 0: a judge unseen in training."""
+        names = [
+            "score",
+            *(f"reward/{n}" for n, w in zip(self.reward_names, self.reward_weights, strict=True) if w == 0),
+        ]
+        noise = math.sqrt(len(self.eval_dataset))
+        return {name: (metrics[f"eval_{name}"], metrics[f"eval_{name}_std"] / noise) for name in names}
+
+    def _diagnose(self) -> None:
+        """Say what is wrong and was not before; with `diagnosis: stop` save and stop at the first such thing."""
+        if self.args.diagnosis == "off":
+            return
+        for finding in self.watch.new_findings():  # from global numbers: the same on every process
+            logger.warning("%s", finding)
+            if self.args.diagnosis == "stop" and self._stopped_by is None:
+                self._stopped_by = str(finding)
+                self.control.should_save = self.control.should_training_stop = True
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """One answer to each held-out prompt, each time from the same random streams; returns the metrics.
 
         The score is the weighted sum of the reward functions, without normalisation or penalties; the KL is
-        the mean over answers of log π/π_ref (nats).
+        the mean over answers of log π/π_ref (nats); `ref_perplexity` is exp of the mean over tokens of −log π_ref:
+        how fluent the reference finds the answers.
         """
         began = time.time()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -513,12 +615,14 @@ class PPOTrainer(_BaseTrainer):
             "score": rollouts.scores[:n].mean().item(),
             "score_std": rollouts.scores[:n].std().item() if n > 1 else 0.0,
             "kl": kl.mean().item(),
+            "ref_perplexity": math.exp(-algorithm.masked_mean(rollouts.ref_logprobs[:n], rollouts.mask[:n]).item()),
             "length": rollouts.mask[:n].sum().item() / n,
             "eos_rate": rollouts.ended[:n].float().mean().item(),
             "runtime": time.time() - began,
         }
         for name, column in zip(self.reward_names, rollouts.rewards[:n].T, strict=True):
             metrics[f"reward/{name}"] = column.mean().item()
+            metrics[f"reward/{name}_std"] = column.std().item() if n > 1 else 0.0
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self._write_samples(metric_key_prefix, rollouts)
         self.log(dict(metrics))
@@ -530,11 +634,18 @@ class PPOTrainer(_BaseTrainer):
         return count > 0 and (step - 1) % max(1, self.max_steps // count) == 0
 
     def _write_samples(self, split: str, rollouts: Rollouts, count: int = 10) -> None:
-        """Append the first answers of a batch, with what was thought of them, to samples.jsonl."""
+        """Append the first answers of a batch, with what was thought of them, to samples.jsonl; log a few."""
         if not self.is_world_process_zero():
             return
         kl = torch.where(rollouts.mask, rollouts.logprobs - rollouts.ref_logprobs, 0.0).sum(1)
         completions = self._completions(rollouts.responses[:count])
+        table = [f"{'score':>9} {'KL':>7}  {split} prompts … answers after update {self.state.global_step}"]
+        for i, completion in enumerate(completions[:3]):
+            prompt, answer = (
+                " ".join(text.split()) for text in (self.processing_class.decode(rollouts.prompts[i]), completion)
+            )
+            table.append(f"{rollouts.scores[i]:>9.3f} {kl[i]:>7.2f}  {prompt[-40:]} … {answer[:120]}")
+        logger.info("%s", "\n".join(table))
         with open(Path(self.args.output_dir) / SAMPLES, "a", encoding="utf-8") as file:
             for i, completion in enumerate(completions):
                 sample = {
@@ -557,9 +668,10 @@ class PPOTrainer(_BaseTrainer):
             for part in weights:
                 weights[part] = {k.removeprefix(f"{part}."): v for k, v in whole.items() if k.startswith(f"{part}.")}
         if self.args.should_save:
-            self.policy.save_pretrained(folder, state_dict=weights["policy"])
+            only = {"selected_adapters": [self.policy.active_adapter]} if hasattr(self.policy, "peft_config") else {}
+            self.policy.save_pretrained(folder, state_dict=weights["policy"], **only)
             self.critic.save_pretrained(folder / "critic", state_dict=weights["critic"])
-            for place in (folder, folder / "critic"):
+            for place in (folder,) if isinstance(self.critic, ValueHead) else (folder, folder / "critic"):
                 self.processing_class.save_pretrained(place)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -570,6 +682,7 @@ class PPOTrainer(_BaseTrainer):
                 "kl_controller": self.kl_controller.state_dict(),
                 "score_normalizer": self.score_normalizer and self.score_normalizer.state_dict(),
                 "unlogged": self._unlogged,
+                "watch": self.watch.state_dict(),
             }
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -581,7 +694,7 @@ class PPOTrainer(_BaseTrainer):
         args = self.args
         if args.activation_checkpointing:
             settings = dict(args.activation_checkpointing_kwargs or {})
-            for module in (self.policy, self.critic):
+            for module in (self.policy, self.critic) if not isinstance(self.critic, ValueHead) else (self.policy,):
                 plain_model(module).activation_checkpointing_enable(activation_checkpointing_kwargs=settings or None)
                 if hasattr(module, "peft_config"):  # frozen embeddings: the first layer must see gradients flow
                     module.enable_input_require_grads()
@@ -606,6 +719,7 @@ class PPOTrainer(_BaseTrainer):
         if self.score_normalizer is not None and state["score_normalizer"] is not None:
             self.score_normalizer.load_state_dict(state["score_normalizer"])
         self._unlogged.update(state["unlogged"])
+        self.watch.load_state_dict(state["watch"])
         self._load_rng_state(checkpoint)  # for reward functions that use one
         self._forget_samples_after(self.state.global_step)
 
@@ -619,9 +733,16 @@ class PPOTrainer(_BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         for module, folder in ((self.policy, ""), (self.critic, "critic")):
+            place = Path(resume_from_checkpoint) / folder
+            if isinstance(module, ValueHead):
+                module.load(place)
+                continue
+            if hasattr(module, "peft_config"):  # Trainer would add the adapter in `critic` to the policy
+                peft.set_peft_model_state_dict(module, peft.load_peft_weights(str(place), device="cpu"))
+                continue
             whole, self.model = self.model, module  # Trainer reports missing weights of self.model
             try:
-                super()._load_from_checkpoint(str(Path(resume_from_checkpoint) / folder), module)
+                super()._load_from_checkpoint(str(place), module)
             finally:
                 self.model = whole
 
@@ -658,7 +779,11 @@ class PPOTrainer(_BaseTrainer):
         if "prompt" not in dataset.column_names:
             raise SetupError(f"{name} has no column `prompt`, but {', '.join(dataset.column_names)}")
         prompts = [encode_prompt(self.processing_class, prompt) for prompt in dataset["prompt"]]
-        contexts = [checks.context_of(m) for m in (self.policy, self.critic, self.ref_model) if m is not None]
+        contexts = [
+            checks.context_of(m)
+            for m in (self.policy, self.critic, self.ref_model)
+            if m is not None and not isinstance(m, ValueHead)
+        ]
         context = min((c for c in contexts if c is not None), default=None)
         limits = [
             self.args.max_prompt_length,
@@ -717,6 +842,32 @@ class PPOTrainer(_BaseTrainer):
 
     def _send_telemetry(self) -> None:
         """TRL's trainers report their use to the hub; this one reports nothing to anyone."""
+
+
+def vllm_engine(trainer: PPOTrainer):
+    """TRL's vLLM engine around the policy: `sync_weights()` and `generate(prompts, None, 1)`."""
+    from trl.import_utils import is_vllm_available
+
+    args = trainer.args
+    if not is_vllm_available():
+        raise SetupError("use_vllm: vLLM is not installed here: `pip install trl[vllm]` (NVIDIA GPUs), or leave it out")
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    return VLLMGeneration(
+        trainer.policy,
+        trainer.accelerator,
+        trainer.processing_class,
+        mode=args.vllm_mode,
+        server_base_url=args.vllm_server_base_url,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_model_length=max(map(len, trainer.train_prompts + (trainer.eval_prompts or []))) + args.response_length,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        max_completion_length=args.response_length,
+        logprobs=None,
+        generation_kwargs={"stop_token_ids": trainer.eos_token_ids},
+    )
 
 
 STATISTICS = (

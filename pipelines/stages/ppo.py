@@ -3,12 +3,13 @@
     policy:
       kind: ppo
       model: {model_name_or_path: stage:sft}                       # the policy, and a frozen copy as reference
-      reward: {models: [stage:reward]}                             # and / or functions: [my_rewards:length_penalty]
+      reward: {models: [stage:reward]}              # and / or functions: [pipelines.ppo.rewards:length_penalty]
       data: {train: prompts.jsonl, validation: heldout.jsonl}
       args: {global_batch_size: 64, total_episodes: 20000, response_length: 64, learning_rate: 1e-5, kl_coef: 0.05}
 
-The critic starts from the first reward model. The folder holds the policy, and `critic/` beside it. The trainer is
-`pipelines/ppo/trainer.py`, the mathematics `pipelines/ppo/algorithm.py`.
+The critic starts from the first reward model (`reward.critic` names another, or `shared`). The folder holds the policy,
+and `critic/` beside it. The trainer is `pipelines/ppo/trainer.py`, the mathematics `pipelines/ppo/algorithm.py`, what a
+run that goes wrong is told `pipelines/ppo/diagnosis.py`; docs/ppo.md explains all of it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 SECTIONS = {
     "model": "pipelines.sections:ModelSection",
     "reward": "pipelines.sections:RewardSection",
-    "data": "pipelines.sections:DataSection",
+    "data": "pipelines.sections:PPODataSection",
     "args": "pipelines.sections:PPOArguments",
 }
 ROWS = "prompts"
@@ -35,13 +36,21 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     model, reward = stage.sections.get("model", {}), stage.sections.get("reward", {})
     if not model.get("model_name_or_path"):
         yield "model.model_name_or_path", "the policy starts from a model: stage:NAME, a folder or a hub id", None
+    if reward.get("share_base") and reward.get("tag_penalties"):
+        yield (
+            "reward.tag_penalties",
+            "cannot be used with reward.share_base: drop one of the two",
+            reward["tag_penalties"],
+        )
     functions, models = reward.get("functions") or [], reward.get("models") or []
     if not models and not functions:
         yield "reward", "what is an answer worth? Give `models: [stage:NAME]` and/or `functions: [module:name]`", None
     for i, name in enumerate(models):
         kind = kinds.get(name.removeprefix("stage:")) if name.startswith("stage:") else "reward"
-        if kind not in (None, "reward"):
-            yield f"reward.models[{i}]", f"must be a reward stage, this one is of kind {kind}", name
+        if kind not in (None, "reward", "classify"):
+            yield f"reward.models[{i}]", f"must be a reward (or classify) stage, this one is of kind {kind}", name
+        if kind == "classify" and not reward.get("label"):
+            yield "reward.label", f"{name} is a classifier: name the label whose log-odds are the score", None
     for i, name in enumerate(functions):
         if ":" not in name:
             yield f"reward.functions[{i}]", "is written package.module:function", name
@@ -62,6 +71,17 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     weights = reward.get("weights")
     if weights is not None and len(weights) != len(models) + len(functions):
         yield "reward.weights", f"needs {len(models) + len(functions)} numbers: models first, then functions", weights
+    if reward.get("share_base") and not (model.get("use_peft") and models):
+        yield "reward.share_base", "needs reward.models and model.use_peft: what is shared is adapted", True
+    if reward.get("label") and not models:
+        yield "reward.label", "is for a classifier in reward.models: drop this key", reward["label"]
+    args, ptx = stage.sections.get("args", {}), stage.sections.get("data", {}).get("ptx")
+    if bool(args.get("ptx_coef")) != bool(ptx):
+        missing = "args.ptx_coef" if ptx else "data.ptx"
+        yield missing, "PPO-ptx needs both data.ptx (pretraining text) and args.ptx_coef above 0", None
+    for key in ("ptx_length", "ptx_batch_size"):
+        if args.get(key) and not ptx:
+            yield f"args.{key}", "is used only with data.ptx: drop this key", args[key]
 
 
 def run(stage) -> dict:
@@ -69,7 +89,7 @@ def run(stage) -> dict:
     from datasets import Dataset
     from transformers import set_seed
 
-    from pipelines import data, models, tag_heads, training
+    from pipelines import SetupError, data, models, tag_heads, training
     from pipelines.ppo.trainer import PPOTrainer
 
     class Trainer_(training.ChainTrainer, PPOTrainer):
@@ -81,23 +101,31 @@ def run(stage) -> dict:
     tokenizer = models.load_tokenizer(section)
     policy = models.load_model(section, "AutoModelForCausalLM")
     added = _template(policy, tokenizer, section)
+    policy = models.adapt(policy, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
 
     funcs, tokenizers = [], []
     for path in reward.models or []:
-        _gate(path, reward.min_accuracy)
-        funcs.append(scorer(path, section))
+        stage.report.setdefault("reward_accuracy", {})[path] = _gate(path, reward.min_accuracy)
+        share = reward.share_base
+        funcs.append(_on_base(path, section, policy, len(funcs)) if share else scorer(path, section, reward.label))
         if reward.tag_penalties:
             funcs[-1].tag_penalty = tag_heads.TagPenalty(path, reward.tag_penalties)
         tokenizers.append(models.load_tokenizer(_of(section, path)))
+        if not reward.allow_other_template:
+            _same_template(tokenizer, tokenizers[-1], path)
+    if reward.label and not any(reward.label in f.config.id2label.values() for f in funcs):
+        raise SetupError(f"reward.label: none of reward.models is a classifier with the label {reward.label!r}")
     for name in reward.functions or []:
         module, _, function = name.partition(":")
         funcs.append(getattr(importlib.import_module(module), function))
         tokenizers.append(None)
-    start = reward.critic or (reward.models or [None])[0]
-    critic = scorer(start, section) if start else scorer(section.model_name_or_path, section, allow_new=("score",))
-
-    policy = models.adapt(policy, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
-    critic = models.adapt(critic, section, "SEQ_CLS")
+    start = reward.critic or ("shared" if reward.share_base else (reward.models or [None])[0])
+    if start is None:
+        critic = scorer(section.model_name_or_path, section, allow_new=("score",))
+    else:
+        critic = "shared" if start == "shared" else scorer(start, section, reward.label)
+    if critic != "shared":
+        critic = models.adapt(critic, section, "SEQ_CLS")
 
     train, validation = data.load(stage.data, ROWS, stage.seed)
     stage.report["prompts"] = {"train": len(train), "validation": len(validation)}
@@ -110,22 +138,74 @@ def run(stage) -> dict:
         value_model=critic,
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(validation) if validation else None,
+        ptx_dataset=_pretraining_text(stage, tokenizer, models.context_length(policy, args.ptx_length)),
         processing_class=tokenizer,
     )
     training.fit(stage, trainer)
     metrics = training.final_metrics(trainer)
+    metrics["diagnosis"] = trainer.watch.said
     training.save(trainer, stage.folder, tokenizer)
     _keep_samples(stage)
     return metrics
 
 
-def scorer(path: str, section, allow_new: tuple[str, ...] = ()):
-    """A sequence classifier with one score from `path`; a missing (random) score head is an error."""
-    from pipelines import models
+def scorer(path: str, section, label: str | None = None, allow_new: tuple[str, ...] = ()):
+    """A sequence classifier with one score from `path`; a missing (random) score head is an error.
 
-    return models.load_model(
-        _of(section, path), "AutoModelForSequenceClassification", allow_new=allow_new, num_labels=1
-    )
+    Of a classifier of two labels the score is the log-odds of `label`.
+    """
+    from transformers import AutoConfig
+
+    from pipelines import SetupError, models
+    from pipelines.ppo.rewards import log_odds
+
+    kind, one = "AutoModelForSequenceClassification", _of(section, path)
+    config = AutoConfig.from_pretrained(path, revision=one.model_revision, trust_remote_code=one.trust_remote_code)
+    classifies = any("ForSequenceClassification" in name for name in config.architectures or [])
+    if not classifies or config.num_labels == 1:
+        return models.load_model(one, kind, allow_new=allow_new, num_labels=1)
+    if label is None:
+        raise SetupError(
+            f"{path} is a classifier of {', '.join(map(str, config.id2label.values()))}: set reward.label to the one "
+            "whose log-odds are the score"
+        )
+    return log_odds(models.load_model(one, kind), label)
+
+
+def _on_base(path: str, section, policy, number: int):
+    """The reward stage at `path` as one more adapter on the policy's base, which must be what it was trained from."""
+    import peft
+
+    from pipelines.models import ModelError
+    from pipelines.ppo.rewards import AdapterScorer
+
+    folder = Path(path) / "adapter"
+    base = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path if folder.is_dir() else None
+    if base != section.model_name_or_path:
+        raise ModelError(
+            f"reward.share_base: {path} was trained {'from ' + base if base else 'without adapters'}, not as an adapter "
+            f"on the policy's {section.model_name_or_path}. Train it so (model.use_peft), or drop reward.share_base."
+        )
+    return AdapterScorer(policy, folder, f"reward{number}")
+
+
+def _pretraining_text(stage, tokenizer, context: int):
+    """Windows of `context` tokens of data.ptx, an EOS after each text, as the pretrain stage makes them; or None."""
+    from accelerate import PartialState
+
+    from pipelines import corpus, data
+
+    section = stage.sections["data"]
+    if not section.get("ptx"):
+        return None
+    folder = stage.folder.parent / ".tokens" / stage.name / "ptx"
+    key = {"data": data.fingerprint({"ptx": section["ptx"]}), "sources": section["ptx"]}
+    with PartialState().main_process_first():
+        texts = (row["text"] for row in data.stream(section, "ptx", "text", stage.seed))
+        corpus.tokenize_corpus(texts, tokenizer, folder, separator_id=tokenizer.eos_token_id, key=key)
+    windows = corpus.Windows(folder, context)
+    stage.report["ptx"] = {"tokens": windows.index["tokens"], "windows": len(windows), "context": context}
+    return windows
 
 
 def _of(section, path: str):
@@ -147,22 +227,46 @@ def _template(policy, tokenizer, section) -> list[str]:
     return chat.install_template(policy, tokenizer, section.chat_template)
 
 
-def _gate(path: str, minimum: float) -> None:
-    """A reward model that cannot tell held-out answers apart teaches noise: say so instead of training on it."""
+def _same_template(tokenizer, theirs, path: str) -> None:
+    """A reward model reads a dialogue as the policy does, unless its tokens are others altogether."""
+    from pipelines import chat
+
+    if theirs.chat_template is None and tokenizer.chat_template != (chat.TEMPLATES / "plain.jinja").read_text():
+        raise chat.TemplateError(
+            f"the reward model {path} has no chat template: it would read dialogues as plain text, the policy under its "
+            "template. Add the template it was trained with to its tokenizer, or set reward.allow_other_template: true."
+        )
+    if theirs.get_vocab() == tokenizer.get_vocab():
+        ours_, theirs_ = (sum(chat.encode_answer(t, "a question", "an answer"), []) for t in (tokenizer, theirs))
+        if ours_ != theirs_:
+            raise chat.TemplateError(
+                f"the policy reads {tokenizer.decode(ours_)!r} where the reward model {path} reads "
+                f"{theirs.decode(theirs_)!r}: it would judge what it was not trained on. Give both the same template "
+                "(model.chat_template), or set reward.allow_other_template: true."
+            )
+
+
+def _gate(path: str, minimum: float) -> float | None:
+    """The held-out accuracy of a reward model that is on record (None: none is); one below `minimum` is an error.
+
+    A reward model that cannot tell held-out answers apart teaches noise: say so instead of training on it.
+    """
     from pipelines import artifact
     from pipelines.models import ModelError
 
     finished = artifact.read_json(Path(path) / artifact.FINISHED)
-    accuracy = ((finished or {}).get("metrics") or {}).get("accuracy")
+    metrics = (finished or {}).get("metrics") or {}
+    accuracy = metrics.get("accuracy", metrics.get("eval_accuracy"))  # of a reward stage, of a classify stage
     if accuracy is None:
-        logger.warning("%s has no held-out accuracy on record: its judgement was not checked", path)
-        return
+        logger.warning("reward model %s: no held-out accuracy on record, so its judgement was not checked", path)
+        return None
     logger.info("reward model %s: held-out accuracy %.3f (at least %.2f asked)", path, accuracy, minimum)
     if accuracy < minimum:
         raise ModelError(
             f"the reward model in {path} has a held-out accuracy of {accuracy:.3f}, below reward.min_accuracy {minimum}. "
             "Train it longer or on more data, or lower reward.min_accuracy if you know why."
         )
+    return accuracy
 
 
 def _keep_samples(stage) -> None:

@@ -95,18 +95,15 @@ def judged(stage, path: str, samples: list[dict]) -> list[dict]:
     """The judgements of people about these samples. Raises `SetupError` while there are none."""
     from pipelines import SetupError, artifact, data
 
-    where = stage.data["train"] if isinstance(stage.data["train"], str) else "SAMPLES.jsonl"
+    where = " ".join(source["path"] for source in data.sources(stage.data, "train"))
     if not data.files(path):
         (stage.folder / artifact.STARTED).unlink(missing_ok=True)  # nothing was done yet
+        labeller = stage.sections["rank"].get("labeller")
         raise SetupError(
-            f"{stage.name}: waiting for people: there is no {path}. Rank the answers on the ranking page,\n"
+            f"{stage.name}: waiting for people: there is no {path}. Rank the answers, and write the rankings there:\n"
             f"    python -m pipelines rank {where}\n"
-            f"export the judgements as {path}, and run the same command again"
-            + (
-                f" (or drop rank.judgements: {stage.sections['rank']['labeller']} then ranks)."
-                if stage.sections["rank"].get("labeller")
-                else "."
-            )  # fmt: skip
+            f"    python -m pipelines rank {where} --export {path}\n"
+            f"Then run the same command again{f' (or drop rank.judgements: {labeller} then ranks)' if labeller else ''}."
         )
     known = {_key(sample): sample for sample in samples}
     rows, strange = [], 0

@@ -311,6 +311,7 @@ def preference_metrics(chosen, rejected) -> dict:
 
     `calibration_error` is the expected calibration error over ten bins (Guo et al. 2017, 1706.04599) of the
     Bradley–Terry probability sigma(|chosen - rejected|) that the preferred-by-score answer is the one people chose.
+    `histogram` counts both kinds of scores between 25 equally distant `edges`.
     """
     import numpy as np
 
@@ -323,6 +324,10 @@ def preference_metrics(chosen, rejected) -> dict:
         for b in range(10)
         if (bins == b).any()
     ]  # fmt: skip
+    edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), 24)
+    histogram = {"edges": edges.tolist()}
+    for side, scores in (("chosen", chosen), ("rejected", rejected)):
+        histogram[side] = np.histogram(scores, edges)[0].tolist()
     return {
         "accuracy": float(right.mean()),
         "margin": float(margin.mean()),
@@ -332,4 +337,5 @@ def preference_metrics(chosen, rejected) -> dict:
         "score_std": float(np.concatenate([chosen, rejected]).std()),
         "pairs": len(margin),
         "calibration": table,
+        "histogram": histogram,
     }

@@ -1,0 +1,256 @@
+"""People's judgements in one SQLite file: what was shown, who ranked it how, and every correction.
+
+A judgement is never changed: a correction is a further row that names the one it replaces, so the history stays. The
+page makes the id of a judgement, so one that is sent twice (a lost reply, a restarted server) is stored once. Two unique
+indexes hold these rules even when two servers use the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from pipelines import SetupError, artifact, data
+
+TAGS = ("inappropriate", "irrelevant", "inaccurate")  # inappropriate language, irrelevance, factual inaccuracy
+MOST = 9  # answers to one prompt: each place has a digit key
+SHOWN = 5  # broken rows named in an error
+
+# DELETE and EXTRA: a commit has reached the disk, its directory entry too, before `commit` returns. WAL would be faster
+# but does not work on the network file systems of clusters.
+SCHEMA = """
+PRAGMA journal_mode = DELETE;
+PRAGMA synchronous = EXTRA;
+PRAGMA busy_timeout = 10000;
+PRAGMA foreign_keys = ON;
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS items (number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, row TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS judgements (
+  number INTEGER PRIMARY KEY,
+  id TEXT NOT NULL UNIQUE,
+  item TEXT NOT NULL REFERENCES items (key),
+  labeller TEXT NOT NULL,
+  replaces TEXT UNIQUE,
+  content TEXT NOT NULL,
+  seconds REAL NOT NULL,
+  saved_at TEXT NOT NULL,
+  UNIQUE (id, item, labeller),
+  FOREIGN KEY (replaces, item, labeller) REFERENCES judgements (id, item, labeller)
+);
+CREATE UNIQUE INDEX IF NOT EXISTS one_first ON judgements (item, labeller) WHERE replaces IS NULL;
+CREATE VIEW IF NOT EXISTS current AS
+  SELECT * FROM judgements j WHERE NOT EXISTS (SELECT 1 FROM judgements k WHERE k.replaces = j.id);
+"""
+
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=64)]
+Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{8,64}$")]
+Text = Annotated[str, StringConstraints(max_length=100_000)]
+
+
+class Judgement(BaseModel):
+    """What one labeller thinks of the K answers to one prompt; `ranks` is None where the prompt was skipped."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Id
+    item: str
+    labeller: Name
+    replaces: Id | None = None  # the judgement that this one corrects
+    ranks: list[Annotated[int, Field(ge=1)]] | None  # (K,) 1 is best, ties share a number
+    tags: list[list[Name]]  # (K,) what is wrong with each answer
+    note: Text = ""
+    ideal: Text = ""  # the answer that the labeller would have given
+    seconds: Annotated[float, Field(ge=0)] = 0.0  # time spent on it
+
+    @model_validator(mode="after")
+    def _close_gaps(self):
+        if self.ranks is not None:
+            self.ranks = dense(self.ranks)
+        return self
+
+    def content(self) -> str:
+        """What was judged, as canonical JSON: equal for equal judgements."""
+        return self.model_dump_json(include={"ranks", "tags", "note", "ideal"})
+
+
+class Conflict(ValueError):
+    """The prompt was judged or corrected elsewhere in the meantime; `current` is the judgement that stands (or None)."""
+
+    def __init__(self, current: dict | None):
+        super().__init__("this prompt was saved elsewhere in the meantime")
+        self.current = current
+
+
+def dense(ranks: list[int]) -> list[int]:
+    """The same order and ties without gaps: [1, 4, 4, 9] -> [1, 2, 2, 3]."""
+    places = {rank: n for n, rank in enumerate(sorted(set(ranks)), 1)}
+    return [places[rank] for rank in ranks]
+
+
+def read_rows(paths: list[str]) -> list[dict]:
+    """Rows `prompt, completions[, models][, id]` of files or stage folders; `SetupError` names every broken row."""
+    rows, wrong = [], []
+    for path in map(Path, paths):
+        if path.is_dir():
+            if not (path / "samples.jsonl").is_file():
+                raise SetupError(
+                    f"{path}: no samples.jsonl in this folder; name a stage of kind sample, or a file of rows"
+                )
+            path = path / "samples.jsonl"
+        for where, raw in data.read({"path": str(path)}):
+            try:
+                rows.append(_row(raw))
+            except data.DataError as error:
+                wrong.append(f"{where}: {error}")
+    if wrong:
+        more = [f"… and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+        raise SetupError("\n  ".join(["rows that cannot be ranked:", *wrong[:SHOWN], *more]))
+    if not rows:
+        raise SetupError(f"{', '.join(paths)}: no rows")
+    return rows
+
+
+def _row(raw: dict) -> dict:
+    completions, models = raw.get("completions"), raw.get("models")
+    if not isinstance(completions, list):
+        raise data.DataError(
+            f"no list `completions` of answers to one prompt; the row has {', '.join(raw) or 'nothing'}"
+        )
+    if len(completions) > MOST:
+        raise data.DataError(f"{len(completions)} completions: the page ranks at most {MOST}")
+    row = data.normalise({**raw, "ranks": [1] * len(completions)}, "rankings")
+    if len(set(row["completions"])) < 2:
+        raise data.DataError("all completions are the same answer: there is nothing to rank")
+    if models is not None and not (
+        isinstance(models, list) and len(models) == len(completions) and all(isinstance(m, str) for m in models)
+    ):
+        raise data.DataError(f"models must be a list of {len(completions)} names, one for each of the completions")
+    out = {"prompt": row["prompt"], "completions": row["completions"]}
+    return out | ({"models": models} if models else {}) | ({"id": raw["id"]} if raw.get("id") is not None else {})
+
+
+class Store:
+    """Prompts and judgements in the SQLite file `path`, made where there is none, readable by its owner only."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # it holds the page's token
+            # One connection for all threads: SQLite is built to serialise it, and every use here is one short call.
+            self.db = sqlite3.connect(self.path, check_same_thread=False)
+            self.db.row_factory = sqlite3.Row
+            self.db.executescript(SCHEMA)
+            with self.db:
+                self.db.execute("INSERT OR IGNORE INTO meta VALUES ('token', ?)", [secrets.token_hex(16)])
+        except (OSError, sqlite3.DatabaseError) as error:
+            raise SetupError(f"{self.path}: cannot be used as a store of judgements: {error}") from error
+        # The token is kept: a page that is open when the server dies goes on when the server is back.
+        self.token: str = self.db.execute("SELECT value FROM meta WHERE name = 'token'").fetchone()[0]
+
+    def add(self, rows: list[dict]) -> list[str]:
+        """Take in rows of `read_rows`; returns their keys, in order, equal rows once. A row already known is kept."""
+        keys = {}
+        for row in rows:
+            same = [row["prompt"], row["completions"], row.get("models")]
+            key = hashlib.blake2b(json.dumps(same).encode(), digest_size=10).hexdigest()
+            keys.setdefault(key, row)
+        with self.db:
+            for key, row in keys.items():
+                self.db.execute("INSERT OR IGNORE INTO items (key, row) VALUES (?, ?)", [key, json.dumps(row)])
+        return list(keys)
+
+    def add_tags(self, tags: list[str]) -> list[str]:
+        """Tags accumulate, so that an older judgement can always be shown and corrected; returns all of them."""
+        known = self.db.execute("SELECT value FROM meta WHERE name = 'tags'").fetchone()
+        merged = list(dict.fromkeys([*(json.loads(known[0]) if known else TAGS), *tags]))
+        with self.db:
+            self.db.execute("INSERT OR REPLACE INTO meta VALUES ('tags', ?)", [json.dumps(merged)])
+        return merged
+
+    def item(self, key: str) -> dict | None:
+        """The row with this key."""
+        found = self.db.execute("SELECT row FROM items WHERE key = ?", [key]).fetchone()
+        return json.loads(found[0]) if found else None
+
+    def save(self, judgement: Judgement) -> None:
+        """Write a judgement; it is on disk when this returns. The same one again changes nothing.
+
+        `Conflict` where it is not the successor of the judgement that stands for this prompt and labeller.
+        """
+        j, content = judgement, judgement.content()
+        try:
+            with self.db:
+                self.db.execute(
+                    "INSERT INTO judgements (id, item, labeller, replaces, content, seconds, saved_at) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    [j.id, j.item, j.labeller, j.replaces, content, j.seconds, artifact.now()],
+                )
+        except sqlite3.IntegrityError:
+            known = self.db.execute("SELECT * FROM judgements WHERE id = ?", [j.id]).fetchone()
+            if known is None or (known["item"], known["labeller"], known["content"]) != (j.item, j.labeller, content):
+                raise Conflict(self.current(j.item, j.labeller)) from None
+
+    def current(self, item: str, labeller: str) -> dict | None:
+        """The judgement of a labeller that stands for a prompt: id, ranks, tags, note, ideal, seconds."""
+        found = self.db.execute("SELECT * FROM current WHERE item = ? AND labeller = ?", [item, labeller]).fetchone()
+        return _judgement(found) if found else None
+
+    def history(self, labeller: str) -> list[dict]:
+        """The standing judgements of a labeller, in the order in which the prompts were first judged."""
+        found = self.db.execute(
+            "SELECT c.* FROM current c JOIN judgements f ON f.item = c.item AND f.labeller = c.labeller "
+            "AND f.replaces IS NULL WHERE c.labeller = ? ORDER BY f.number",
+            [labeller],
+        )
+        return [_judgement(row) for row in found]
+
+    def judgements(self) -> Iterator[dict]:
+        """Every standing judgement with its prompt, completions, models and id, by prompt and then labeller."""
+        found = self.db.execute(
+            "SELECT c.*, i.row FROM current c JOIN items i ON i.key = c.item ORDER BY i.number, c.labeller"
+        )
+        for row in found.fetchall():
+            yield json.loads(row["row"]) | _judgement(row)
+
+    def rankings(self) -> Iterator[dict]:
+        """Rows for the stage `reward` (and for `datasets.Dataset.from_list`): one for each ranking of each labeller."""
+        for j in self.judgements():
+            if j["ranks"] is not None:
+                row = {name: j[name] for name in ("prompt", "completions", "ranks", "tags", "labeller", "note")}
+                yield row | {name: j[name] for name in ("models", "id") if name in j}
+
+    def ideals(self) -> Iterator[dict]:
+        """Rows for the stage `sft`: the answers that labellers wrote themselves."""
+        for j in self.judgements():
+            if j["ideal"].strip():
+                yield {"prompt": j["prompt"], "completion": j["ideal"].strip(), "labeller": j["labeller"]}
+
+    def labellers(self) -> list[str]:
+        """Everybody who has judged something, in order of arrival."""
+        found = self.db.execute("SELECT labeller FROM judgements GROUP BY labeller ORDER BY min(number)")
+        return [row[0] for row in found]
+
+
+def _judgement(row: sqlite3.Row) -> dict:
+    kept = {name: row[name] for name in ("item", "labeller", "seconds", "saved_at")}
+    return kept | json.loads(row["content"]) | {"judgement": row["id"]}
+
+
+def write_rows(path: Path, rows: Iterator[dict]) -> int:
+    """Replace `path` by JSON lines in one step; returns how many."""
+    part, count = path.with_name(f".{path.name}.{os.getpid()}"), 0
+    with open(part, "w", encoding="utf-8") as stream:
+        for count, row in enumerate(rows, 1):  # noqa: B007  returned below
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, path)
+    return count

@@ -1,0 +1,195 @@
+"""What goes wrong in PPO, found in the numbers of a run and said in words, each with its usual remedy.
+
+Every check is a function of the run so far: `updates`, the metrics of its updates as `PPOTrainer` logs them (oldest
+first; a long run keeps its beginning and its end), and `evaluations`, one dict each with `train_score` (mean of the
+updates before it) and `held_out`, a dict of name to (mean, standard error). It returns what is wrong in one sentence,
+or None. The limits are where a healthy run does not come; sources: what users report of TRL's trainer (issues 322,
+925, 2015) and of DeepSpeed-Chat, N+ details (2403.17031), over-optimisation (Gao et al. 2022, 2210.10760).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import sqrt
+
+WINDOW = 10  # updates over which a run is judged
+KEPT = 30  # updates kept beside the first WINDOW
+USED = (
+    "objective/kl", "objective/kl_sem", "objective/scores", "policy/entropy_avg", "response_length",
+    "val/explained_variance", "val/first_ratio_rms",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A pathology, when it was first seen, what was seen, and what usually helps."""
+
+    name: str
+    step: int
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"PPO diagnosis after update {self.step}, {self.name.replace('_', ' ')}: {self.what}. {self.remedy}"
+
+
+def _mean(rows: list[dict], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def ratio_not_one(updates: list[dict], evaluations: list[dict]) -> str | None:
+    """Before any step the new log-probs must be those sampled with; 0.05 is above what bfloat16 rounds."""
+    off = updates[-1].get("val/first_ratio_rms", 0.0) if updates else 0.0
+    if off > 0.05:
+        return f"on the first minibatch, before any step, log-probs differ by {off:.2g} (RMS) from those sampled with"
+
+
+def negative_kl(updates: list[dict], evaluations: list[dict]) -> str | None:
+    """A KL is never negative; its estimate may be, but not by four standard errors over three updates."""
+    last = updates[-3:]
+    if len(last) == 3:
+        kl = _mean(last, "objective/kl")
+        noise = sqrt(sum(row["objective/kl_sem"] ** 2 for row in last)) / 3
+        if kl < -4 * noise and kl < -0.01:
+            return (
+                f"the KL per answer is estimated as {kl:.3g}, {-kl / noise if noise else 0:.0f} standard errors below 0"
+            )
+
+
+def kl_running_away(updates: list[dict], evaluations: list[dict]) -> str | None:
+    """More than 1 nat per token, or doubled within WINDOW updates to more than 0.5; below that it is a run that has begun."""
+    last, before = updates[-3:], updates[-3 - WINDOW : -WINDOW]
+    if len(last) < 3:
+        return None
+    kl, length = _mean(last, "objective/kl"), _mean(last, "response_length")
+    if kl > length:
+        return (
+            f"the KL per answer is {kl:.3g} nats on {length:.0f} tokens: more than 1 per token, no longer fluent text"
+        )
+    if len(before) == 3 and kl > 0.5 * length and kl > 2 * _mean(before, "objective/kl"):
+        was = _mean(before, "objective/kl")
+        return f"the KL per answer went from {was:.3g} to {kl:.3g} nats within {WINDOW} updates ({length:.0f} tokens)"
+
+
+def entropy_collapse(updates: list[dict], evaluations: list[dict]) -> str | None:
+    """Less than a quarter of the entropy that the run began with."""
+    rows = [row for row in updates if "policy/entropy_avg" in row]
+    if len(rows) >= 6:
+        began, now = _mean(rows[:3], "policy/entropy_avg"), _mean(rows[-3:], "policy/entropy_avg")
+        if now < began / 4:
+            return f"the entropy per token fell from {began:.3g} to {now:.3g} nats: answers become all alike"
+
+
+def length_drift(updates: list[dict], evaluations: list[dict]) -> str | None:
+    """Answers half as long again as they were, or half as long."""
+    if len(updates) >= 6:
+        began, now = _mean(updates[:3], "response_length"), _mean(updates[-3:], "response_length")
+        if not began / 2 <= now <= began * 1.5:
+            return f"answers went from {began:.0f} to {now:.0f} tokens"
+
+
+def held_out_falls(updates: list[dict], evaluations: list[dict]) -> str | None:
+    """The training score rises while a held-out one stays below its best for two evaluations, beyond noise."""
+    if len(evaluations) < 3:
+        return None
+    for name in evaluations[-1]["held_out"]:
+        best = max(evaluations[:-2], key=lambda e: e["held_out"][name][0])
+        top, noise = best["held_out"][name]
+        last = [e["held_out"][name] for e in evaluations[-2:]]
+        fell = all(mean < top - 2 * sqrt(sem**2 + noise**2) for mean, sem in last)
+        if fell and evaluations[-1]["train_score"] > best["train_score"]:
+            return (
+                f"the training score rose from {best['train_score']:.3g} to {evaluations[-1]['train_score']:.3g} while "
+                f"held-out {name} fell from {top:.3g} to {last[-1][0]:.3g}"
+            )
+
+
+def critic_explains_nothing(updates: list[dict], evaluations: list[dict]) -> str | None:
+    """Explained variance below 0 (worse than a constant) over WINDOW updates, the first WINDOW left out."""
+    if len(updates) >= 2 * WINDOW:
+        explained = _mean(updates[-WINDOW:], "val/explained_variance")
+        if explained < 0:
+            return (
+                f"the critic's explained variance is {explained:.2g} over {WINDOW} updates: a constant would do better"
+            )
+
+
+CHECKS = (
+    (
+        ratio_not_one,
+        "Sampling and training see different models: look for dropout, another temperature, a generation engine with "
+        "old weights, or precision too low for this model (bf16: true needs fp32 weights).",
+    ),
+    (
+        negative_kl,
+        "Answers are not sampled from the distribution whose log-probs are used: set top_k: 0 and top_p: 1, and do not "
+        "penalise repetition or suppress EOS while sampling.",
+    ),
+    (
+        kl_running_away,
+        "Lower learning_rate or num_ppo_epochs, raise kl_coef, or set kl_target so that it adapts; max_approx_kl bounds "
+        "each update.",
+    ),
+    (
+        entropy_collapse,
+        "Raise kl_coef or entropy_coef, lower learning_rate; look at the samples: a reward that one phrase satisfies "
+        "needs another reward.",
+    ),
+    (
+        length_drift,
+        "See whether the reward model prefers length itself; add pipelines.ppo.rewards:length_penalty with a small "
+        "weight, or missing_eos_penalty where answers no longer end.",
+    ),
+    (
+        held_out_falls,
+        "The policy exploits the reward: keep the best checkpoint (load_best_model_at_end, best_kl_cap), raise kl_coef, "
+        "or train the reward model on answers of this policy.",
+    ),
+    (
+        critic_explains_nothing,
+        "Give it time with critic_warmup_steps, raise vf_coef or cliprange_value (large scores: normalize_scores), or "
+        "start it from the reward model.",
+    ),
+)
+
+
+class Watch:
+    """A run's history as far as the checks need it, and what was said about it: each occurrence once.
+
+    An occurrence ends when its check was silent for WINDOW updates; what comes later is another one.
+    """
+
+    def __init__(self):
+        self.step = 0
+        self.updates: list[dict] = []
+        self.evaluations: list[dict] = []
+        self.seen: dict[str, int] = {}  # name -> update at which it was last true
+        self.said: list[dict] = []  # every finding of the run, for stage.json
+
+    def add_update(self, step: int, metrics: dict[str, float]) -> None:
+        self.step = step
+        self.updates.append({name: metrics[name] for name in USED if name in metrics})
+        self.updates = self.updates[:WINDOW] + self.updates[WINDOW:][-KEPT:]
+
+    def add_evaluation(self, held_out: dict[str, tuple[float, float]]) -> None:
+        score = _mean(self.updates[-WINDOW:], "objective/scores") if self.updates else 0.0
+        self.evaluations.append({"train_score": score, "held_out": held_out})
+
+    def new_findings(self) -> list[Finding]:
+        """What is wrong now and was not before."""
+        found = []
+        for check, remedy in CHECKS:
+            what, name = check(self.updates, self.evaluations), check.__name__
+            if what is None:
+                continue
+            if name not in self.seen or self.step - self.seen[name] > WINDOW:
+                found.append(Finding(name, self.step, what, remedy))
+            self.seen[name] = self.step
+        self.said += [asdict(finding) for finding in found]
+        return found
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)

@@ -1,0 +1,113 @@
+"""Each pathology is found in a history that has it, once per occurrence, and none in a healthy one."""
+
+import random
+
+import pytest
+
+from pipelines.ppo import diagnosis
+from pipelines.ppo.diagnosis import WINDOW, Watch
+
+
+def healthy(n=60):
+    """Updates as of a run that goes well: KL and score rise slowly, the critic learns, all with noise."""
+    noise = random.Random(0)
+    return [
+        {
+            "objective/kl": 8 * i / n + noise.gauss(0, 0.2),
+            "objective/kl_sem": 0.2,
+            "objective/scores": i / n + noise.gauss(0, 0.1),
+            "policy/entropy_avg": 2.5 - i / n + noise.gauss(0, 0.05),
+            "response_length": 40 + 8 * i / n + noise.gauss(0, 1),
+            "val/explained_variance": -0.5 if i < 5 else 0.3 + noise.gauss(0, 0.1),
+            "val/first_ratio_rms": 1e-6,
+        }
+        for i in range(n)
+    ]
+
+
+def run(updates, evaluations=None):
+    """`(step, name)` of what is said in a run; `evaluations` maps steps to held-out scores."""
+    watch, said = Watch(), []
+    for step, metrics in enumerate(updates, 1):
+        watch.add_update(step, metrics | {"lr": 1.0})
+        if evaluations and step in evaluations:
+            watch.add_evaluation({"score": evaluations[step]})
+        said += [(finding.step, finding.name) for finding in watch.new_findings()]
+    assert [(f["step"], f["name"]) for f in watch.said] == said
+    return said
+
+
+def test_a_healthy_run_is_left_alone():
+    assert run(healthy(), {20: (0.3, 0.05), 40: (0.6, 0.05), 60: (0.55, 0.05)}) == []
+
+
+@pytest.mark.parametrize(
+    "name, broken",
+    [
+        ("ratio_not_one", {"val/first_ratio_rms": 0.3}),
+        ("negative_kl", {"objective/kl": -1.0}),
+        ("kl_running_away", {"objective/kl": 60.0}),
+        ("entropy_collapse", {"policy/entropy_avg": 0.3}),
+        ("length_drift", {"response_length": 90.0}),
+        ("length_drift", {"response_length": 12.0}),
+        ("critic_explains_nothing", {"val/explained_variance": -0.2}),
+    ],
+)
+def test_each_pathology_is_said_once_with_its_remedy(name, broken):
+    rows = healthy()
+    rows = rows[:30] + [row | broken for row in rows[30:]]
+    said = run(rows)
+    assert [n for _, n in said] == [name]
+    assert 30 < said[0][0] <= 30 + WINDOW
+    watch = Watch()
+    for step, row in enumerate(rows[:45], 1):
+        watch.add_update(step, row)
+    (finding,) = watch.new_findings()
+    text = str(finding)
+    assert text.startswith(f"PPO diagnosis after update 45, {name.replace('_', ' ')}: ")
+    assert finding.remedy in text and finding.remedy.endswith(".")
+
+
+def test_noise_around_a_kl_of_nothing_is_no_finding():
+    noise = random.Random(1)
+    still = {"response_length": 40.0, "policy/entropy_avg": 2.5, "val/explained_variance": 0.1}
+    rows = [still | {"objective/kl": noise.gauss(0, 0.2), "objective/kl_sem": 0.2, "objective/scores": 0.0} for _ in range(500)]  # fmt: skip
+    assert run(rows) == []
+
+
+def test_a_kl_that_doubles_within_a_window_is_running_away():
+    rows = [row | {"objective/kl": 0.5 * 1.15**i} for i, row in enumerate(healthy(40))]
+    said = run(rows)
+    assert [name for _, name in said] == ["kl_running_away"] and rows[said[0][0] - 1]["objective/kl"] < 40
+
+
+def test_reward_up_while_held_out_falls():
+    falling = {10: (0.5, 0.02), 20: (0.7, 0.02), 40: (0.5, 0.02), 50: (0.4, 0.02)}
+    assert run(healthy(), falling) == [(50, "held_out_falls")]
+    within_noise = {step: (mean, 0.2) for step, (mean, _) in falling.items()}
+    assert run(healthy(), within_noise) == []
+    fell_together = [row | {"objective/scores": 1 - row["objective/scores"]} for row in healthy()]
+    assert run(fell_together, falling) == []
+
+
+def test_what_comes_again_is_said_again_and_what_lasts_is_not():
+    rows = healthy(90)
+    for i in [*range(20, 45), *range(70, 80)]:
+        rows[i] = rows[i] | {"val/first_ratio_rms": 0.2}
+    assert run(rows) == [(21, "ratio_not_one"), (71, "ratio_not_one")]
+
+
+def test_a_watch_continues_from_its_state():
+    import json
+
+    rows = [row | {"val/first_ratio_rms": 0.2} for row in healthy()]
+    watch = Watch()
+    for step, row in enumerate(rows[:30], 1):
+        watch.add_update(step, row)
+        watch.new_findings()
+    again = Watch()
+    again.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    for step, row in enumerate(rows[30:], 31):
+        again.add_update(step, row)
+        assert again.new_findings() == []
+    assert len(again.said) == 1 and len(again.updates) == WINDOW + diagnosis.KEPT

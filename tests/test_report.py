@@ -1,0 +1,231 @@
+"""The report shows what the chain's files say, for finished, running, stopped and coming stages, and nothing can break out."""
+
+import fcntl
+import json
+import re
+import types
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from pipelines import __main__, artifact, chain, report, svg
+from pipelines.stages.reward import preference_metrics
+from pipelines.svg import Series
+
+EVIL = '</td><script>alert(1)</script><img src="http://evil.test/x.png">'
+
+
+def lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def finished(folder, kind, metrics, rows=None, history=(), samples=None, parents=None, **more):
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"kind": kind, "seed": 1, "sections": {"data": {"train": f"data/{folder.name}.jsonl"}, "args": {}},
+              "data": {f"data/{folder.name}.jsonl": {"sha256": "ab" * 32, "bytes": 12}}, "parents": parents or {}}  # fmt: skip
+    final = {
+        "stage": folder.name, "kind": kind, "recipe": "r.yaml", "record": record, "rows": rows or {}, "metrics": metrics,
+        "args": {"use_cpu": True}, "seed": 1, "world_size": 2, "started": f"2026-01-0{len(list(folder.parent.iterdir()))}",
+        "finished": "2026-01-09T00:00:00", "seconds": 100.0, "git_commit": "abc", "versions": {"torch": "2"}, **more,
+    }  # fmt: skip
+    artifact.write_json(folder / artifact.FINISHED, final)
+    lines(folder / artifact.HISTORY, history)
+    if samples:
+        lines(folder / "samples.jsonl", samples)
+    return artifact.identity(final)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with a finished sft, reward, ppo and classify stage, a stopped one and one that is still to come."""
+    run = tmp_path / "run"
+    history = [{"loss": 3 / n, "epoch": n / 10, "step": n} for n in range(1, 11)] + [{"eval_loss": 0.4, "step": 10}]
+    sft = finished(
+        run / "sft", "sft", {"eval_perplexity": 1.5}, {"train": {"rows": 9, "used": 8, "tokens": 500}}, history
+    )
+    scores = preference_metrics(np.array([2.0, 1.0, 3.0]), np.array([0.0, 1.5, -1.0]))
+    reward = finished(run / "reward", "reward", scores, parents={"sft": sft})
+    samples = [
+        {"step": step, "split": "eval", "prompt": f"who? {EVIL}", "completion": f"answer {step} {EVIL}", "score": 1.0,
+         "kl": 0.5, "ended": True, "tags": ["rude"]}
+        for step in (5, 10)
+    ]  # fmt: skip
+    steps = [
+        {"objective/kl": n / 10, "objective/scores": n, "response_length": 7.0, "episode": 8 * n, "step": n}
+        for n in (5, 10)
+    ]
+    finished(run / "policy", "ppo", {"eval_score": 2.5}, {"prompts": {"train": 963, "validation": 4}}, steps, samples,
+             {"sft": sft, "reward": reward})  # fmt: skip
+    matrix = {"eval_accuracy": 0.75, "labels": ["bad", "good"], "confusion_matrix": [[30, 2], [14, 18]]}
+    finished(run / "films", "classify", matrix, parents={"encoder": "0123"})
+    artifact.write_json(
+        run / "late" / artifact.STARTED, {"record": {"kind": "sft", "parents": {"sft": sft}}, "started": "2026-01-08"}
+    )
+    log = [
+        {"max_steps": 40, "step": 0, "time": 10.0},
+        {"loss": 5.0, "step": 10, "time": 20.0},
+        {"loss": 4.0, "step": 20, "time": 30.0},
+    ]
+    log += [{"max_steps": 40, "step": 10, "time": 1000.0}, {"loss": 4.5, "step": 20, "time": 1015.0}]  # resumed from 10
+    lines(run / "late" / "checkpoints" / artifact.LOG, log)
+    stages = [("sft", "sft", []), ("reward", "reward", ["sft"]), ("policy", "ppo", ["sft", "reward"]), ("films", "classify", []),
+              ("late", "sft", ["sft"]), ("next", "ppo", ["late"])]  # fmt: skip
+    artifact.write_json(
+        run / chain.CHAIN, {"recipe": "r.yaml", "stages": [dict(zip(("name", "kind", "parents"), s)) for s in stages]}
+    )
+    return run
+
+
+def text_of(page, name):
+    """The section of one stage."""
+    return page.split(f'<section id="{name}">')[1].split("</section>")[0]
+
+
+def test_it_reads_what_each_stage_is_doing(run):
+    stages = {s.name: s for s in report.read(run)}
+    assert list(stages) == ["sft", "reward", "policy", "films", "late", "next"]
+    assert [s.state for s in stages.values()] == ["finished"] * 4 + ["stopped", "due"]
+    late = stages["late"]  # what was logged after the checkpoint it resumed from is gone; both sessions count
+    assert [(e["step"], e["loss"]) for e in late.history] == [(10, 5.0), (20, 4.5)]
+    assert (late.step, late.total, late.seconds) == (20, 40, 35.0)
+    with open(run / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert [s.state for s in report.read(run)][4] == "running"
+    assert report.tokens_trained(stages["sft"]) == 500  # one epoch of its tokens
+    assert report.tokens_trained(stages["policy"]) == 80 * 7
+    assert report.headline(stages["policy"]) == (2.5, "score") and report.headline(late) == (None, "")
+
+
+def test_the_page_shows_curves_tables_and_samples(run):
+    page = report.write(run, price=2.0).read_text()
+    assert report.write(run) == run / "report.html"
+    assert "500 tokens" in text_of(page, "sft") and "9 rows, 8 used" in text_of(page, "sft")
+    assert "scores of held-out answers" in text_of(page, "reward") and "calibration" in text_of(page, "reward")
+    policy = text_of(page, "policy")
+    assert (
+        "reward against KL" in policy and "answer at step 5" in policy and "rude" in policy and "963 prompts" in policy
+    )
+    assert re.search(r"bad</th><td[^>]*>30</td><td[^>]*>2</td>", text_of(page, "films"))
+    assert "step 20 of 40" in text_of(page, "late") and "waits for late" in text_of(page, "next")
+    # 100 s on 2 processes: 50 W x 2 x 100 s = 0.00278 kWh, 2 x 2 x 100/3600 = 0.111
+    assert "0.00278" in page and "0.111" in page and "an assumption" in page
+    assert "0.0111" in report.page(run, report.read(run), watts=200) and "an assumption" not in report.page(
+        run, report.read(run), watts=200
+    )
+    assert "made again since" not in page
+    again = artifact.read_json(run / "sft" / artifact.FINISHED)
+    artifact.write_json(run / "sft" / artifact.FINISHED, {**again, "finished": "later"})
+    assert "made again since" in text_of(report.write(run).read_text(), "reward")
+
+
+def test_nothing_of_a_model_or_a_recipe_becomes_markup_and_nothing_is_fetched(run):
+    page = report.write(run).read_text()
+    seen = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            seen.append((tag, dict(attrs)))
+
+    Reader().feed(page)
+    assert not {tag for tag, _ in seen} & {"script", "img", "link", "iframe", "object", "base"}
+    assert not [
+        a
+        for _, a in seen
+        for key, value in a.items()
+        if key == "src" or key.startswith("on") or (key == "href" and value[0] != "#")
+    ]
+    assert "default-src &#x27;none&#x27;" in page or "default-src 'none'" in page
+    assert "alert(1)" in page and "url(" not in page
+    for drawing in re.findall(r"<svg.*?</svg>", page, re.S):
+        ET.fromstring(drawing)
+
+
+def test_it_reloads_only_while_a_run_is_running(run):
+    refresh = 'http-equiv="refresh" content="3"'
+    assert refresh not in report.write(run, every=3).read_text()
+    assert refresh in report.write(run, every=3, running=True).read_text()
+    assert 'http-equiv="refresh"' not in report.write(run, running=True).read_text()
+
+
+def test_watch_writes_until_every_stage_is_finished(run, monkeypatch, capsys):
+    pages = []
+
+    def sleep(seconds):
+        pages.append((run / "out.html").read_text())
+        if len(pages) == 2:
+            finished(run / "late", "sft", {"eval_perplexity": 9.75})
+            finished(run / "next", "ppo", {"eval_score": 8.25})
+
+    monkeypatch.setattr(report, "time", types.SimpleNamespace(sleep=sleep))
+    assert __main__.main(["report", str(run), "--watch", "5", "--out", str(run / "out.html")]) == 0
+    assert len(pages) == 2 and "9.75" not in pages[1] and "8.25" in (run / "out.html").read_text()
+    assert capsys.readouterr().out.strip() == str(run / "out.html")
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (["."], "no stage was started here"),
+        ([".", "--watch", "0"], "above 0"),
+    ],
+)
+def test_what_cannot_be_reported_is_said(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert __main__.main(["report", *argv]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_chart_has_its_values_at_their_places():
+    drawing = ET.fromstring(
+        svg.chart([Series("a", [(0, 0), (10, 50), (20, 100)], "both")], "step", "loss").split("<p class")[0]
+    )
+    dots = [(float(c.get("cx")), float(c.get("cy"))) for c in drawing.iter("circle")]
+    assert dots[0] == (svg.LEFT, svg.HEIGHT - svg.BOTTOM) and dots[2] == (svg.WIDTH - svg.RIGHT, svg.TOP)
+    assert dots[1] == pytest.approx(np.mean([dots[0], dots[2]], axis=0))
+    words = [t.text for t in drawing.iter("text")]
+    assert {"0", "50", "100", "step", "loss"} <= set(words)
+
+
+def test_charts_of_hard_values():
+    assert (
+        svg.chart([Series("a", [])], "x", "y") == "" and svg.chart([Series("a", [(1, float("nan"))])], "x", "y") == ""
+    )
+    assert "1 values are not finite" in svg.chart([Series("a", [(1, 2.0), (2, float("inf"))])], "x", "y")
+    for points in ([(1, 0.0)], [(1, 3.0), (2, 3.0)], [(1, -2e-7), (2, 5e9)], [(1, -1e-12), (2, 1e-12)]):
+        ET.fromstring(svg.chart([Series("a", points, "both")], "x", "y").split("<p class")[0])
+    long = svg.chart([Series("a", [(i, 1.0) for i in range(10_000)])], "x", "y")
+    assert len(long) < 12_000 and "the mean of up to 34" in long
+    assert [svg.number(v) for v in (1, 2.5, 12345, 2.5e6, 0.0002, 0.12345, True)] == [
+        "1",
+        "2.5",
+        "12.3k",
+        "2.5M",
+        "2e-4",
+        "0.123",
+        "True",
+    ]
+
+
+def test_the_picture_has_a_box_per_stage_and_no_box_on_another(run):
+    nodes = [svg.Node(n, ["x", "y"], "due", p, "d", "r") for n, p in
+             [("a", []), ("b", ["a"]), ("c", ["a"]), ("d", ["b", "c"]), ("e", []), ("f", ["e", "a"])]]  # fmt: skip
+    for drawing in re.findall(r"<svg.*?</svg>", svg.picture(nodes)):
+        boxes = []
+        for rect in ET.fromstring(drawing).iter("rect"):
+            boxes.append([float(rect.get(k)) for k in ("x", "y", "width", "height")])
+        assert len(boxes) == 12
+        for i, (x, y, w, h) in enumerate(boxes):
+            assert not any(x < X + W and X < x + w and y < Y + H and Y < y + h for X, Y, W, H in boxes[:i])
+
+
+def test_the_histogram_of_a_reward_stage_counts_every_answer():
+    rng = np.random.default_rng(0)
+    chosen, rejected = rng.normal(1, 1, 50).astype(np.float32), rng.normal(0, 1, 50).astype(np.float32)
+    histogram = preference_metrics(chosen, rejected)["histogram"]
+    assert sum(histogram["chosen"]) == sum(histogram["rejected"]) == 50 and len(histogram["edges"]) == 25
+    assert histogram["edges"][0] == min(chosen.min(), rejected.min())
+    assert preference_metrics(np.zeros(3), np.zeros(3))["histogram"]["chosen"]
