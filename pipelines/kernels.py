@@ -475,12 +475,6 @@ def fast_gelu(model) -> None:
 
     Equal to 1e-6.
     """
-    fast_gelu(model)
-    fuse_loss(model.get_base_model() if hasattr(model, "get_base_model") else model)
-
-
-def fast_gelu(model) -> None:
-    """The GELU half of `fast_model`, in place."""
     from transformers.activations import FastGELUActivation, NewGELUActivation
 
     for module in list(model.modules()):

@@ -371,10 +371,10 @@ class Planner:
                 rows,
                 length,
                 precision=setup.precision,
-                padded=kind in ("reward", "classify", "seq2seq"),
+                padded=kind in ("classify", "seq2seq"),
                 decoder_length=self.job.target if kind == "seq2seq" else 0,
                 dropout=kind != "ppo",
-                fast_gelu=kind in ("pretrain", "sft", "ppo"),
+                fast_gelu=kind in ("pretrain", "sft", "reward", "ppo"),
                 adapt=adapter(self.job.stage) if setup.lora else None,
             )
             note = f"activations of {self.anatomy(name).architecture} by formula: it cannot be run without numbers"
