@@ -327,7 +327,7 @@ def _made_from(s: Seen, stages: list[Seen]) -> str:
     sections, by_name = s.record.get("sections", {}), {other.name: other for other in stages}
     model = sections.get("model", {})
     start = model.get("model_name_or_path") or f"a new {model.get('config', {}).get('model_type', 'model')}"
-    parts = [f"Began with <code>{escape(str(start))}</code>"]
+    parts = [f"Began with <code>{escape(str(start))}</code>"] if model else []
     for name, identity in s.record.get("parents", {}).items():
         parent = by_name.get(name)
         text = f'<a href="#{escape(name)}">{escape(name)}</a> (<code>{escape(str(identity))}</code>)'
@@ -496,21 +496,22 @@ def _samples(samples: list[dict], most: int = 10) -> str:
 
 
 def _completions(rows: list[dict]) -> str:
-    """Several answers to each prompt: a column per model where the rows name them, else from best to worst."""
+    """Several answers to each prompt: from best to worst where they are ranked, else a column per model."""
+    ranked = "ranks" in rows[0]
     models = list(dict.fromkeys(m for row in rows for m in row.get("models", [])))
     table = []
     for row in rows:
         answers = [a if isinstance(a, str) else chat.as_text(a) for a in row["completions"]]
-        if models:
-            cells = [
-                "\n\n".join(a for a, m in zip(answers, row["models"], strict=True) if m == name) for name in models
-            ]
-        else:
+        by = row.get("models") or [""] * len(answers)
+        if ranked:
             tags = row.get("tags") or [[]] * len(answers)
-            ranked = sorted(zip(row["ranks"], answers, tags, strict=True), key=lambda three: three[0])
-            cells = ["\n".join(f"{rank:g}. {a}" + (f" [{', '.join(t)}]" if t else "") for rank, a, t in ranked)]
+            order = sorted(zip(row["ranks"], answers, by, tags, strict=True), key=lambda four: four[0])
+            said = [(f"{rank:g}. {a}", ", ".join([*([m] if m else []), *t])) for rank, a, m, t in order]
+            cells = ["\n".join(text + (f" [{more}]" if more else "") for text, more in said)]
+        else:
+            cells = ["\n\n".join(a for a, m in zip(answers, by, strict=True) if m == name) for name in models]
         table.append([chat.as_text(row["prompt"]), *cells])
-    head = ["prompt", *(models or ["answers, best first"])]
+    head = ["prompt", *(["answers, best first: model and tags"] if ranked else models)]
     return f"<h3>Samples, side by side</h3>{_table(head, table, 99, 'samples')}"
 
 

@@ -137,7 +137,13 @@ def test_feedback_and_evaluation_are_shown_side_by_side(tmp_path):
         args={},
         versions={"torch": "2.13.0+cpu"},
     )
-    ranked = {"prompt": "who?", "completions": ["me", "you"], "ranks": [2, 1], "tags": [["rude"], []]}
+    ranked = {
+        "prompt": "who?",
+        "completions": ["me", "you"],
+        "ranks": [2, 1],
+        "tags": [["rude"], []],
+        "models": ["sft", "ppo"],
+    }
     finished(run / "ranked", "rank", {"rankings": 1, "tagged_rude": 3})
     lines(run / "ranked" / "rankings.jsonl", [ranked])
     finished(run / "reward", "reward", {"tag_rude_accuracy": 0.75, "tag_rude_auc": 0.5})
@@ -151,9 +157,9 @@ def test_feedback_and_evaluation_are_shown_side_by_side(tmp_path):
     )
     page = report.write(run).read_text()
     assert "<td>who?</td><td>me\n\n&lt;b&gt;</td><td>you</td>" in text_of(page, "answers")
-    assert "1. you\n2. me [rude]" in text_of(page, "ranked") and '<td>rude</td><td class="n">3</td>' in text_of(
+    assert "1. you [ppo]\n2. me [sft, rude]" in text_of(
         page, "ranked"
-    )
+    ) and '<td>rude</td><td class="n">3</td>' in text_of(page, "ranked")
     assert '<td>rude</td><td class="n">0.75</td><td class="n">0.5</td>' in text_of(page, "reward")
     assert "negative_kl" in text_of(page, "policy") and "0.59 to 0.68" in text_of(page, "judged")
     shares = {
@@ -264,6 +270,11 @@ def test_the_picture_has_a_box_per_stage_and_no_box_on_another(run):
         assert len(boxes) == 12
         for i, (x, y, w, h) in enumerate(boxes):
             assert not any(x < X + W and X < x + w and y < Y + H and Y < y + h for X, Y, W, H in boxes[:i])
+
+
+def test_a_long_chain_stands_below_each_other_on_every_screen():
+    chain_of = lambda n: [svg.Node(str(i), ["x"], "due", [str(i - 1)] if i else []) for i in range(n)]
+    assert svg.picture(chain_of(5)).count("<svg") == 2 and svg.picture(chain_of(6)).count("<svg") == 1
 
 
 def test_the_histogram_of_a_reward_stage_counts_every_answer():
