@@ -72,7 +72,9 @@ def main() -> None:
     torch.manual_seed(0)
     models = [GPT2ForSequenceClassification(config) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    quiet = RewardConfig(output_dir=tempfile.mkdtemp(), bf16=False, use_cpu=True, report_to=[], max_length=None)
+    quiet = RewardConfig(
+        output_dir=tempfile.mkdtemp(), bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False
+    )
     unused = Dataset.from_list([{"chosen_ids": [1], "rejected_ids": [2]}])
     trl = RewardTrainer(model=models[1], args=quiet, train_dataset=unused, processing_class=tokenizer)
     collate, collate_pairs = RankingCollator(tokenizer.pad_token_id), DataCollatorForPreference(tokenizer.pad_token_id)

@@ -26,6 +26,8 @@ def files(folder: Path, also: list[str] = ()) -> list[Path]:
         if made:
             raise SetupError(f"{folder}: this is a whole run; name one of its stages: {', '.join(made)}")
         raise SetupError(f"{folder}: no finished stage here (no {artifact.FINISHED})")
+    if not (folder / "config.json").is_file():
+        raise SetupError(f"{folder}: this stage made no model (no config.json); only models are uploaded")
     left_out = set(LEFT_OUT) - set(also)
     inside = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file()]
     return [p for p in inside if not left_out & set(p.parts[:-1]) and not any(x.startswith(".") for x in p.parts)]

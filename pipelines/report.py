@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from pipelines import SetupError, artifact, chain, data, svg
+from pipelines import SetupError, artifact, chain, chat, data, svg
 from pipelines.svg import Series, number
 
 PAGE = "report.html"
@@ -64,6 +64,7 @@ class Seen:
     final: dict = field(default_factory=dict)  # stage.json
     history: list[dict] = field(default_factory=list)
     samples: list[dict] = field(default_factory=list)
+    values: dict = field(default_factory=dict)  # values.json of an evaluation: model to measure to one value per item
     total: int | None = None  # steps to come in all, of a stage that is not finished
     seconds: float = 0.0
 
@@ -102,7 +103,8 @@ def read(run: Path, running: bool | None = None) -> list[Seen]:
         )
         if final:
             stage.history, stage.seconds = _lines(folder / artifact.HISTORY), final["seconds"]
-            stage.samples = _lines(folder / "samples.jsonl")
+            stage.samples = _lines(folder / "samples.jsonl") or _lines(folder / "rankings.jsonl")
+            stage.values = artifact.read_json(folder / "values.json") or {}
         elif started:
             stage.history, stage.total, stage.seconds = artifact.read_log(folder / "checkpoints")
             stage.samples = _lines(folder / "checkpoints" / "samples.jsonl")
@@ -220,7 +222,7 @@ def _rows(stage: Seen) -> list[str]:
     """Row counts per side in words: "train: 3000 rows, 2998 used", from whatever the kind counts."""
     out = []
     for side, counts in stage.final.get("rows", {}).items():
-        if isinstance(counts, dict) and side == "prompts":
+        if isinstance(counts, dict) and side == "prompts" and "train" in counts:
             out += [f"{part}: {n:,} prompts" for part, n in counts.items()]
         elif isinstance(counts, dict):
             whole = {k: v for k, v in counts.items() if isinstance(v, int) and (v or k in ("rows", "used"))}
@@ -242,7 +244,8 @@ def _costs(stages: list[Seen], watts: float | None, price: float | None) -> str:
         if not s.seconds:
             continue
         processes = s.final.get("world_size")
-        device = "cpu" if s.final.get("args", {}).get("use_cpu") else "gpu"
+        on_cpu = s.final.get("args", {}).get("use_cpu") or s.final.get("versions", {}).get("torch", "").endswith("+cpu")
+        device = "cpu" if on_cpu else "gpu"
         row = [s.name, s.final.get("started", "")[:16].replace("T", " "), _time(s.seconds), processes or "?"]
         tokens, samples = tokens_trained(s), s.metrics.get("train_samples_per_second")
         row += [number(round(tokens / s.seconds)) if tokens else "–", number(samples) if samples else "–"]
@@ -301,7 +304,14 @@ def _stage(s: Seen, stages: list[Seen]) -> str:
     if s.total:
         out.append(f"<p>step {s.step} of {s.total}, after {_time(s.seconds)}</p>")
     out.append(_made_from(s, stages))
-    scalars = {k: v for k, v in s.metrics.items() if isinstance(v, (int, float)) and not k.endswith("_per_second")}
+    scalars = {
+        k: v
+        for k, v in s.metrics.items()
+        if isinstance(v, (int, float)) and not k.endswith("_per_second") and not k.startswith(("tag_", "tagged_"))
+    }
+    for finding in s.metrics.get("diagnosis") or []:
+        text = ", ".join(f"{k}: {v}" for k, v in finding.items()) if isinstance(finding, dict) else str(finding)
+        out.append(f'<p class="stopped">⚠ {escape(text)}</p>')
     out.append(_tiles([(number(v), k.replace("eval_", "held-out ").replace("_", " ")) for k, v in scalars.items()]))
     main, more = _curves(s)
     out.append(_grid([*_special(s), *main]))
@@ -317,7 +327,7 @@ def _made_from(s: Seen, stages: list[Seen]) -> str:
     sections, by_name = s.record.get("sections", {}), {other.name: other for other in stages}
     model = sections.get("model", {})
     start = model.get("model_name_or_path") or f"a new {model.get('config', {}).get('model_type', 'model')}"
-    parts = [f"Began with <code>{escape(str(start))}</code>"]
+    parts = [f"Began with <code>{escape(str(start))}</code>"] if model else []
     for name, identity in s.record.get("parents", {}).items():
         parent = by_name.get(name)
         text = f'<a href="#{escape(name)}">{escape(name)}</a> (<code>{escape(str(identity))}</code>)'
@@ -403,12 +413,45 @@ def _special(s: Seen) -> list[str]:
         )
     if "confusion_matrix" in metrics:
         out.append(_titled("confusion matrix, rows", _matrix(metrics["confusion_matrix"], metrics.get("labels"))))
-    for name in ("tags", "class_weights"):
-        table = metrics.get(name) or s.final.get("rows", {}).get(name)
-        if isinstance(table, dict):
-            rows = [[k, number(v) if isinstance(v, (int, float)) else json.dumps(v)] for k, v in table.items()]
-            out.append(_titled(name.replace("_", " "), _table([name.split("_")[-1], "value"], rows, 1)))
+    scores = {model: of["score"] for model, of in s.values.items() if of.get("score")}
+    if scores:
+        lines = _histogram(scores)
+        out.append(_titled("scores of the models' answers", svg.chart(lines, "score", "share of answers", low=0)))
+    if "figures" in metrics:
+        rows = [
+            [name, number(f["value"]), f"{number(f['low'])} to {number(f['high'])}"]
+            for name, f in metrics["figures"].items()
+        ]
+        out.append(_titled("figures", _table(["", "value", "95 % interval"], rows, 1)))
+    out.append(_titled("tags", _tags(metrics)))
     return [c for c in out if c]
+
+
+def _histogram(scores: dict[str, list[float]], bins: int = 20) -> list[Series]:
+    """An outline per name (four at most): the share of its scores in each of `bins` equal steps from least to largest."""
+    every = [v for values in scores.values() for v in values]
+    low, wide = min(every), (max(every) - min(every)) / bins or 1.0
+    out = []
+    for color, (name, values) in enumerate(list(scores.items())[:4]):
+        counts = [0] * (bins + 1)  # the last one closes the outline
+        for v in values:
+            counts[min(int((v - low) / wide), bins - 1)] += 1
+        out.append(Series(name, [(low + i * wide, n / len(values)) for i, n in enumerate(counts)], "steps", color))
+    return out
+
+
+def _tags(metrics: dict) -> str:
+    """How often people gave each tag (`tagged_NAME`), and how well a reward model tells it (`tag_NAME_MEASURE`)."""
+    given = {k.removeprefix("tagged_"): v for k, v in metrics.items() if k.startswith("tagged_")}
+    told: dict[str, dict] = {}
+    for key, value in metrics.items():
+        if key.startswith("tag_"):
+            name, _, measure = key.removeprefix("tag_").rpartition("_")
+            told.setdefault(name, {})[measure] = value
+    measures = list(dict.fromkeys(m for of in told.values() for m in of))
+    rows = [[name, given[name]] for name in given] if given else []
+    rows += [[name, *(number(of[m]) if m in of else "–" for m in measures)] for name, of in told.items()]
+    return _table(["tag", *(["given"] if given else measures)], rows, 1) if rows else ""
 
 
 def _matrix(counts: list[list[int]], labels: list[str] | None) -> str:
@@ -429,6 +472,8 @@ def _samples(samples: list[dict], most: int = 10) -> str:
     """Sample answers. Those of training steps stand side by side: first, middle and last, one prompt per row."""
     if not samples:
         return ""
+    if "completions" in samples[0]:
+        return _completions(samples[:most])
     if "step" not in samples[0] or "prompt" not in samples[0]:
         head = [k for k in samples[0] if k != "where"]
         rows = [[_cell(sample.get(k)) for k in head] for sample in samples[:most]]
@@ -448,6 +493,26 @@ def _samples(samples: list[dict], most: int = 10) -> str:
     ]
     head = ["held-out prompt", *(f"answer at step {n}" for n in shown)]
     return f"<h3>Samples, side by side</h3>{_table(head, rows, 99, 'samples')}"
+
+
+def _completions(rows: list[dict]) -> str:
+    """Several answers to each prompt: from best to worst where they are ranked, else a column per model."""
+    ranked = "ranks" in rows[0]
+    models = list(dict.fromkeys(m for row in rows for m in row.get("models", [])))
+    table = []
+    for row in rows:
+        answers = [a if isinstance(a, str) else chat.as_text(a) for a in row["completions"]]
+        by = row.get("models") or [""] * len(answers)
+        if ranked:
+            tags = row.get("tags") or [[]] * len(answers)
+            order = sorted(zip(row["ranks"], answers, by, tags, strict=True), key=lambda four: four[0])
+            said = [(f"{rank:g}. {a}", ", ".join([*([m] if m else []), *t])) for rank, a, m, t in order]
+            cells = ["\n".join(text + (f" [{more}]" if more else "") for text, more in said)]
+        else:
+            cells = ["\n\n".join(a for a, m in zip(answers, by, strict=True) if m == name) for name in models]
+        table.append([chat.as_text(row["prompt"]), *cells])
+    head = ["prompt", *(["answers, best first: model and tags"] if ranked else models)]
+    return f"<h3>Samples, side by side</h3>{_table(head, table, 99, 'samples')}"
 
 
 def _answer(row: dict) -> str:

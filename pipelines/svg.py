@@ -12,6 +12,7 @@ MOST = 300  # points drawn per line; longer ones are averaged
 
 BOX, TALL, GAP = 196, 66, 56  # a stage's width, height and the space between two
 DATA = 34  # height of a data source
+WIDEST = 1240  # what a screen shows of the chain side by side
 WORDS = 28  # characters that fit into a box
 
 
@@ -134,12 +135,16 @@ class Node:
 
 
 def picture(nodes: list[Node]) -> str:
-    """The chain twice: from left to right for a screen, one under the other for a phone; CSS shows one of them."""
-    return f'<div class="wide">{_across(nodes)}</div><div class="narrow">{_down(nodes)}</div>'
+    """The chain from left to right for a screen, and one under the other for a phone; CSS shows one of them.
+
+    A chain that is too long for a screen stands one under the other on both.
+    """
+    wide, width = _across(nodes)
+    return _down(nodes) if width > WIDEST else f'<div class="wide">{wide}</div><div class="narrow">{_down(nodes)}</div>'
 
 
-def _across(nodes: list[Node]) -> str:
-    """Columns by depth. A stage stands in its first parent's lane where that is free; its data stands above it."""
+def _across(nodes: list[Node]) -> tuple[str, int]:
+    """The drawing and its width: columns by depth. A stage stands in its first parent's lane where that is free; its data stands above it."""
     depth: dict[str, int] = {}
     lane: dict[str, int] = {}
     taken: set[tuple[int, int]] = set()
@@ -177,7 +182,7 @@ def _across(nodes: list[Node]) -> str:
         out += _source(node, x, y - 22 - DATA, y, BOX)
         out.append(_box(node, x, y, BOX))
     width = max(left.values(), default=0) + BOX + 2
-    return _svg(width, (1 + max(lane.values(), default=0)) * row - 10, out)
+    return _svg(width, (1 + max(lane.values(), default=0)) * row - 10, out), width
 
 
 def _down(nodes: list[Node]) -> str:
@@ -188,7 +193,7 @@ def _down(nodes: list[Node]) -> str:
         top[node.name] = y
         for parent in (p for p in node.parents if p in top):
             y1, y2 = top[parent] + TALL / 2 + 10, y + TALL / 2 - 10
-            bulge = gutter - min(44, 14 + (y2 - y1) / 12)
+            bulge = gutter - min(56, 14 + (y2 - y1) / 14)  # the curve reaches three quarters as far
             out.append(_arrow(f"M{gutter},{y1} C{bulge},{y1 + 14} {bulge},{y2 - 14} {gutter - 2},{y2}"))
         out += _source(node, gutter, y - 20 - DATA, y, width - gutter - 2)
         out.append(_box(node, gutter, y, width - gutter - 2))
@@ -223,7 +228,7 @@ def _source(node: Node, x: float, y: float, below: float, width: float) -> list[
     return [
         f'<g class="source"><title>{escape(node.data)}: {escape(node.rows)}</title>',
         f'<rect x="{x}" y="{y}" width="{width}" height="{DATA}" rx="{DATA / 2}"/>',
-        f'<text class="small" x="{x + width / 2}" y="{y + 14}" text-anchor="middle">{_cut(node.data, fits)}</text>',
+        f'<text class="small" x="{x + width / 2}" y="{y + (14 if node.rows else 21)}" text-anchor="middle">{_cut(node.data, fits)}</text>',
         f'<text class="small" x="{x + width / 2}" y="{y + 27}" text-anchor="middle">{_cut(node.rows, fits)}</text></g>',
         _arrow(f"M{x + width / 2},{y + DATA} V{below - 2}"),
     ]

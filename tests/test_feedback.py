@@ -138,7 +138,6 @@ def test_mistakes_are_said(write, tmp_path, capsys, monkeypatch):
     assert __main__.main(["rank", path, "--store", write("no.db", "this is not a database, it is a text" * 50)]) == 2
     assert "cannot be used as a store" in capsys.readouterr().err
     taken = rank._listen(0)
-    taken.listen()
     assert __main__.main(["rank", path, "--no-browser", "--port", str(taken.getsockname()[1])]) == 2
     assert "--port" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)

@@ -64,7 +64,8 @@ def run(tmp_path_factory, tiny_gpt2):
         },
     }  # fmt: skip
     stages["policy"]["args"]["logging_steps"] = 1
-    stages["one_base"] = {**stages["policy"], "reward": {**stages["policy"]["reward"], "share_base": True}}
+    stages["one_base"] = json.loads(json.dumps(stages["policy"]))
+    stages["one_base"]["reward"]["share_base"] = True
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(folder / "out"), "stages": stages}, sort_keys=False))
     chain.run(recipes.load(path))

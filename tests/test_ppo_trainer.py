@@ -441,12 +441,13 @@ def test_the_length_penalty_is_a_reward_like_any_other(tmp_path):
 
 
 @pytest.mark.parametrize("label", ["bad", "good"])
-def test_a_classifier_scores_by_the_log_odds_of_a_label(label):
+def test_a_classifier_scores_by_the_log_odds_of_a_label(label, tmp_path):
     from pipelines.ppo.rewards import log_odds
 
     torch.manual_seed(0)
     config = gpt2().config
     config.id2label = {0: "bad", 1: "good"}
+    config.problem_type = "single_label_classification"
     classifier = GPT2ForSequenceClassification(config).eval()
     ids = torch.arange(8)[None]
     with torch.no_grad():
@@ -455,6 +456,9 @@ def test_a_classifier_scores_by_the_log_odds_of_a_label(label):
     p = probabilities[["bad", "good"].index(label)]
     assert score.shape == (1, 1) and classifier.config.num_labels == 1
     torch.testing.assert_close(score[0, 0], (p / (1 - p)).log())
+    classifier.save_pretrained(tmp_path)  # as a critic is
+    again = GPT2ForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert again.config.id2label == {0: label} and torch.equal(again(ids).logits, score)
     with pytest.raises(ValueError, match="'fine' must be one of"):
         log_odds(GPT2ForSequenceClassification(config), "fine")
 

@@ -113,7 +113,8 @@ def stage(tmp_path):
         (folder / name).write_text("not for the hub")
     (folder / "critic" / "model.safetensors").write_bytes(WEIGHTS[::-1])
     (folder / "model.safetensors").write_bytes(WEIGHTS)
-    (folder / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "config.json"):
+        (folder / name).write_text("{}")
     made_from = {"kind": "ppo", "seed": 1, "sections": sections, "parents": {"first": "1"}, "base": None,
                  "data": {"owner/answers": {"hub": "owner/answers", "revision": None},
                           "data/held out: 1.jsonl": {"sha256": "ab" * 32, "bytes": 7}}}  # fmt: skip
@@ -149,7 +150,7 @@ def test_a_finished_stage_goes_up_in_one_commit(stage, hub):
     (commit,) = hub.commits
     assert commit[0]["value"]["summary"] == "policy (ppo) of recipes/x.yaml"
     sent = {line["value"]["path"]: line for line in commit[1:]}
-    small = ["README.md", "history.jsonl", "stage.json", "tokenizer.json"]
+    small = ["README.md", "config.json", "history.jsonl", "stage.json", "tokenizer.json"]
     assert sorted(sent) == sorted([*small, "model.safetensors", "critic/model.safetensors"])
     for name in small:
         assert base64.b64decode(sent[name]["value"]["content"]) == (stage / name).read_bytes()
@@ -160,7 +161,7 @@ def test_a_finished_stage_goes_up_in_one_commit(stage, hub):
 
 def test_a_dry_run_sends_nothing(stage, hub):
     code, out, _ = command(hub, stage, "me/policy", "--dry-run", "--also", "logs")
-    assert code == 0 and "logs/events" in out and "7 files" in out and not hub.private and not hub.commits
+    assert code == 0 and "logs/events" in out and "8 files" in out and not hub.private and not hub.commits
 
 
 def test_what_the_hub_or_the_user_got_wrong_is_said(stage, hub, capsys):
@@ -177,6 +178,9 @@ def test_what_the_hub_or_the_user_got_wrong_is_said(stage, hub, capsys):
 def test_what_is_not_a_finished_stage_is_refused(stage, tmp_path):
     with pytest.raises(SetupError, match="name one of its stages: first, policy"):
         push.files(stage.parent)
+    (stage / "config.json").unlink()
+    with pytest.raises(SetupError, match="made no model"):
+        push.files(stage)
     (stage / artifact.FINISHED).rename(stage / artifact.STARTED)
     with pytest.raises(SetupError, match="not finished"):
         push.files(stage)

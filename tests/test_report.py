@@ -121,6 +121,56 @@ def test_the_page_shows_curves_tables_and_samples(run):
     assert "made again since" in text_of(report.write(run).read_text(), "reward")
 
 
+def test_feedback_and_evaluation_are_shown_side_by_side(tmp_path):
+    run = tmp_path / "run"
+    answers = {
+        "prompt": [{"role": "user", "content": "who?"}],
+        "completions": ["me", "you", "<b>"],
+        "models": ["sft", "policy", "sft"],
+    }
+    finished(
+        run / "answers",
+        "sample",
+        {"rows": 1},
+        {"prompts": {"rows": 5, "used": 5}},
+        samples=[answers],
+        args={},
+        versions={"torch": "2.13.0+cpu"},
+    )
+    ranked = {
+        "prompt": "who?",
+        "completions": ["me", "you"],
+        "ranks": [2, 1],
+        "tags": [["rude"], []],
+        "models": ["sft", "ppo"],
+    }
+    finished(run / "ranked", "rank", {"rankings": 1, "tagged_rude": 3})
+    lines(run / "ranked" / "rankings.jsonl", [ranked])
+    finished(run / "reward", "reward", {"tag_rude_accuracy": 0.75, "tag_rude_auc": 0.5})
+    finished(
+        run / "policy", "ppo", {"diagnosis": [{"name": "negative_kl", "step": 7, "what": "below 0", "remedy": "top_p"}]}
+    )
+    figures = {"policy over sft/win_rate": {"value": 0.63, "low": 0.59, "high": 0.68}}
+    finished(run / "judged", "evaluate", {"figures": figures}, args={}, versions={"torch": "2.13.0+cpu"})
+    artifact.write_json(
+        run / "judged" / "values.json", {"sft": {"score": [0.0, 1.0]}, "policy": {"score": [1.0, 2.0, 2.0, 2.0]}}
+    )
+    page = report.write(run).read_text()
+    assert "<td>who?</td><td>me\n\n&lt;b&gt;</td><td>you</td>" in text_of(page, "answers")
+    assert "1. you [ppo]\n2. me [sft, rude]" in text_of(
+        page, "ranked"
+    ) and '<td>rude</td><td class="n">3</td>' in text_of(page, "ranked")
+    assert '<td>rude</td><td class="n">0.75</td><td class="n">0.5</td>' in text_of(page, "reward")
+    assert "negative_kl" in text_of(page, "policy") and "0.59 to 0.68" in text_of(page, "judged")
+    shares = {
+        s.name: [y for _, y in s.points]
+        for s in report._histogram({"sft": [0.0, 1.0], "policy": [1.0, 2.0, 2.0, 2.0]}, 2)
+    }
+    assert shares == {"sft": [0.5, 0.5, 0], "policy": [0, 1.0, 0]}
+    assert "scores of the models&#x27; answers" in text_of(page, "judged")
+    assert "GPU" not in page.split("Energy =")[1].split("</p>")[0]  # a stage without arguments ran where its torch says
+
+
 def test_nothing_of_a_model_or_a_recipe_becomes_markup_and_nothing_is_fetched(run):
     page = report.write(run).read_text()
     seen = []
@@ -220,6 +270,11 @@ def test_the_picture_has_a_box_per_stage_and_no_box_on_another(run):
         assert len(boxes) == 12
         for i, (x, y, w, h) in enumerate(boxes):
             assert not any(x < X + W and X < x + w and y < Y + H and Y < y + h for X, Y, W, H in boxes[:i])
+
+
+def test_a_long_chain_stands_below_each_other_on_every_screen():
+    chain_of = lambda n: [svg.Node(str(i), ["x"], "due", [str(i - 1)] if i else []) for i in range(n)]
+    assert svg.picture(chain_of(5)).count("<svg") == 2 and svg.picture(chain_of(6)).count("<svg") == 1
 
 
 def test_the_histogram_of_a_reward_stage_counts_every_answer():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -22,10 +23,13 @@ def run(tmp_path_factory, tiny_gpt2):
     for i, name in enumerate(("base", "policy", "sft")):  # the policy is finished last, though not the last by name
         tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
         torch.manual_seed(i)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_gpt2, n_positions=160))
-        torch.nn.init.normal_(model.lm_head.weight, std=0.2)  # else every model says the same word for ever
+        config = AutoConfig.from_pretrained(tiny_gpt2, n_positions=160, tie_word_embeddings=False)
+        model = AutoModelForCausalLM.from_config(config)
+        torch.nn.init.normal_(model.lm_head.weight)  # every model says something else
+        silent = [i for token, i in tokenizer.get_vocab().items() if not re.fullmatch("Ġ?[a-z]+", token)]
+        model.generation_config.suppress_tokens = silent  # no control characters, no end
         if name != "base":
-            chat.install_template(model, tokenizer, "chatml")
+            silent += tokenizer.convert_tokens_to_ids(chat.install_template(model, tokenizer, "chatml"))
         model.save_pretrained(run / name)
         tokenizer.save_pretrained(run / name)
     for name, day in (("base", 1), ("sft", 2), ("reward", 4), ("policy", 3)):

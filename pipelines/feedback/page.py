@@ -81,7 +81,8 @@ def create_app(store: Store, keys: list[str], tags: list[str]) -> FastAPI:
         judged = [j["item"] for j in store.history(labeller) if j["item"] in places]
         key = item
         if key is None:
-            left = [key for key in keys if key not in set(judged)]
+            done = set(judged)
+            left = [key for key in keys if key not in done]
             elsewhere = {shown for (who, where), shown in opened.items() if who == labeller and where != tab}
             key = next((key for key in left if key not in elsewhere), left[0] if left else None)
         opened[labeller, tab] = key

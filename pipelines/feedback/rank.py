@@ -113,6 +113,7 @@ def _listen(port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a killed server's port is free at once
     try:
         listener.bind(("127.0.0.1", port))
+        listener.listen()  # before the address is printed: whoever opens it waits for the server rather than failing
     except (OSError, OverflowError) as error:
         raise SetupError(f"--port {port}: {error}; is a ranking page running already? Try --port {port + 1}") from error
     return listener

@@ -38,6 +38,7 @@ def log_odds(model: nn.Module, label: str) -> nn.Module:
         new.bias.copy_((sign.to(old.bias) * old.bias).sum(0, keepdim=True))
     setattr(model, name, new)
     model.config.num_labels = model.num_labels = 1
+    model.config.problem_type = None  # as a critic it is saved, and a classification of one label is no valid config
     model.config.id2label, model.config.label2id = {0: label}, {label: 0}
     return model
 

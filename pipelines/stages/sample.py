@@ -72,11 +72,13 @@ def run(stage) -> dict:
     word = [_read(log) if state.is_main_process else None]
     broadcast_object_list(word)
     done: dict[tuple[int, int], list] = word[0]  # (model, prompt) -> its answers
-    left_out: set[int] = set()
+    left_out, policy = set(), stage.section("data").too_long
     for m, path in enumerate(settings.models):
         model, tokenizer = sampling.load(path)
         fits = sampling.fitting(model, tokenizer, prompts, settings.response_length)
         left_out |= set(range(len(prompts))) - set(fits)
+        if left_out and policy == "error":
+            break  # `report_length` says so
         todo = sorted((i for i in fits if (m, i) not in done), key=lambda i: len(str(prompts[i])))
         size = max(1, BATCHES * settings.batch_size * state.num_processes // each)
         for start in range(0, len(todo), size):
@@ -89,7 +91,6 @@ def run(stage) -> dict:
                 logger.info("%s: %s answered %d of %d prompts", stage.name, path, len(fits) - len(todo) + start + len(some), len(fits))  # fmt: skip
         del model
 
-    policy = stage.section("data").too_long
     long = [rows[i]["where"] for i in sorted(left_out)]
     what = f"what the models read beside an answer of {settings.response_length} tokens"
     data.report_length(stage, "prompts", len(rows), len(rows) - len(long), long, what, policy, "")

@@ -9,7 +9,7 @@ function make(tag, properties = {}, ...children) {
 }
 
 const percent = (value) => (value == null ? "–" : `${Math.round(value * 100)} %`);
-const fixed = (value) => (value == null ? "–" : value.toFixed(2));
+const fixed = (value) => (value == null ? "–" : value.toFixed(2).replace("-", "−"));
 
 function ranged(value, interval, write) {
   const text = make("span", {}, write(value));
@@ -54,7 +54,7 @@ function models(found) {
   const others = found.map((m) => m.name);
   const out = [
     panel("Models", "Elo from Bradley–Terry strengths, mean 1000 (dotted); 400 points are odds of 10 to 1. Win rate over all pairs with other models, a tie is half. 95 % bootstrap intervals over prompts. Position: 0 best, 1 worst.",
-      table(["Model", "Elo", "", "Win rate", "Position", "Answers"], found.map((m) => [
+      table(["Model", "Elo", make("th", { className: "chart" }), "Win rate", "Position", "Answers"], found.map((m) => [
         m.name, ranged(m.elo, m.elo_interval, whole), chart(m.elo, m.elo_interval, low, high),
         ranged(m.win_rate, m.win_rate_interval, percent), fixed(m.position), String(m.answers),
       ]))),
