@@ -16,7 +16,7 @@ import bisect
 import functools
 import logging
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -100,6 +100,46 @@ def pack(sequences: list[list[int]], labels: list[list[int]] | None = None) -> d
     return _packed_batch(ids, targets, torch.tensor(lengths))
 
 
+def pack_branches(groups: list[list[list[int]]], share: bool = True) -> dict[str, torch.Tensor | int]:
+    """As `pack`, for groups of sequences that begin alike (answers to one prompt): the beginning is laid down once.
+
+    A group becomes one sequence of the pack, its common beginning and then what follows it in each member. A token sees
+    the beginning and what precedes it in its own branch, at the position it would have alone, so every member is computed
+    as if it stood by itself (tests/test_packing.py). With `share` False each member is a sequence of its own.
+
+    Returns:
+        `input_ids`, `position_ids`, `cu_seq_lens_*` and `max_length_*` as `pack`; `last` (members,) int64, the place of
+        each member's last token; and with `share` `branches` (tokens,) int64, 0 in the beginning of a group, 1, 2, … in
+        its members.
+    """
+    groups = groups if share else [[ids] for group in groups for ids in group]
+    ids, positions, branches, last, lengths = [], [], [], [], []
+    for group in groups:
+        start = len(ids)
+        # of a member at least the last token stands in its own branch
+        common = _alike(group) if len(group) > 1 else 0
+        ids += group[0][:common]
+        positions += range(common)
+        branches += [0] * common
+        for number, member in enumerate(group, 1):
+            ids += member[common:]
+            positions += range(common, len(member))
+            branches += [number] * (len(member) - common)
+            last.append(len(ids) - 1)
+        lengths.append(len(ids) - start)
+    out = _packed_batch(torch.tensor(ids), torch.tensor(ids), torch.tensor(lengths))
+    del out["labels"]
+    out |= {"position_ids": torch.tensor(positions)[None], "last": torch.tensor(last)}
+    return out | ({"branches": torch.tensor(branches)} if share else {})
+
+
+def _alike(group: list[list[int]]) -> int:
+    """With how many tokens all members begin, at most all but the last one of the shortest."""
+    most = min(map(len, group)) - 1
+    first = group[0]
+    return next((n for n in range(most) if any(member[n] != first[n] for member in group)), most)
+
+
 def _packed_batch(ids: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor | int]:
     ends = lengths.cumsum(0)
     starts = ends - lengths
@@ -165,9 +205,11 @@ class PackedRows:
     slots: torch.Tensor  # (padded tokens,) token that fills each slot; padding repeats a token of its sequence
     places: torch.Tensor  # (tokens,) slot of each token
     lengths: torch.Tensor  # (sequences,) in block order
+    branches: torch.Tensor | None = None  # (padded tokens,) branch of each slot's token, see `pack_branches`
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)  # of blocks with branches, by their first slot
 
     @classmethod
-    def of(cls, cu_seq_lens: torch.Tensor) -> PackedRows:
+    def of(cls, cu_seq_lens: torch.Tensor, branches: torch.Tensor | None = None) -> PackedRows:
         """The blocks for these seams (sequences + 1,). Reads them on the host: once per forward."""
         device, seams = cu_seq_lens.device, cu_seq_lens.to("cpu", torch.int64)
         lengths = seams.diff()
@@ -181,7 +223,17 @@ class PackedRows:
         places = torch.empty(int(seams[-1]), dtype=torch.int64)
         real = within < lengths.repeat_interleave(widths)
         places[slots[real]] = real.nonzero()[:, 0]
-        return cls(blocks, slots.to(device), places.to(device), lengths.to(device))
+        slots = slots.to(device)
+        branches = None if branches is None else branches[slots]
+        return cls(blocks, slots, places.to(device), lengths.to(device), branches)
+
+    def branch_mask(self, slot: int, count: int, length: int) -> torch.Tensor:
+        """Who sees whom in the block of `count` sequences that begins at `slot`: (count, 1, length, length), True attends."""
+        if slot not in self.masks:
+            own = self.branches[slot : slot + count * length].unflatten(0, (count, length))
+            seen = (own[:, None, :] == 0) | (own[:, None, :] == own[:, :, None])
+            self.masks[slot] = seen.tril()[:, None]
+        return self.masks[slot]
 
 
 def _blocks(lengths: list[int]) -> list[tuple[int, int]]:
@@ -278,6 +330,9 @@ def packed_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
         q, k, v = (x[span].unflatten(0, (count, length)).transpose(1, 2) for x in together)
         lengths = rows.lengths[sequence : sequence + count]
         mask = _block_mask(lengths, length, causal, window)
+        if rows.branches is not None:
+            assert causal and mask is None  # `enable_packed_scores` lets nothing else share
+            mask = rows.branch_mask(slot, count, length)
         out, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=causal, **kwargs)
         outputs.append(out.flatten(0, 1))  # (slots, heads, d)
         slot, sequence = span.stop, sequence + count
@@ -292,7 +347,7 @@ def _before_forward(backbone, args, kwargs):
         return None
     if kwargs.get("past_key_values") is not None:
         raise SetupError("a packed forward cannot continue a KV cache: drop past_key_values.")
-    rows = PackedRows.of(seams)
+    rows = PackedRows.of(seams, kwargs.pop("branches", None))
     kwargs = {**kwargs, "packed_rows": rows, "use_cache": False}  # a cache mixes the sequences up
     # Left alone, transformers would build a tokens x tokens mask from the positions. It passes 4-D masks on
     # as they are; an empty one cannot be used by mistake.
@@ -356,11 +411,12 @@ def enable_packed_attention(model) -> None:
         backbone.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
 
-def enable_packed_scores(model) -> None:
+def enable_packed_scores(model) -> bool:
     """As `enable_packed_attention`, for a sequence classifier with a `score` head (before PEFT or DDP wrap it).
 
-    A packed batch then gives logits (sequences, labels), each read at the last token of its sequence; any other batch
-    what it gave before.
+    A batch of `pack_branches` then gives logits (members, labels), each read at a member's last token; any other batch
+    what it gave before. Returns whether members may share their beginning: not under flash-attention, nor where a
+    window of attention would be counted over other branches.
 
     Raises:
         ValueError: as `enable_packed_attention`, or the model reads its score elsewhere (encoders).
@@ -371,17 +427,19 @@ def enable_packed_scores(model) -> None:
         raise SetupError(f"{type(model).__name__} cannot be trained on packed sequences: it has no `score` head.")
     enable_packed_attention(model)
     model.unpacked_forward = model.forward  # an attribute, so that deepcopy binds it to the copy
-    wanted = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    wanted = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "branches")
 
     @functools.wraps(type(model).forward)
-    def forward(self, *args, **kwargs):
-        if kwargs.get("cu_seq_lens_q") is None:
+    def forward(self, *args, last=None, **kwargs):
+        if last is None:
             return self.unpacked_forward(*args, **kwargs)
-        packed = {name: kwargs[name] for name in wanted}  # PEFT adds keywords that only the whole model knows
+        packed = {name: kwargs[name] for name in wanted if name in kwargs}  # PEFT adds some that backbones do not know
         hidden = self.base_model(**packed, use_cache=False).last_hidden_state[0]
-        return SequenceClassifierOutputWithPast(logits=self.score(hidden[packed["cu_seq_lens_q"][1:].long() - 1]))
+        return SequenceClassifierOutputWithPast(logits=self.score(hidden[last]))
 
     model.forward = types.MethodType(forward, model)
+    config = model.config.get_text_config()
+    return config._attn_implementation == NAME and getattr(config, "sliding_window", None) is None
 
 
 def packed_loss(model, batch: dict, num_items: int | torch.Tensor | None = None) -> torch.Tensor:

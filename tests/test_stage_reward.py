@@ -146,20 +146,23 @@ def test_without_padding_the_scores_and_gradients_are_the_same(tiny_gpt2):
         {"ids": [[6, 1, 2], [6, 2]], "ranks": [2, 1]},
     ]
     found = []
-    for packed in (False, True):
+    features[0]["ids"] = [[7, 3, *ids] for ids in features[0]["ids"]]  # answers to one prompt
+    for settings in ({"packed": False}, {"packed": True, "share": False}, {"packed": True}):
         model = AutoModelForSequenceClassification.from_pretrained(tiny_gpt2, num_labels=1)
         model.config.pad_token_id = 0
         model.score.weight.data.copy_(torch.linspace(-1, 1, 32).sin()[None])
-        if packed:
-            packing.enable_packed_scores(model)
-        batch = RankingCollator(0, packed)(features)
+        if settings["packed"]:
+            assert packing.enable_packed_scores(model)
+        batch = RankingCollator(0, **settings)(features)
         inputs = {k: v for k, v in batch.items() if k not in ("better", "worse", "weight", "margin", "tags")}
         scores = model(**inputs, use_cache=False).logits[:, 0]
         ranking_loss(scores[batch["better"]], scores[batch["worse"]], batch["weight"]).backward()
         found.append((scores, model.transformer.wte.weight.grad, model.score.weight.grad))
-    for padded, together in zip(*found):
+    assert batch["input_ids"].shape == (1, 2 + 8 + 1 + 3)  # each prompt once, also where it is no more than a token
+    for padded, packed, shared in zip(*found):
         assert padded.abs().max() > 1e-4
-        torch.testing.assert_close(padded, together, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(padded, packed, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(padded, shared, rtol=1e-4, atol=1e-6)
 
 
 def test_it_learns_from_rankings_and_says_what_decides_nothing(recipe, write, tiny_gpt2, caplog):

@@ -6,7 +6,7 @@
       data: {train: rankings.jsonl, validation: 0.05}           # prompt, completions, ranks; or prompt, chosen, rejected
       args: {global_batch_size: 32, learning_rate: 1e-5, num_train_epochs: 1, tags: [inappropriate, inaccurate]}
 
-A ranking of K answers is one element of a batch: each answer is encoded once, and the loss is the mean of
+A ranking of K answers is one element of a batch: the prompt and each answer are encoded once, and the loss is the mean of
 -log sigmoid(r_better - r_worse) over the pairs that the ranking decides (Ouyang et al. 2022, section 3.4,
 https://arxiv.org/abs/2203.02155). K may differ from row to row, equals share a rank, and K = 2 is TRL's own loss.
 
@@ -114,7 +114,7 @@ def run(stage) -> dict:
         head.weight.normal_(std=1 / math.sqrt(head.weight.shape[-1] + 1))
     added = chat.install_template(model, tokenizer, section.chat_template)
     kernels.fast_gelu(model)
-    collate = RankingCollator(tokenizer.pad_token_id, packed=_packs(model))
+    collate = RankingCollator(tokenizer.pad_token_id, **_packs(model))
     context = models.context_length(model, stage.sections.get("args", {}).get("max_length"))
 
     train, validation = data.load(stage.data, ROWS, stage.seed)
@@ -154,16 +154,15 @@ def run(stage) -> dict:
     return {**metrics, **training.final_metrics(trainer, evaluate=False)}
 
 
-def _packs(model) -> bool:
-    """Make the model read batches without padding where its architecture can; returns whether it can."""
+def _packs(model) -> dict[str, bool]:
+    """Make the model read batches without padding where its architecture can; what the collator may do then."""
     from pipelines import SetupError, packing
 
     try:
-        packing.enable_packed_scores(model)
+        return {"packed": True, "share": packing.enable_packed_scores(model)}
     except SetupError as reason:
         logger.info("%s Its batches are padded.", str(reason).partition(" Set `packing")[0])
-        return False
-    return True
+        return {"packed": False}
 
 
 def _encode(stage, side: str, rows: list[dict], tags: list[str], tokenizer, context: int, too_long: str):
@@ -214,14 +213,15 @@ def decided(ranks: list[float]) -> list[tuple[int, int]]:
 class RankingCollator:
     """Rankings {"ids": K lists of ids, "ranks": K numbers} -> one batch of all their answers.
 
-    Gives `input_ids` and `attention_mask` (answers, longest), or with `packed` one row without padding (see
-    `pipelines.packing.pack`), and for the P decided pairs of the batch `better` and
-    `worse` (P,), which are rows of it, `weight` (P,): every ranking weighs the same, and they sum to 1, and `margin`
-    (P,), by how much the better one must be better. `tags` (answers, T) are the rows' own; T may be 0.
+    Gives `input_ids` and `attention_mask` (answers, longest), or with `packed` one row without padding, in which (with
+    `share`) the answers to a prompt stand behind one copy of it (`pipelines.packing.pack_branches`). For the P decided
+    pairs of the batch `better` and `worse` (P,), numbers of its answers, `weight` (P,): every ranking weighs the same,
+    and they sum to 1, and `margin` (P,), by how much the better one must be better. `tags` (answers, T) are the rows'
+    own; T may be 0.
     """
 
-    def __init__(self, pad_token_id: int, packed: bool = False):
-        self.pad_token_id, self.packed = pad_token_id, packed
+    def __init__(self, pad_token_id: int, packed: bool = False, share: bool = True):
+        self.pad_token_id, self.packed, self.share = pad_token_id, packed, share
 
     def __call__(self, features: list[dict]) -> dict:
         """One batch; the answers stand in the order of the rankings."""
@@ -236,7 +236,7 @@ class RankingCollator:
             worth = f.get("margin") or [0.0] * len(f["ids"])
             margin += [worth[i] - worth[j] for i, j in pairs]
             start += len(f["ids"])
-        return self.inputs([ids for f in features for ids in f["ids"]]) | {
+        return self.inputs([f["ids"] for f in features]) | {
             "better": torch.tensor(better),
             "worse": torch.tensor(worse),
             "weight": torch.tensor(weight),
@@ -244,16 +244,16 @@ class RankingCollator:
             "tags": torch.tensor([answer for f in features for answer in f.get("tags") or [[]] * len(f["ids"])]),
         }
 
-    def inputs(self, answers: list[list[int]]) -> dict:
-        """What the model is given of the answers' ids."""
+    def inputs(self, rankings: list[list[list[int]]]) -> dict:
+        """What the model is given of the ids of the answers of each ranking."""
         import torch
         from trl.trainer.utils import pad
 
-        from pipelines.packing import pack
+        from pipelines.packing import pack_branches
 
         if self.packed:
-            return {name: value for name, value in pack(answers).items() if name != "labels"}
-        ids = [torch.tensor(answer) for answer in answers]
+            return pack_branches(rankings, self.share)
+        ids = [torch.tensor(answer) for answers in rankings for answer in answers]
         return {
             "input_ids": pad(ids, padding_value=self.pad_token_id),
             "attention_mask": pad([torch.ones_like(i) for i in ids], padding_value=0),
@@ -289,7 +289,7 @@ def answer_logits(trainer, dataset, collate: RankingCollator) -> list:
     for start in range(0, len(mine), args.per_device_eval_batch_size):
         chunk = [int(i) for i in mine[start : start + args.per_device_eval_batch_size]]
         rows = [dataset[i] for i in chunk]
-        batch = trainer._prepare_input(collate.inputs([ids for row in rows for ids in row["ids"]]))
+        batch = trainer._prepare_input(collate.inputs([row["ids"] for row in rows]))
         with torch.no_grad(), trainer.compute_loss_context_manager():
             logits = model(**batch, use_cache=False).logits.float().cpu().numpy()
         found += zip(chunk, np.split(logits, np.cumsum([len(row["ids"]) for row in rows])[:-1]), strict=True)
