@@ -301,6 +301,7 @@ def _typed() -> Iterator[str]:
         try:
             yield input("> ")
         except EOFError:
+            print()
             return
 
 
