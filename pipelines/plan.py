@@ -308,9 +308,10 @@ def micro_batch(job: Job, setup: Setup) -> tuple[int, int]:
     if job.kind == "sft" and job.lengths and job.rows:
         import numpy as np
 
-        order = np.random.default_rng([job.stage.seed, 0]).permutation(len(job.lengths))  # as training.GlobalOrder
-        whole = order[: len(order) // micro * micro].reshape(-1, micro) if len(order) >= micro else order[None]
-        tokens = int(np.array(job.lengths)[whole].sum(1).max())
+        lengths = np.resize(job.lengths, max(len(job.lengths), micro))
+        order = np.random.default_rng([job.stage.seed, 0]).permutation(len(lengths))  # as training.GlobalOrder
+        batches = order[: len(order) // micro * micro].reshape(-1, micro)
+        tokens = int(lengths[batches].sum(1).max())
         return math.ceil(tokens / job.longest), job.longest
     if job.kind == "reward":
         return micro * job.answers, job.longest
@@ -679,7 +680,7 @@ def setup_of(job: Job, args: argparse.Namespace) -> Setup:
         lora=lora,
         quantize=bool(section.get("load_in_4bit")),
         size=2 if section.get("dtype") in ("bfloat16", "float16") else 4,
-        bf16=values.get("bf16", bool(gpu and costs.DEVICES[gpu].bf16) or told.get("bf16", False)),
+        bf16=values.get("fp16") or values.get("bf16", bool(gpu and costs.DEVICES[gpu].bf16) or told.get("bf16", False)),
         optim=str(values.get("optim", "adamw_torch_fused")),
     )
     if setup.lora and setup.sharded:
