@@ -327,7 +327,10 @@ def adapter(stage, quantize: bool = False):
     }
 
     def wrap(model):
+        from unittest import mock
+
         import peft
+        from peft.tuners.tuners_utils import BaseTunerLayer
         from transformers.pytorch_utils import Conv1D
         from trl import ModelConfig, get_peft_config
 
@@ -336,7 +339,9 @@ def adapter(stage, quantize: bool = False):
         if not said.get("lora_target_modules") or said["lora_target_modules"] == ["all-linear"]:
             config.target_modules = "all-linear"
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
-        return peft.get_peft_model(model, config)
+        # Its move to the device where it is already needs real tensors.
+        with mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer"):
+            return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
     return wrap
 
@@ -402,6 +407,7 @@ class Planner:
             setup.size,
             costs.optimizer_share(setup.optim),
             a.largest,
+            a.outside,
             a.linear if setup.quantize and trained else 0,
             setup.offload,
         )
@@ -743,7 +749,9 @@ def main(argv: list[str]) -> int:
         if name not in known:
             raise PlanError(f"no stage {name!r} in {args.recipe}{schema.meant(name, known)}; it has {', '.join(known)}")
     if args.gpu:
-        costs.device(args.gpu)
+        costs.device(args.gpu)  # what is wrong with the command is said before models are looked at
+    if args.config_file:
+        launcher(args.config_file)
     machine = calibrate() if args.calibrate else None
     total_seconds, unknown, too_big = 0.0, False, False
     for stage in loaded.stages:
