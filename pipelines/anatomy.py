@@ -6,6 +6,7 @@ trainers make to it. A 70B model takes a second and no memory.
 
 from __future__ import annotations
 
+import copy
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,16 @@ import torch
 import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.initialization import no_init_weights
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from pipelines import costs, kernels
 
 logger = logging.getLogger(__name__)
+
+MASKLESS = "sdpa_without_mask"
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Anatomy:
     attention: int  # query heads x head size
     kv: int  # key-value heads x head size
     largest: int  # parameters of the largest layer
+    outside: int  # parameters outside the layers: embeddings and head
     widest: int  # most outputs of a linear map in the layers
     linear: int  # weights in the layers' linear maps: what 4 bits can hold
     fusable: bool  # whether `kernels.fuse_loss` takes its head
@@ -59,7 +65,7 @@ def _fake():
 def _build(config, auto_class: str, adapt=None, dtype=torch.float32):
     """The model on fake tensors, not initialised; `adapt` may wrap it (LoRA)."""
     with no_init_weights():
-        model = getattr(transformers, auto_class).from_config(config, dtype=dtype)
+        model = getattr(transformers, auto_class).from_config(copy.deepcopy(config), dtype=dtype)
     model.tie_weights()
     return adapt(model) if adapt else model
 
@@ -95,6 +101,7 @@ def examine(config, auto_class: str, adapt=None) -> Anatomy:
             attention=heads * size,
             kv=(getattr(text, "num_key_value_heads", None) or heads) * size,
             largest=max((sum(p.numel() for p in b.parameters()) for b in blocks), default=count),
+            outside=count - in_blocks,
             widest=max(outputs, default=0),
             linear=sum(m.weight.numel() for m in maps),
             fusable=type(head) is nn.Linear and not text.is_encoder_decoder
@@ -141,6 +148,11 @@ def _trace(config, auto_class, rows, length, precision, padded, decoder_length, 
     with _fake():
         model = _build(config, auto_class, adapt, torch.bfloat16 if precision == "bf16" else torch.float32)
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not padded and plain._can_set_attn_implementation():
+            # Traced, transformers makes a causal mask even where a run needs none.
+            AttentionInterface.register(MASKLESS, sdpa_attention_forward)
+            AttentionMaskInterface.register(MASKLESS, lambda *args, **kwargs: None)
+            plain.set_attn_implementation(MASKLESS)
         if fast_gelu:
             kernels.fast_gelu(plain)
         model.train()
@@ -152,10 +164,8 @@ def _trace(config, auto_class, rows, length, precision, padded, decoder_length, 
         kept: dict[int, tuple[int, torch.Tensor]] = {}
 
         def keep(tensor):
-            square = tensor.dim() == 4 and tensor.shape[1] == 1 and tensor.shape[2] == tensor.shape[3] == length
             storage = tensor.untyped_storage()
-            # Traced, transformers makes a causal mask even where it needs none.
-            if storage._cdata not in own and (padded or not square):
+            if storage._cdata not in own:
                 kept[storage._cdata] = (storage.nbytes(), tensor)
             return tensor
 

@@ -138,6 +138,7 @@ def states(
     size: int = 4,
     optim: float = 2.0,
     largest: int = 0,
+    outside: int = 0,
     quantized: int = 0,
     offload: str = "none",
 ) -> States:
@@ -146,17 +147,19 @@ def states(
     `size`: bytes of a stored weight. Plain and data-parallel training keeps what is stored and casts on the fly
     (autocast); DDP holds each gradient twice, in its own tensor and in the bucket that is reduced. FSDP2 cuts stored
     weights, gradients and states into `world` parts and gathers bf16 copies of two blocks (`largest` parameters each,
-    one computing, one on its way). DeepSpeed in bf16 trains a bf16 copy (2 bytes) from float32 weights and moments
+    one computing, one on its way) and of what lies `outside` the blocks, with the gradients of one block and of that.
+    DeepSpeed in bf16 trains a bf16 copy (2 bytes) from float32 weights and moments
     (12 bytes with Adam): ZeRO-1 cuts up those 12, ZeRO-2 the gradients too, ZeRO-3 the weights too.
     `quantized` of the parameters lie there as NF4. `offload`: what is on the host, "none", "optimizer" or "all".
     """
     part = 1 / world
+    trained = 4 if trainable < parameters else size  # peft keeps adapters in float32
     if strategy in ("single", "ddp"):
-        weights = (parameters - quantized) * size + quantized * NF4
+        weights = (parameters - trainable - quantized) * size + quantized * NF4 + trainable * trained
         copies = 2 if strategy == "ddp" and world > 1 else 1
-        return States(weights, trainable * size * copies, trainable * size * optim)
+        return States(weights, trainable * trained * copies, trainable * trained * optim)
     if strategy == "fsdp2":
-        gathered = 2 * largest * 2 + (largest * 2 if trainable else 0)  # and the gradient of the block
+        gathered = 2 * (2 * largest + outside) + (2 * (largest + outside) if trainable else 0)
         held = States(parameters * size * part, trainable * size * part, trainable * size * optim * part, gathered)
         return States(0.0, 0.0, 0.0, gathered) if offload == "all" else held
     stage = {"zero1": 1, "zero2": 2, "zero3": 3}[strategy]

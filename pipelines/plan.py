@@ -308,9 +308,10 @@ def micro_batch(job: Job, setup: Setup) -> tuple[int, int]:
     if job.kind == "sft" and job.lengths and job.rows:
         import numpy as np
 
-        order = np.random.default_rng([job.stage.seed, 0]).permutation(len(job.lengths))  # as training.GlobalOrder
-        whole = order[: len(order) // micro * micro].reshape(-1, micro) if len(order) >= micro else order[None]
-        tokens = int(np.array(job.lengths)[whole].sum(1).max())
+        lengths = np.resize(job.lengths, max(len(job.lengths), micro))
+        order = np.random.default_rng([job.stage.seed, 0]).permutation(len(lengths))  # as training.GlobalOrder
+        batches = order[: len(order) // micro * micro].reshape(-1, micro)
+        tokens = int(lengths[batches].sum(1).max())
         return math.ceil(tokens / job.longest), job.longest
     if job.kind == "reward":
         return micro * job.answers, job.longest
@@ -326,7 +327,10 @@ def adapter(stage, quantize: bool = False):
     }
 
     def wrap(model):
+        from unittest import mock
+
         import peft
+        from peft.tuners.tuners_utils import BaseTunerLayer
         from transformers.pytorch_utils import Conv1D
         from trl import ModelConfig, get_peft_config
 
@@ -335,7 +339,9 @@ def adapter(stage, quantize: bool = False):
         if not said.get("lora_target_modules") or said["lora_target_modules"] == ["all-linear"]:
             config.target_modules = "all-linear"
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
-        return peft.get_peft_model(model, config)
+        # Its move to the device where it is already needs real tensors.
+        with mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer"):
+            return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
     return wrap
 
@@ -401,6 +407,7 @@ class Planner:
             setup.size,
             costs.optimizer_share(setup.optim),
             a.largest,
+            a.outside,
             a.linear if setup.quantize and trained else 0,
             setup.offload,
         )
@@ -679,7 +686,7 @@ def setup_of(job: Job, args: argparse.Namespace) -> Setup:
         lora=lora,
         quantize=bool(section.get("load_in_4bit")),
         size=2 if section.get("dtype") in ("bfloat16", "float16") else 4,
-        bf16=values.get("bf16", bool(gpu and costs.DEVICES[gpu].bf16) or told.get("bf16", False)),
+        bf16=values.get("fp16") or values.get("bf16", bool(gpu and costs.DEVICES[gpu].bf16) or told.get("bf16", False)),
         optim=str(values.get("optim", "adamw_torch_fused")),
     )
     if setup.lora and setup.sharded:
@@ -742,7 +749,9 @@ def main(argv: list[str]) -> int:
         if name not in known:
             raise PlanError(f"no stage {name!r} in {args.recipe}{schema.meant(name, known)}; it has {', '.join(known)}")
     if args.gpu:
-        costs.device(args.gpu)
+        costs.device(args.gpu)  # what is wrong with the command is said before models are looked at
+    if args.config_file:
+        launcher(args.config_file)
     machine = calibrate() if args.calibrate else None
     total_seconds, unknown, too_big = 0.0, False, False
     for stage in loaded.stages:
