@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,10 +42,10 @@ REMOVED = {
     "max_seq_length": "max_length",
     "torch_dtype": "model.dtype",
 }
-NOT_YET = ("load_in_", "bnb_", "use_bnb_")
 TEMPLATES = ("chatml", "plain")  # chat templates that are there by name; any other is a path
-LORA = ("use_peft", "lora_", "use_rslora", "use_dora")
-ADAPTED = ("sft", "reward", "ppo")  # the kinds that can train adapters
+LORA = ("use_peft", "lora_", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")  # quantized only under adapters
+BITS4 = ("bnb_", "use_bnb_")
+ADAPTED = ("sft", "reward", "ppo", "classify")  # the kinds that can train adapters
 
 
 @dataclass
@@ -250,9 +251,10 @@ def _check_stage(recipe, name, body, kinds, bad, read_data) -> Stage | None:
             bad(at, f"`stage:{reference}` names no earlier stage{schema.meant(reference, kinds)}")
     parents = list(dict.fromkeys(references(sections)))
     stage = Stage(name, kind, recipe.output_dir / name, sections, recipe.seed, parents, str(recipe.file))
+    args = sections.get("args", {})
     if "model" in module.SECTIONS:
         _check_model(at, kind, sections.get("model", {}), bad)
-    args = sections.get("args", {})
+        _check_installed(at, sections.get("model", {}), args, bad)
     if args.get("global_batch_size") and args.get("gradient_accumulation_steps"):
         message = "follows from global_batch_size and the number of processes: give one of the two"
         bad(f"{at}.args.gradient_accumulation_steps", message, args["gradient_accumulation_steps"])
@@ -295,14 +297,15 @@ def _check_model(at: str, kind: str, model: dict, bad) -> None:
         bad(f"{at}.model.chat_template", f"is neither {' nor '.join(TEMPLATES)} nor a file"
             f"{schema.meant(template, TEMPLATES)}; paths count from where the command is given", template)  # fmt: skip
     for key in model:
-        if key.startswith(NOT_YET):
-            bad(f"{at}.model.{key}", "quantized weights are not supported yet: drop this key", model[key])
-        elif key.startswith(LORA) and kind not in ADAPTED:
-            bad(
-                f"{at}.model.{key}", f"adapters are for {', '.join(ADAPTED)}; this stage trains all weights", model[key]
-            )
+        if key.startswith((*LORA, *BITS4)) and kind not in ADAPTED:
+            message = f"adapters are for {', '.join(ADAPTED)}; this stage trains all weights"
+            bad(f"{at}.model.{key}", message, model[key])
         elif key.startswith(LORA) and not model.get("use_peft"):
             bad(f"{at}.model.{key}", "is used only with `use_peft: true`", model[key])
+        elif key.startswith(BITS4) and not model.get("load_in_4bit"):
+            bad(f"{at}.model.{key}", "is used only with `load_in_4bit: true`", model[key])
+    if model.get("load_in_4bit") and model.get("load_in_8bit"):
+        bad(f"{at}.model.load_in_8bit", "and load_in_4bit cannot both be true: keep one", True)
     if isinstance(config, dict) and path is None:
         architecture = config.get("model_type")
         keys, types = schema.model_config_keys(str(architecture))
@@ -321,6 +324,23 @@ def _check_model(at: str, kind: str, model: dict, bad) -> None:
                     f"unknown key of {architecture}'s config{schema.meant(key, keys)}",
                     config[key],
                 )
+
+
+def _check_installed(at: str, model: dict, args: dict, bad) -> None:
+    """What a setting needs must be installed: found out here, not after the stages before it have run."""
+    installed = importlib.util.find_spec
+    quantized = next((key for key in ("load_in_4bit", "load_in_8bit") if model.get(key)), None)
+    if quantized and not installed("bitsandbytes"):
+        bad(f"{at}.model.{quantized}", "needs bitsandbytes: pip install -e '.[quantization]'", True)
+    optimizer = str(args.get("optim", ""))
+    if re.search("bnb|8bit|paged", optimizer) and not installed("bitsandbytes"):
+        bad(f"{at}.args.optim", "needs bitsandbytes: pip install -e '.[quantization]'", optimizer)
+    if model.get("attn_implementation") == "flash_attention_2" and not installed("flash_attn"):
+        bad(f"{at}.model.attn_implementation", "needs the package flash-attn; drop the key (packed batches need no flash"
+            " attention)", model["attn_implementation"])  # fmt: skip
+    if args.get("use_liger_kernel") and not installed("liger_kernel"):
+        bad(f"{at}.args.use_liger_kernel", "needs the package liger-kernel; drop the key (the loss is fused without it)",
+            True)  # fmt: skip
 
 
 def _check_folder(at: str, path: str, bad) -> None:

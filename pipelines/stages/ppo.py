@@ -78,7 +78,7 @@ def run(stage) -> dict:
         funcs.append(getattr(importlib.import_module(module), function))
         tokenizers.append(None)
     start = reward.critic or (reward.models or [None])[0]
-    critic = scorer(start, section) if start else scorer(section.model_name_or_path, section, allow_new=("score",))
+    critic = scorer(start, section) if start else scorer(section.model_name_or_path, section, new_head=True)
 
     policy = models.adapt(policy, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
     critic = models.adapt(critic, section, "SEQ_CLS")
@@ -103,20 +103,21 @@ def run(stage) -> dict:
     return metrics
 
 
-def scorer(path: str, section, allow_new: tuple[str, ...] = ()):
+def scorer(path: str, section, new_head: bool = False):
     """A sequence classifier with one score from `path`; a missing (random) score head is an error."""
     from pipelines import models
 
-    return models.load_model(
-        _of(section, path), "AutoModelForSequenceClassification", allow_new=allow_new, num_labels=1
-    )
+    return models.load_model(_of(section, path), "AutoModelForSequenceClassification", new_head=new_head, num_labels=1)
 
 
 def _of(section, path: str):
-    """The `model:` section with another model: same dtype and attention, nothing of the policy's own overrides."""
+    """The `model:` section with another model: same dtype, attention and quantization, nothing that is the policy's own."""
     import dataclasses
 
-    return dataclasses.replace(section, model_name_or_path=path, config=None, tokenizer_name_or_path=None)
+    revision = section.model_revision if path == section.model_name_or_path else "main"
+    return dataclasses.replace(
+        section, model_name_or_path=path, model_revision=revision, config=None, tokenizer_name_or_path=None
+    )
 
 
 def _template(policy, tokenizer, section) -> list[str]:

@@ -37,7 +37,6 @@ DEFAULTS = {
     "warmup_steps": 0.05,
     "center_rewards_coefficient": 0.01,
 }
-NEW = ("score",)  # the only weights that a reward model may begin without
 
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
@@ -89,11 +88,12 @@ def run(stage) -> dict:
     args = training.build_args(stage, **DEFAULTS)
     tokenizer = models.load_tokenizer(section)
     model = models.load_model(
-        section, "AutoModelForSequenceClassification", allow_new=NEW, num_labels=1, problem_type="regression"
+        section, "AutoModelForSequenceClassification", new_head=True, num_labels=1, problem_type="regression"
     )
-    with torch.no_grad():
-        head = model.score if hasattr(model, "score") else model.classifier
-        head.weight.normal_(std=1 / math.sqrt(head.weight.shape[-1] + 1))
+    if model.new_weights:  # a model that already is a reward model goes on with its head
+        with torch.no_grad():
+            head = models.last_layer(model)
+            head.weight.normal_(std=1 / math.sqrt(head.weight.shape[-1] + 1))
     added = chat.install_template(model, tokenizer, section.chat_template)
     context = models.context_length(model, stage.sections.get("args", {}).get("max_length"))
 
