@@ -42,6 +42,7 @@ REMOVED = {
     "max_seq_length": "max_length",
     "torch_dtype": "model.dtype",
 }
+HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 TEMPLATES = ("chatml", "plain")  # chat templates that are there by name; any other is a path
 LORA = ("use_peft", "lora_", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")  # quantized only under adapters
 BITS4 = ("bnb_", "use_bnb_")
@@ -85,10 +86,11 @@ class Recipe:
         return next(s for s in self.stages if s.name == name)
 
 
-def load(file, overrides: list[str] = (), *, read_data: bool = True) -> Recipe:
+def load(file, overrides: list[str] = (), *, read_data: bool = True, ask_hub: bool = False) -> Recipe:
     """Read and check the recipe `file` with `overrides` (`stages.sft.args.max_steps=10`) applied.
 
-    `read_data` also reads every local data file and checks every row. Raises `RecipeError` with all problems.
+    `read_data` also reads every local data file and checks every row; `ask_hub` also asks for every hub id whether it
+    is in the hub's cache or can be had. Raises `RecipeError` with all problems.
     """
     file = Path(file)
     tree, lines = _read(file)
@@ -96,6 +98,9 @@ def load(file, overrides: list[str] = (), *, read_data: bool = True) -> Recipe:
     for override in overrides:
         _override(tree, lines, override, problems)
     recipe = _check(file, tree, problems, read_data)
+    if ask_hub:
+        for stage in recipe.stages:
+            _ask_hub(stage, problems)
     if problems:
         for problem in problems:
             problem.line = _line(lines, problem.path)
@@ -351,8 +356,46 @@ def _check_folder(at: str, path: str, bad) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             bad(at, "this folder holds no model (no config.json)", path)
-    elif path.startswith(("/", ".", "~")) or path.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+    elif path.startswith(("/", ".", "~")) or not re.fullmatch(HUB_ID, path):
         bad(at, "no such folder, and not a hub id (name or owner/name) either", path)
+
+
+def _ask_hub(stage: Stage, problems: list[Problem]) -> None:
+    """Hub ids of models that are neither cached nor can be downloaded."""
+    from pipelines import models
+
+    model, reward = stage.sections.get("model", {}), stage.sections.get("reward", {})
+    asked = [("model.model_name_or_path", model.get("model_name_or_path"), "config.json")]
+    asked += [("model.tokenizer_name_or_path", model.get("tokenizer_name_or_path"), "tokenizer_config.json")]
+    asked += [(f"reward.models[{i}]", path, "config.json") for i, path in enumerate(reward.get("models") or [])]
+    asked += [("reward.critic", reward.get("critic"), "config.json")]
+    for key, path, file in asked:
+        if not isinstance(path, str) or path.startswith("stage:") or Path(path).expanduser().is_dir():
+            continue
+        if not re.fullmatch(HUB_ID, path):
+            continue  # said already
+        revision = model.get("model_revision", "main") if key == "model.model_name_or_path" else "main"
+        reason = models.unreachable(path, revision, file)
+        if reason:
+            problems.append(Problem(f"stages.{stage.name}.{key}", reason, path))
+
+
+def adapters(stage: Stage) -> list[str]:
+    """What a stage's adapters sit on and merge into, for people to read; empty where it trains all weights."""
+    model, reward = stage.sections.get("model", {}), stage.sections.get("reward", {})
+    if not model.get("use_peft"):
+        return []
+    bits = 4 if model.get("load_in_4bit") else 8 if model.get("load_in_8bit") else None
+    on = [f"{model.get('model_name_or_path')} ({'policy' if stage.kind == 'ppo' else 'frozen'})"]
+    if stage.kind == "ppo":
+        critic = reward.get("critic") or (reward.get("models") or [model.get("model_name_or_path")])[0]
+        on.append(f"{critic} (critic)")
+    lines = [f"LoRA, r {model.get('lora_r', 16)}, on {' and '.join(on)}" + (f", in {bits} bits" if bits else "")]
+    if stage.kind == "ppo":
+        lines.append("the reference is the policy without its adapter")
+    into = "the base, loaded again at full precision" if bits else "the base"
+    lines.append(f"merged into {into} -> {stage.folder}; the adapter alone -> {stage.folder}/adapter")
+    return lines
 
 
 def _short(value) -> str:

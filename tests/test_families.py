@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import WORDS
 
 from pipelines import chain, chat, kernels, models, packing
 from pipelines import recipe as recipes
-from tests.conftest import WORDS
 
 TEXT = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -56,6 +56,8 @@ CAUSAL = {
                     GEMMA),
     "phi": ("parallel blocks, partial rotary, head with a bias, no PAD, no template",
             {**BASE, "max_position_embeddings": 96, "tie_word_embeddings": False}, GPT),
+    "bloom": ("positions by ALiBi: no limit, attention of its own, no template",
+              {"hidden_size": 32, "n_layer": 2, "n_head": 4}, GPT),
 }  # fmt: skip
 WORDPIECE = {"words": "wordpiece", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
              "pad_token": "[PAD]", "mask_token": "[MASK]", "special": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
@@ -128,7 +130,11 @@ def make_tokenizer(words, special, begin=None, end=None, template=None, segments
         )
     inputs = ["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tok, chat_template=template, model_input_names=inputs, clean_up_tokenization_spaces=False, **names
+        tokenizer_object=tok,
+        chat_template=template,
+        model_input_names=inputs,
+        clean_up_tokenization_spaces=False,
+        **names,
     )
 
 
@@ -218,7 +224,9 @@ def moved(before, after) -> float:
 
 
 def losses(folder):
-    return [e["loss"] for e in map(json.loads, (Path(folder) / "history.jsonl").read_text().splitlines()) if "loss" in e]
+    return [
+        e["loss"] for e in map(json.loads, (Path(folder) / "history.jsonl").read_text().splitlines()) if "loss" in e
+    ]
 
 
 ROWS = [{"prompt": f"what colour is the {a}", "completion": f"the {a} is {c}"}
@@ -226,6 +234,9 @@ ROWS = [{"prompt": f"what colour is the {a}", "completion": f"the {a} is {c}"}
 PAIRS = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "the tree sees"} for r in ROWS]
 STEPS = {"per_device_train_batch_size": 4, "learning_rate": 3e-3, "max_steps": 5, "logging_steps": 1,
          "save_strategy": "no", "warmup_steps": 0, "lr_scheduler_type": "constant", "report_to": []}  # fmt: skip
+
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"]}
 
 
 @pytest.mark.parametrize("family", families(CAUSAL))
@@ -236,6 +247,8 @@ def test_causal_models_through_sft_reward_and_ppo(family, tmp_path, recipe, writ
     stages = {
         "sft": {"kind": "sft", "model": {"model_name_or_path": str(base)}, "data": {"train": write("a.jsonl", ROWS)},
                 "args": {**STEPS, "packing": packed}},
+        "lora": {"kind": "sft", "model": {"model_name_or_path": str(base), **LORA}, "data": {"train": write("a.jsonl", ROWS)},
+                 "args": STEPS},
         "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"},
                    "data": {"train": write("b.jsonl", PAIRS)}, "args": STEPS},
         "policy": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"},
@@ -254,16 +267,43 @@ def test_causal_models_through_sft_reward_and_ppo(family, tmp_path, recipe, writ
         assert moved(before, out / stage) > 0.9, stage
         assert stage == "policy" or (all(map(torch.isfinite, torch.tensor(found))) and found[-1] < found[0]), found
     assert moved(out / "reward", out / "policy" / "critic") > 0.9
-    for place in ("sft", "policy"):
+    found = losses(out / "lora")
+    assert found[-1] < found[0] and new_rows_moved(base, out / "lora", added)
+    for place in ("sft", "lora", "policy"):
         same_when_loaded(kept, out / place, "AutoModelForCausalLM")
     for place in ("reward", "policy/critic"):
         same_when_loaded(kept, out / place, "AutoModelForSequenceClassification")
     lean = rollouts_have_the_plain_log_probs(out / "policy")
     table("causal", {
-        "family": f"`{family}`", "what is particular": about, "tokens added": " ".join(f"`{t}`" for t in added) or "–",
+        "family": f"`{family}`", "what is particular": about, "tokens added": " ".join(f"`{t}`" for t in added).replace("|", "\\|") or "–",
         "batches": "packed" if packed else "padded", "loss": "fused" if fused else "its own",
         "decoding": "lean" if lean else "generate",
     })  # fmt: skip
+
+
+def new_rows_moved(base, folder, added) -> bool:
+    """Whether each token that the template brought was learned under LoRA: its input row, and an output row of its own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, ids = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    used = [ids.convert_tokens_to_ids(t) for t in added if t.startswith("<|im")]  # PAD is never read
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    start = chat_model(base).get_input_embeddings().weight
+    rows = all(not torch.equal(embedding[i], start[i]) for i in used)
+    if head.weight is not embedding and head.bias is None:
+        before = chat_model(base).get_output_embeddings().weight
+        rows &= all(not torch.equal(head.weight[i], before[i]) for i in used)
+    return rows
+
+
+def chat_model(base):
+    """The base with its tokens added as a stage of seed 42 adds them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    set_seed(42)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    chat.install_template(model, AutoTokenizer.from_pretrained(base), None)
+    return model
 
 
 def sft_loss_is_the_models_own(base) -> tuple[bool, bool, list[str]]:
@@ -305,7 +345,9 @@ def rollouts_have_the_plain_log_probs(folder) -> bool:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain, ready = (AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2))
     packed = make_ready(ready)
-    prompts = [chat.encode_prompt(tokenizer, text) for text in ("what is the cat", "a very very big tree is in the", "a")]
+    prompts = [
+        chat.encode_prompt(tokenizer, text) for text in ("what is the cat", "a very very big tree is in the", "a")
+    ]
     ends = [tokenizer.eos_token_id]
     answers, sampled = generate(ready, prompts, max_new_tokens=12, eos_token_ids=ends, seeds=[1, 2, 3], temperature=0.7)
     scored, _ = token_logprobs(ready, collate(list(zip(prompts, answers)), packed, "cpu"), 0.7)
@@ -333,19 +375,30 @@ def test_encoders_through_masked_words_and_classification(family, tmp_path, reci
         "labels": {"kind": "classify", "model": {"model_name_or_path": "stage:words"},
                    "data": {"train": write("r.jsonl", [*REVIEWS, LONG]), "validation": write("v.jsonl", [*REVIEWS, LONG])},
                    "args": {**STEPS, "per_device_train_batch_size": 17, "max_steps": 8, "eval_strategy": "no"}},
+        "lora": {"kind": "classify", "model": {"model_name_or_path": "stage:words", **LORA},
+                 "data": {"train": write("l.jsonl", REVIEWS)},
+                 "args": {**STEPS, "per_device_train_batch_size": 16, "max_steps": 8, "learning_rate": 1e-2}},
+        "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:words"},
+                   "data": {"train": write("p.jsonl", [{k: v[:30] for k, v in row.items()} for row in PAIRS])},
+                   "args": {**STEPS, "max_length": 40}},
     }  # fmt: skip
     loaded = recipes.load(recipe(stages))
     chain.run(loaded)
     out = loaded.output_dir
     assert moved(out / "words", out / "labels") > 0.8
+    assert losses(out / "lora")[-1] < losses(out / "lora")[0] and losses(out / "reward")[-1] < losses(out / "reward")[0]
+    tables = {n for n in weights(out / "words") if "embedding" in n and "factor" not in n}
+    same = {n for n, w in weights(out / "lora").items() if n in tables and torch.equal(w, weights(out / "words")[n])}
+    assert same == tables & weights(out / "lora").keys() and same  # only what is adapted, and the head
     for stage in ("words", "labels"):
         found = losses(out / stage)
         assert all(map(torch.isfinite, torch.tensor(found))), found
     assert found[-1] < found[0]
     record = json.loads((out / "labels" / "stage.json").read_text())
-    assert record["rows"]["train"]["truncated"] == 1  # the long row was cut to what the positions allow, and ran
+    assert record["rows"]["train"]["too_long"] == 1  # the long row was cut to what the positions allow, and ran
     same_when_loaded(kept, out / "words", "AutoModelForMaskedLM")
-    same_when_loaded(kept, out / "labels", "AutoModelForSequenceClassification")
+    for place in ("labels", "lora", "reward"):
+        same_when_loaded(kept, out / place, "AutoModelForSequenceClassification")
     from transformers import AutoModel
 
     table("encoders", {"family": f"`{family}`", "what is particular": about,
