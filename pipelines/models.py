@@ -35,7 +35,7 @@ def unreachable(repo: str, revision: str = "main", file: str = "config.json") ->
         return f"is no local folder and not in the hub's cache, and HF_HUB_OFFLINE is set: unset it, {elsewhere}"
     if _ask(constants.ENDPOINT) is None:
         return f"is no local folder and not in the hub's cache, and {constants.ENDPOINT} gives no answer: {elsewhere}"
-    code, reason = _ask(hf_hub_url(repo, file, revision=revision)) or (0, "")
+    code, reason = _ask(hf_hub_url(repo, file, revision=revision, endpoint=constants.ENDPOINT)) or (0, "")
     if code in (401, 403) and "gated" in reason.lower():
         return (
             f"is gated: ask for access at {constants.ENDPOINT}/{repo}, then `hf auth login` (or set HF_TOKEN) with a "
@@ -145,7 +145,9 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
             **settings,
             **attention,
         )
-    except (OSError, ImportError) as error:
+    except ModelError:
+        raise
+    except (OSError, ImportError, ValueError) as error:
         raise ModelError(
             f"{section.model_name_or_path!r} cannot be loaded ({_first_line(error)}). {_remedy(error)}"
         ) from error
@@ -224,6 +226,8 @@ def _remedy(error: Exception) -> str:
     """What to do about a model or tokenizer that cannot be loaded."""
     if isinstance(error, ImportError):
         return "Install what it names, or choose another model or attn_implementation."
+    if "trust_remote_code" in str(error):
+        return "It brings Python code of its own: read that, then set model.trust_remote_code: true (and pin model_revision)."
     if "gated" in str(error).lower() or "401" in str(error):
         return (
             "The model is gated or private: ask for access on its page at huggingface.co, then run `hf auth login` (or "

@@ -396,14 +396,14 @@ def _why_not_exact(backbone) -> str | None:
     backbone.eval()
     try:
         with torch.no_grad():
-            packed = backbone(**batch, use_cache=False).last_hidden_state[0].float()
-            apart = [backbone(input_ids=torch.tensor([x], device=device), use_cache=False) for x in ids]
+            packed = backbone(**batch, use_cache=False)[0][0].float()
+            apart = [backbone(input_ids=torch.tensor([x], device=device), use_cache=False)[0][0] for x in ids]
     except (SetupError, TypeError) as error:  # refused by packed attention, or a forward without such arguments
         return str(error).partition(": train this")[0]
     finally:
         for module, training in modes:
             module.training = training
-    apart = torch.cat([out.last_hidden_state[0].float() for out in apart])
+    apart = torch.cat(apart).float()
     slack = (1e-3 if weight.dtype == torch.float32 else 5e-2) * apart.abs().max().item()
     return None if torch.allclose(packed, apart, rtol=0, atol=slack) else "its tokens see beyond their own sequence"
 

@@ -276,21 +276,18 @@ def check_quantized(folder, base, seen, auto):
     for name in (n for n in parts if n.endswith("lora_A.weight")):
         key = name.removeprefix("base_model.model.").replace(".lora_A", "")
         delta = parts[name.replace("lora_A", "lora_B")] @ parts[name] * adapter["lora_alpha"] / adapter["r"]
-        delta = delta if full[key].shape == delta.shape else delta.T  # GPT-2's Conv1D
-        torch.testing.assert_close(merged[key], full[key] + delta, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(merged[key], full[key] + delta.T, atol=1e-6, rtol=1e-5)  # GPT-2's Conv1D: (in, out)
         assert delta.abs().max() > 1e-5
         adapted += 1
     assert adapted >= 8
-    loaded = getattr(transformers, auto).from_pretrained(folder)
-    start = getattr(transformers, auto).from_pretrained(base, **({"num_labels": 1} if "Sequence" in auto else {}))
-    effect = (said(loaded).shape, seen["logits"].shape)
-    assert effect[0] == effect[1]
-    return loaded, start
+    return getattr(transformers, auto).from_pretrained(folder)
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", pytest.param("load_in_8bit", marks=pytest.mark.slow)])
 def test_qlora_trains_and_is_merged_at_full_precision(bits, tiny_gpt2, recipe, write, seen):
     pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
     model = {"model_name_or_path": str(tiny_gpt2), **LORA, "lora_target_modules": ["all-linear"], bits: True}
     stage = {"kind": "sft", "model": model, "data": {"train": write("a.jsonl", ROWS)},
              "args": {"global_batch_size": 6, "max_steps": 12, "learning_rate": 1e-2, "logging_steps": 1,
@@ -298,20 +295,22 @@ def test_qlora_trains_and_is_merged_at_full_precision(bits, tiny_gpt2, recipe, w
     loaded = recipes.load(recipe({"sft": stage}))
     chain.run(loaded)
     folder = loaded["sft"].folder
-    merged, start = check_quantized(folder, tiny_gpt2, seen, "AutoModelForCausalLM")
+    merged = said(check_quantized(folder, tiny_gpt2, seen, "AutoModelForCausalLM"))
     log = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     found = [e["loss"] for e in log if "loss" in e]
-    assert found[-1] < 0.8 * found[0]
-    # What rounding the base to so many bits changes, and no more: far less than what training changed.
-    old, rows = start.get_input_embeddings().weight.shape[0], slice(None)
-    near = (said(merged) - seen["logits"])[..., :old].abs().mean()
-    trained = (said(merged)[..., :old] - said(start)[..., rows]).abs().mean()
-    assert near < 0.25 * trained, (near, trained)
+    assert found[-1] < 0.95 * found[0]
+    # The folder differs from what was trained by the rounding of the base to so many bits: far less than training did.
+    start = said(AutoModelForCausalLM.from_pretrained(tiny_gpt2))
+    old = start.shape[-1]
+    rounding, training = (merged - seen["logits"])[..., :old].abs().mean(), (merged[..., :old] - start).abs().mean()
+    assert rounding < (0.25 if bits == "load_in_4bit" else 0.05) * training, (rounding, training)
 
 
 @pytest.mark.slow
 def test_qlora_through_reward_ppo_and_classification(run, tiny_gpt2, recipe, write, seen):
     pytest.importorskip("bitsandbytes")
+    from safetensors.torch import load_file
+
     _, out = run
     sft = {
         "model_name_or_path": str(out / "sft"),
@@ -341,9 +340,7 @@ def test_qlora_through_reward_ppo_and_classification(run, tiny_gpt2, recipe, wri
         check_quantized(loaded[name].folder, out / "sft", seen, f"AutoModelFor{auto}")
     assert moved(weights(loaded["reward"].folder), weights(loaded["policy"].folder / "critic"))
     head = weights(loaded["reward"].folder)["score.weight"]
-    saved = __import__("safetensors.torch").torch.load_file(
-        loaded["reward"].folder / "adapter/adapter_model.safetensors"
-    )
+    saved = load_file(loaded["reward"].folder / "adapter" / "adapter_model.safetensors")
     assert any(torch.equal(value, head) for value in saved.values())  # the score head is saved with the adapter
 
 
