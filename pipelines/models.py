@@ -24,7 +24,9 @@ def unreachable(repo: str, revision: str = "main", file: str = "config.json") ->
 
     What is in the hub's cache is not asked for. Gated and private repositories answer 401 or 403, unknown ones 401 or 404.
     """
-    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+    from urllib.parse import quote
+
+    from huggingface_hub import constants, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(repo, file, revision=revision), str):
         return None
@@ -35,7 +37,7 @@ def unreachable(repo: str, revision: str = "main", file: str = "config.json") ->
         return f"is no local folder and not in the hub's cache, and HF_HUB_OFFLINE is set: unset it, {elsewhere}"
     if _ask(constants.ENDPOINT) is None:
         return f"is no local folder and not in the hub's cache, and {constants.ENDPOINT} gives no answer: {elsewhere}"
-    code, reason = _ask(hf_hub_url(repo, file, revision=revision, endpoint=constants.ENDPOINT)) or (0, "")
+    code, reason = _ask(f"{constants.ENDPOINT}/{repo}/resolve/{quote(revision, safe='')}/{file}") or (0, "")
     if code in (401, 403) and "gated" in reason.lower():
         return (
             f"is gated: ask for access at {constants.ENDPOINT}/{repo}, then `hf auth login` (or set HF_TOKEN) with a "
