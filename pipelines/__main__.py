@@ -100,7 +100,7 @@ def _run(args) -> int:
     names, overrides = _split(args.words)
     first = int(os.environ.get("RANK", "0")) == 0
     try:
-        loaded = recipe.load(args.recipe, overrides, read_data=first)
+        loaded = recipe.load(args.recipe, overrides, read_data=first, ask_hub=first)
     except RecipeError:
         if first:
             raise
@@ -123,12 +123,13 @@ def _check(args) -> int:
     from pipelines import recipe
 
     names, overrides = _split(args.words)
-    loaded = recipe.load(args.recipe, overrides)
+    loaded = recipe.load(args.recipe, overrides, ask_hub=True)
     for name in names:
         loaded[name]
     for stage in loaded.stages:
         base = stage.sections.get("model", {}).get("model_name_or_path") or ", ".join(stage.parents) or "a new model"
         print(f"  {stage.name:<12} {stage.kind:<9} from {base}  ->  {stage.folder}")
+        print("".join(f"{'':25}{line}\n" for line in recipe.adapters(stage)), end="")
     print(f"{args.recipe}: {len(loaded.stages)} stages, no problems")
     return 0
 

@@ -10,7 +10,10 @@ nothing around a message, so that prompt and completion are text that follow eac
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -101,7 +104,8 @@ def install_template(model, tokenizer, template: str | None) -> list[str]:
     """Give `tokenizer` the chat template `template` and `model` the tokens it needs; returns the tokens added.
 
     `template` is "chatml", "plain" (text as it stands), a path to a .jinja file, or None: keep the tokenizer's own, or
-    chatml where it has none. chatml's markers are added where the vocabulary lacks them, and `<|im_end|>` becomes EOS.
+    chatml where it has none. chatml's markers are added where the vocabulary lacks them, and `<|im_end|>` becomes EOS;
+    so does the token with which any other template closes an answer (Gemma's `<end_of_turn>`, Phi's `<|end|>`).
     In every case PAD is made a token of its own (pad == eos means that EOS is never learned).
     """
     added = dress(tokenizer, template)
@@ -122,7 +126,24 @@ def dress(tokenizer, template: str | None) -> list[str]:
         tokenizer.chat_template = (TEMPLATES / "plain.jinja").read_text()
     elif template != "keep":
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    end = closing_token(tokenizer)
+    if end is not None and end != tokenizer.eos_token:
+        logger.info("EOS is %s, with which the chat template closes an answer (it was %s)", end, tokenizer.eos_token)
+        tokenizer.eos_token = end
     return added + ensure_pad(tokenizer)
+
+
+def closing_token(tokenizer) -> str | None:
+    """The special token that the chat template puts right after an answer; None where there is none.
+
+    Many instruction-tuned models name another EOS in their tokenizer, and list this one in their generation config.
+    """
+    question = {"role": "user", "content": "Is it?"}
+    text = _render(tokenizer, [question, {"role": "assistant", "content": "It is."}], False)
+    tail = text[text.rindex("It is.") + len("It is.") :] if "It is." in text else ""
+    ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return tokenizer.convert_ids_to_tokens(ids[0]) if ids and ids[0] in special else None
 
 
 def ensure_pad(tokenizer) -> list[str]:

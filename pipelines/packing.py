@@ -192,6 +192,30 @@ class PackedCollator:
         return labels
 
 
+class PaddedCollator:
+    """Dataset rows -> one right-padded batch with the same losses, for architectures that cannot be packed.
+
+    Gives input_ids, attention_mask and labels, (rows, longest) int64; labels are -100 on padding and, as in a pack, on
+    the first token of each row.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        columns = {"input_ids": [], "attention_mask": [], "labels": []}
+        for row in rows:
+            ids, labels = torch.as_tensor(row["input_ids"]).long(), torch.as_tensor(row["labels"]).long().clone()
+            labels[0] = IGNORE
+            for name, value in zip(columns, (ids, torch.ones_like(ids), labels), strict=True):
+                columns[name].append(value)
+        fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORE}
+        return {
+            name: torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill[name])
+            for name, parts in columns.items()
+        }
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Attention over packs
 # ------------------------------------------------------------------------------------------------------------
@@ -401,6 +425,7 @@ def enable_packed_attention(model) -> None:
     if reason:
         raise SetupError(f"{kind} cannot be trained on packed sequences: {reason}. Set `packing: false`.")
 
+    before = config._attn_implementation
     AttentionInterface.register(NAME, packed_sdpa_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
@@ -408,7 +433,36 @@ def enable_packed_attention(model) -> None:
         raise SetupError(f"{kind} did not accept packed attention. Set `packing: false`.")
     backbone = model.base_model
     if not any(hook is _before_forward for hook in backbone._forward_pre_hooks.values()):
-        backbone.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        hook = backbone.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        reason = _why_not_exact(backbone)
+        if reason:
+            hook.remove()
+            model.set_attn_implementation(before)
+            raise SetupError(f"{kind} cannot be trained on packed sequences: {reason}. Set `packing: false`.")
+
+
+def _why_not_exact(backbone) -> str | None:
+    """Whatever else an architecture does between tokens shows on two short sequences, packed and apart; or None."""
+    weight = backbone.get_input_embeddings().weight
+    if weight.device.type == "meta" or hasattr(weight, "ds_id"):  # not loaded yet, or ZeRO-3's
+        return None
+    device, rows = weight.device, weight.size(0)
+    ids = [[(7 * i + 3) % rows for i in range(n)] for n in (4, 3)]
+    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in pack(ids).items() if k != "labels"}
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            packed = backbone(**batch, use_cache=False)[0][0].float()
+            apart = [backbone(input_ids=torch.tensor([x], device=device), use_cache=False)[0][0] for x in ids]
+    except (SetupError, TypeError) as error:  # refused by packed attention, or a forward without such arguments
+        return str(error).partition(": train this")[0]
+    finally:
+        for module, training in modes:
+            module.training = training
+    apart = torch.cat(apart).float()
+    slack = (1e-3 if weight.dtype == torch.float32 else 5e-2) * apart.abs().max().item()
+    return None if torch.allclose(packed, apart, rtol=0, atol=slack) else "its tokens see beyond their own sequence"
 
 
 def enable_packed_scores(model) -> bool:

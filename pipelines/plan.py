@@ -589,7 +589,7 @@ def _changes(kind: str, setup: Setup) -> list[tuple[str, dict]]:
         out.append(("args.activation_checkpointing=true", {"checkpointing": True}))
     if kind in recipe.ADAPTED and not setup.lora and not setup.sharded:
         out.append(("model.use_peft=true", {"lora": True}))
-    if kind in recipe.ADAPTED and not setup.sharded and not setup.quantize and "load_in_" not in recipe.NOT_YET:
+    if kind in recipe.ADAPTED and not setup.sharded and not setup.quantize:
         out.append(("model.use_peft=true and model.load_in_4bit=true", {"lora": True, "quantize": True}))
     if not setup.gpu:
         return out

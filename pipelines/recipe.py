@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,10 +42,11 @@ REMOVED = {
     "max_seq_length": "max_length",
     "torch_dtype": "model.dtype",
 }
-NOT_YET = ("load_in_", "bnb_", "use_bnb_")
+HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 TEMPLATES = ("chatml", "plain")  # chat templates that are there by name; any other is a path
-LORA = ("use_peft", "lora_", "use_rslora", "use_dora")
-ADAPTED = ("sft", "reward", "ppo")  # the kinds that can train adapters
+LORA = ("use_peft", "lora_", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")  # quantized only under adapters
+BITS4 = ("bnb_", "use_bnb_")
+ADAPTED = ("sft", "reward", "ppo", "classify")  # the kinds that can train adapters
 
 
 @dataclass
@@ -84,10 +86,11 @@ class Recipe:
         return next(s for s in self.stages if s.name == name)
 
 
-def load(file, overrides: list[str] = (), *, read_data: bool = True) -> Recipe:
+def load(file, overrides: list[str] = (), *, read_data: bool = True, ask_hub: bool = False) -> Recipe:
     """Read and check the recipe `file` with `overrides` (`stages.sft.args.max_steps=10`) applied.
 
-    `read_data` also reads every local data file and checks every row. Raises `RecipeError` with all problems.
+    `read_data` also reads every local data file and checks every row; `ask_hub` also asks for every hub id whether it
+    is in the hub's cache or can be had. Raises `RecipeError` with all problems.
     """
     file = Path(file)
     tree, lines = _read(file)
@@ -95,6 +98,9 @@ def load(file, overrides: list[str] = (), *, read_data: bool = True) -> Recipe:
     for override in overrides:
         _override(tree, lines, override, problems)
     recipe = _check(file, tree, problems, read_data)
+    if ask_hub:
+        for stage in recipe.stages:
+            _ask_hub(stage, problems)
     if problems:
         for problem in problems:
             problem.line = _line(lines, problem.path)
@@ -254,6 +260,7 @@ def _check_stage(recipe, name, body, kinds, bad, read_data) -> Stage | None:
     stage = Stage(name, kind, recipe.output_dir / name, sections, recipe.seed, parents, str(recipe.file), earlier)
     if "model" in module.SECTIONS:
         _check_model(at, kind, sections.get("model", {}), bad)
+        _check_installed(at, sections.get("model", {}), sections.get("args", {}), bad)
         base = str(sections.get("model", {}).get("model_name_or_path"))
         if base.startswith("stage:") and (made := kinds.get(base.removeprefix("stage:"))) in NO_MODEL:
             bad(f"{at}.model.model_name_or_path", f"that stage is of kind {made} and leaves no model", base)
@@ -302,14 +309,15 @@ def _check_model(at: str, kind: str, model: dict, bad) -> None:
         bad(f"{at}.model.chat_template", f"is neither {' nor '.join(TEMPLATES)} nor a file"
             f"{schema.meant(template, TEMPLATES)}; paths count from where the command is given", template)  # fmt: skip
     for key in model:
-        if key.startswith(NOT_YET):
-            bad(f"{at}.model.{key}", "quantized weights are not supported yet: drop this key", model[key])
-        elif key.startswith(LORA) and kind not in ADAPTED:
-            bad(
-                f"{at}.model.{key}", f"adapters are for {', '.join(ADAPTED)}; this stage trains all weights", model[key]
-            )
+        if key.startswith((*LORA, *BITS4)) and kind not in ADAPTED:
+            message = f"adapters are for {', '.join(ADAPTED)}; this stage trains all weights"
+            bad(f"{at}.model.{key}", message, model[key])
         elif key.startswith(LORA) and not model.get("use_peft"):
             bad(f"{at}.model.{key}", "is used only with `use_peft: true`", model[key])
+        elif key.startswith(BITS4) and not model.get("load_in_4bit"):
+            bad(f"{at}.model.{key}", "is used only with `load_in_4bit: true`", model[key])
+    if model.get("load_in_4bit") and model.get("load_in_8bit"):
+        bad(f"{at}.model.load_in_8bit", "and load_in_4bit cannot both be true: keep one", True)
     if isinstance(config, dict) and path is None:
         architecture = config.get("model_type")
         keys, types = schema.model_config_keys(str(architecture))
@@ -330,6 +338,23 @@ def _check_model(at: str, kind: str, model: dict, bad) -> None:
                 )
 
 
+def _check_installed(at: str, model: dict, args: dict, bad) -> None:
+    """What a setting needs must be installed: found out here, not after the stages before it have run."""
+    installed = importlib.util.find_spec
+    quantized = next((key for key in ("load_in_4bit", "load_in_8bit") if model.get(key)), None)
+    if quantized and not installed("bitsandbytes"):
+        bad(f"{at}.model.{quantized}", "needs bitsandbytes: pip install -e '.[quantization]'", True)
+    optimizer = str(args.get("optim", ""))
+    if re.search("bnb|8bit|paged", optimizer) and not installed("bitsandbytes"):
+        bad(f"{at}.args.optim", "needs bitsandbytes: pip install -e '.[quantization]'", optimizer)
+    if model.get("attn_implementation") == "flash_attention_2" and not installed("flash_attn"):
+        bad(f"{at}.model.attn_implementation", "needs the package flash-attn; drop the key (packed batches need no flash"
+            " attention)", model["attn_implementation"])  # fmt: skip
+    if args.get("use_liger_kernel") and not installed("liger_kernel"):
+        bad(f"{at}.args.use_liger_kernel", "needs the package liger-kernel; drop the key (the loss is fused without it)",
+            True)  # fmt: skip
+
+
 def _check_folder(at: str, path: str, bad) -> None:
     """A local folder must hold a model; what is no folder must look like a hub id."""
     if path.startswith("stage:"):
@@ -338,8 +363,46 @@ def _check_folder(at: str, path: str, bad) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             bad(at, "this folder holds no model (no config.json)", path)
-    elif path.startswith(("/", ".", "~")) or path.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+    elif path.startswith(("/", ".", "~")) or not re.fullmatch(HUB_ID, path):
         bad(at, "no such folder, and not a hub id (name or owner/name) either", path)
+
+
+def _ask_hub(stage: Stage, problems: list[Problem]) -> None:
+    """Hub ids of models that are neither cached nor can be downloaded."""
+    from pipelines import models
+
+    model, reward = stage.sections.get("model", {}), stage.sections.get("reward", {})
+    asked = [("model.model_name_or_path", model.get("model_name_or_path"), "config.json")]
+    asked += [("model.tokenizer_name_or_path", model.get("tokenizer_name_or_path"), "tokenizer_config.json")]
+    asked += [(f"reward.models[{i}]", path, "config.json") for i, path in enumerate(reward.get("models") or [])]
+    asked += [("reward.critic", reward.get("critic"), "config.json")]
+    for key, path, file in asked:
+        if not isinstance(path, str) or path.startswith("stage:") or Path(path).expanduser().is_dir():
+            continue
+        if not re.fullmatch(HUB_ID, path):
+            continue  # said already
+        revision = model.get("model_revision", "main") if key == "model.model_name_or_path" else "main"
+        reason = models.unreachable(path, revision, file)
+        if reason:
+            problems.append(Problem(f"stages.{stage.name}.{key}", reason, path))
+
+
+def adapters(stage: Stage) -> list[str]:
+    """What a stage's adapters sit on and merge into, for people to read; empty where it trains all weights."""
+    model, reward = stage.sections.get("model", {}), stage.sections.get("reward", {})
+    if not model.get("use_peft"):
+        return []
+    bits = 4 if model.get("load_in_4bit") else 8 if model.get("load_in_8bit") else None
+    on = [f"{model.get('model_name_or_path')} ({'policy' if stage.kind == 'ppo' else 'frozen'})"]
+    if stage.kind == "ppo":
+        critic = reward.get("critic") or (reward.get("models") or [model.get("model_name_or_path")])[0]
+        on.append(f"{critic} (critic)")
+    lines = [f"LoRA, r {model.get('lora_r', 16)}, on {' and '.join(on)}" + (f", in {bits} bits" if bits else "")]
+    if stage.kind == "ppo":
+        lines.append("the reference is the policy without its adapter")
+    into = "the base, loaded again at full precision" if bits else "the base"
+    lines.append(f"merged into {into} -> {stage.folder}; the adapter alone -> {stage.folder}/adapter")
+    return lines
 
 
 def _short(value) -> str:

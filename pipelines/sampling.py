@@ -26,7 +26,7 @@ def load(path: str):
 
 def fitting(model, tokenizer, prompts: list, response_length: int) -> list[int]:
     """Positions of the prompts that leave room for an answer in what the model reads."""
-    context = checks.context_of(model)
+    context = models.positions(model)
     lengths = [len(chat.encode_prompt(tokenizer, prompt)) for prompt in prompts]
     return [i for i, n in enumerate(lengths) if context is None or n + response_length <= context]
 

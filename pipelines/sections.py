@@ -39,6 +39,23 @@ class ModelSection(ModelConfig):
             "the tokenizer, used by every later stage."
         },
     )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type in which the weights are loaded; null: float32 (training then runs in bf16 autocast where the "
+            "hardware has it). With load_in_4bit also the type in which they are multiplied; null: bfloat16 where the GPU "
+            "has it, else float32.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "With use_peft: keep the base in 4 bits (QLoRA, nf4). Adapters are merged into the base loaded again "
+            "at full precision, so the folder holds no 4-bit weights. Needs the extra `quantization`."
+        },
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "With use_peft: as load_in_4bit, in 8 bits."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that the model's repository brings. Only for code you read."}
     )

@@ -7,7 +7,6 @@ that names the rows.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from pipelines import SetupError, artifact
+from pipelines import SetupError, artifact, models
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +57,7 @@ def build_args(stage, **defaults):
         values["bf16"] = False
     values |= {"output_dir": str(stage.checkpoints), "seed": stage.seed, "remove_unused_columns": False}
     values |= accumulation(values, state.num_processes)
+    _fit_to_cpu(values, state.device.type)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "logs")
     module, _, name = stage.module.SECTIONS["args"].partition(":")
     cls = getattr(__import__(module, fromlist=[name]), name)
@@ -71,7 +71,23 @@ def build_args(stage, **defaults):
             stage.name, precision, state.num_processes, state.device.type, per_step,
             args.per_device_train_batch_size, args.gradient_accumulation_steps, state.num_processes,
         )  # fmt: skip
+        checkpointing = "on" if args.activation_checkpointing else "off"
+        logger.info(
+            "%s: optimizer %s, activation checkpointing %s, torch.compile %s, attention %s",
+            stage.name, getattr(args.optim, "value", args.optim), checkpointing, "on" if args.torch_compile else "off",
+            stage.sections.get("model", {}).get("attn_implementation") or "sdpa where the model has it",
+        )  # fmt: skip
     return args
+
+
+def _fit_to_cpu(values: dict, device: str) -> None:
+    """What only a GPU can do is left out on a CPU, and said, so that one recipe runs on both."""
+    if device != "cpu":
+        return
+    for key, instead in (("fp16", "fp32"), ("tf32", "fp32"), ("use_liger_kernel", "our own fused loss, on any device")):
+        if values.get(key):
+            logger.warning("args.%s needs a GPU; on this CPU: %s", key, instead)
+            values[key] = None if key == "tf32" else False
 
 
 def accumulation(values: dict, world: int) -> dict:
@@ -291,6 +307,7 @@ def fit(stage, trainer) -> None:
         if resume:
             logger.warning("%s: resuming from %s", stage.name, resume)
     PartialState().wait_for_everyone()
+    models.adapters_in_float32(trainer.model)
     stopper = _StopOnSignal()
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
@@ -311,7 +328,8 @@ def fit(stage, trainer) -> None:
 def save(trainer, folder: Path, tokenizer) -> None:
     """Write the model as a folder that `from_pretrained` reads, with the tokenizer and chat template beside it.
 
-    Adapters are merged, so that every stage leaves a plain model; as they are they lie in the folder `adapter` beside it.
+    Adapters are merged (at full precision, see `models.merge`), so that every stage leaves a plain model; as they are they
+    lie in the folder `adapter` beside it.
     """
     parts = {"": getattr(trainer, "policy", trainer.model), "critic": getattr(trainer, "critic", None)}
     if any(hasattr(model, "peft_config") for model in parts.values()):
@@ -319,7 +337,7 @@ def save(trainer, folder: Path, tokenizer) -> None:
             for name, model in parts.items():
                 if hasattr(model, "peft_config"):
                     model.save_pretrained(folder / name / "adapter", selected_adapters=[model.active_adapter])
-                    model = copy.deepcopy(model).merge_and_unload()
+                    model = models.merge(model, tokenizer)
                 if model is not None:
                     model.save_pretrained(folder / name)
                     tokenizer.save_pretrained(folder / name)

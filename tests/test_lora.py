@@ -235,3 +235,167 @@ def test_two_processes_train_the_adapters_of_one(run):
         for name in one:
             torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0, msg=f"{place} {name}")
     assert weights(out.parent / "cpu_2" / "policy" / "critic")
+
+
+def test_the_chain_equals_the_same_chain_with_merges_by_hand(run, tiny_gpt2, tmp_path):
+    """Reward and PPO from an SFT adapter merged with peft alone are those of the chain."""
+    import peft
+    import yaml
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, out = run
+    tokenizer = AutoTokenizer.from_pretrained(out / "sft")
+    base = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    base.resize_token_embeddings(len(tokenizer))
+    base.config.pad_token_id, base.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    merged = peft.PeftModel.from_pretrained(base, out / "sft" / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    stages = yaml.safe_load(path.read_text())["stages"]
+    del stages["sft"]
+    stages["reward"]["model"]["model_name_or_path"] = stages["policy"]["model"]["model_name_or_path"] = str(
+        tmp_path / "sft"
+    )
+    hand = tmp_path / "recipe.yaml"
+    hand.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out"), "stages": stages}, sort_keys=False))
+    chain.run(recipes.load(hand))
+    for place in ("reward", "policy", "policy/critic"):
+        chained, by_hand = weights(out / place), weights(tmp_path / "out" / place)
+        assert chained.keys() == by_hand.keys()
+        for name in chained:
+            if name not in ("transformer.wte.weight", "lm_head.weight"):  # PAD's row is drawn, and never read
+                torch.testing.assert_close(chained[name], by_hand[name], atol=1e-6, rtol=0, msg=f"{place} {name}")
+
+
+# --- 4 and 8 bits --------------------------------------------------------------------------------------------------
+
+BITS4 = {"load_in_4bit": True, "lora_target_modules": ["all-linear"]}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What a stage trained: `seen["first"]`, `seen["last"]` (quantized weights), `seen["logits"]` of the model as saved."""
+    from pipelines import training
+
+    found, fit, save = {}, training.fit, training.save
+
+    def quantized(trainer):
+        model = getattr(trainer, "policy", trainer.model)
+        return {n: p.detach().clone() for n, p in model.named_parameters() if p.dtype in (torch.uint8, torch.int8)}
+
+    def fit_(stage, trainer):
+        found["first"] = quantized(trainer)
+        fit(stage, trainer)
+
+    def save_(trainer, folder, tokenizer):
+        found["last"] = quantized(trainer)
+        found["logits"] = said(getattr(trainer, "policy", trainer.model))
+        save(trainer, folder, tokenizer)
+
+    monkeypatch.setattr(training, "fit", fit_)
+    monkeypatch.setattr(training, "save", save_)
+    return found
+
+
+def said(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(5, 25)[None]).logits
+
+
+def check_quantized(folder, base, seen, auto):
+    """Bits stayed as they were; the folder is the full-precision base plus the adapter, near what was trained."""
+    import transformers
+
+    assert seen["first"] and all(torch.equal(w, seen["last"][n]) for n, w in seen["first"].items())
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert all(w.dtype == torch.float32 for w in weights(folder).values())
+    adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    from safetensors.torch import load_file
+
+    parts = load_file(folder / "adapter" / "adapter_model.safetensors")
+    full, merged, adapted = weights(base), weights(folder), 0
+    for name in (n for n in parts if n.endswith("lora_A.weight")):
+        key = name.removeprefix("base_model.model.").replace(".lora_A", "")
+        delta = parts[name.replace("lora_A", "lora_B")] @ parts[name] * adapter["lora_alpha"] / adapter["r"]
+        torch.testing.assert_close(merged[key], full[key] + delta.T, atol=1e-6, rtol=1e-5)  # GPT-2's Conv1D: (in, out)
+        assert delta.abs().max() > 1e-5
+        adapted += 1
+    assert adapted >= 8
+    return getattr(transformers, auto).from_pretrained(folder)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", pytest.param("load_in_8bit", marks=pytest.mark.slow)])
+def test_qlora_trains_and_is_merged_at_full_precision(bits, tiny_gpt2, recipe, write, seen):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    model = {"model_name_or_path": str(tiny_gpt2), **LORA, "lora_target_modules": ["all-linear"], bits: True}
+    stage = {"kind": "sft", "model": model, "data": {"train": write("a.jsonl", ROWS)},
+             "args": {"global_batch_size": 6, "max_steps": 12, "learning_rate": 1e-2, "logging_steps": 1,
+                      "optim": "adamw_bnb_8bit"}}  # fmt: skip
+    loaded = recipes.load(recipe({"sft": stage}))
+    chain.run(loaded)
+    folder = loaded["sft"].folder
+    merged = said(check_quantized(folder, tiny_gpt2, seen, "AutoModelForCausalLM"))
+    log = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    found = [e["loss"] for e in log if "loss" in e]
+    assert found[-1] < 0.95 * found[0]
+    # The folder differs from what was trained by the rounding of the base to so many bits: far less than training did.
+    start = said(AutoModelForCausalLM.from_pretrained(tiny_gpt2))
+    old = start.shape[-1]
+    rounding, training = (merged - seen["logits"])[..., :old].abs().mean(), (merged[..., :old] - start).abs().mean()
+    assert rounding < (0.25 if bits == "load_in_4bit" else 0.05) * training, (rounding, training)
+
+
+@pytest.mark.slow
+def test_qlora_through_reward_ppo_and_classification(run, tiny_gpt2, recipe, write, seen):
+    pytest.importorskip("bitsandbytes")
+    from safetensors.torch import load_file
+
+    _, out = run
+    sft = {
+        "model_name_or_path": str(out / "sft"),
+        **LORA,
+        **BITS4,
+        "bnb_4bit_quant_type": "nf4",
+        "use_bnb_nested_quant": True,
+    }
+    steps = {"global_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "save_steps": 2}
+    labels = [{"text": f"the cat {v} {i}", "label": v} for i in range(8) for v in ("likes", "sees")]
+    stages = {
+        "reward": {"kind": "reward", "model": sft, "data": {"train": write("b.jsonl", PAIRS)}, "args": steps},
+        "policy": {"kind": "ppo", "model": sft, "reward": {"models": ["stage:reward"], "min_accuracy": 0},
+                   "data": {"train": write("c.jsonl", [{"prompt": r["prompt"]} for r in ROWS])},
+                   "args": {**steps, "max_steps": 2, "response_length": 8, "allow_no_eos": True, "num_mini_batches": 1,
+                            "missing_eos_penalty": 1.0}},
+        "labels": {"kind": "classify", "model": {**LORA, **BITS4, "model_name_or_path": str(out / "sft")},
+                   "data": {"train": write("d.jsonl", labels)}, "args": steps},
+    }  # fmt: skip
+    loaded = recipes.load(recipe(stages))
+    for name, auto in (
+        ("reward", "SequenceClassification"),
+        ("policy", "CausalLM"),
+        ("labels", "SequenceClassification"),
+    ):
+        chain.run(loaded, [name])
+        check_quantized(loaded[name].folder, out / "sft", seen, f"AutoModelFor{auto}")
+    assert moved(weights(loaded["reward"].folder), weights(loaded["policy"].folder / "critic"))
+    head = weights(loaded["reward"].folder)["score.weight"]
+    saved = load_file(loaded["reward"].folder / "adapter" / "adapter_model.safetensors")
+    assert any(torch.equal(value, head) for value in saved.values())  # the score head is saved with the adapter
+
+
+def test_check_says_what_merges_into_what_and_refuses_bits_without_adapters(tiny_gpt2, recipe, write, capsys):
+    from pipelines.__main__ import main
+
+    stage = {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2), **LORA, **BITS4},
+             "data": {"train": write("a.jsonl", ROWS)}}  # fmt: skip
+    path = str(recipe({"sft": stage}))
+    pytest.importorskip("bitsandbytes")
+    assert main(["check", path]) == 0
+    text = capsys.readouterr().out
+    assert "LoRA, r 4, on" in text and "in 4 bits" in text and "loaded again at full precision" in text
+    assert main(["check", path, "stages.sft.model.use_peft=false"]) == 2
+    assert "load_in_4bit" in capsys.readouterr().err
+    assert main(["check", path, "stages.sft.model.load_in_4bit=false", "stages.sft.model.bnb_4bit_quant_type=nf4"]) == 2
+    assert "is used only with `load_in_4bit: true`" in capsys.readouterr().err

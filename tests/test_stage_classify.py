@@ -297,18 +297,17 @@ def test_only_heads_may_be_new(kind, tmp_path):
 
     from pipelines.models import ModelError, load_model
     from pipelines.sections import ModelSection
-    from pipelines.stages.classify import NEW
 
     base = AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=50, **KINDS[kind]))
     base.save_pretrained(tmp_path)
     section = ModelSection(model_name_or_path=str(tmp_path))
-    model = load_model(section, "AutoModelForSequenceClassification", allow_new=NEW, id2label={0: "a", 1: "b", 2: "c"})
+    model = load_model(section, "AutoModelForSequenceClassification", new_head=True, id2label={0: "a", 1: "b", 2: "c"})
     assert model.config.num_labels == 3
     kept = load_file(tmp_path / "model.safetensors")
     lost = next(name for name in kept if "layer" in name.lower() or name.startswith(("h.", "encoder.")))
     save_file({k: v for k, v in kept.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="they would be random"):
-        load_model(section, "AutoModelForSequenceClassification", allow_new=NEW, id2label={0: "a", 1: "b"})
+        load_model(section, "AutoModelForSequenceClassification", new_head=True, id2label={0: "a", 1: "b"})
 
 
 def refused(recipe, body):

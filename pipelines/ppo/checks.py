@@ -114,11 +114,6 @@ def same_tokenizer(one, other) -> bool:
     )
 
 
-def context_of(model) -> int | None:
-    """The most tokens that a model reads; None where its config does not say."""
-    return getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None)
-
-
 def name_of(function) -> str:
     """What a reward function is called in logs: its model's folder, or its own name."""
     if isinstance(function, nn.Module):

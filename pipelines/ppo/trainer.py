@@ -30,7 +30,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, get_last_check
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.trainer.base_trainer import _BaseTrainer
 
-from pipelines import SetupError
+from pipelines import SetupError, models
 from pipelines.chat import as_text, encode_answer, encode_prompt
 from pipelines.ppo import algorithm, checks
 from pipelines.ppo.config import PPOConfig
@@ -346,7 +346,7 @@ class PPOTrainer(_BaseTrainer):
                 prompt_ids, answer_ids = encode_answer(tokenizer, prompt, completion)
                 cut_off = response[-1] not in self.eos_token_ids  # then it has no EOS for the reward model either
                 sequences[row] = prompt_ids + (answer_ids[:-1] if cut_off else answer_ids)
-        limit = checks.context_of(model)
+        limit = models.positions(model)
         longest = max(map(len, sequences))
         if limit is not None and longest > limit:
             raise SetupError(
@@ -759,6 +759,8 @@ class PPOTrainer(_BaseTrainer):
 
     def _frozen(self, module: nn.Module) -> nn.Module:
         module.requires_grad_(False)
+        if hasattr(module, "full_precision"):  # quantized: it is where it was loaded, and cannot be moved
+            return module.eval()
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(module, self.accelerator)
         if self.is_fsdp_enabled:
@@ -780,7 +782,7 @@ class PPOTrainer(_BaseTrainer):
             raise SetupError(f"{name} has no column `prompt`, but {', '.join(dataset.column_names)}")
         prompts = [encode_prompt(self.processing_class, prompt) for prompt in dataset["prompt"]]
         contexts = [
-            checks.context_of(m)
+            models.positions(m)
             for m in (self.policy, self.critic, self.ref_model)
             if m is not None and not isinstance(m, ValueHead)
         ]

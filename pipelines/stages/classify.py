@@ -39,14 +39,9 @@ METRICS = {
     MULTI: ("f1_micro", "f1_macro", "subset_accuracy"),
     NUMBER: ("mse", "pearson", "spearman"),
 }
-# Weights that a base model may lack: the heads of BERT, DistilBERT, RoBERTa, ELECTRA, DeBERTa, ModernBERT, XLNet,
-# BART and causal models, and the poolers of encoders pretrained on masked words alone.
-NEW = (
-    "classifier", "pre_classifier", "score", "classification_head", "head", "sequence_summary", "logits_proj",
-    "pooler", "bert.pooler", "albert.pooler", "mobilebert.pooler",
-)  # fmt: skip
 USED = ("model_name_or_path", "model_revision", "tokenizer_name_or_path", "config", "dtype", "attn_implementation",
-        "trust_remote_code")  # fmt: skip
+        "trust_remote_code", "load_in_4bit", "load_in_8bit")  # fmt: skip
+ADAPTERS = ("use_peft", "lora_", "use_rslora", "use_dora", "bnb_", "use_bnb_")
 
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
@@ -55,7 +50,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
 
     model, task, args = (stage.sections.get(name, {}) for name in ("model", "task", "args"))
     for key in model.keys() - set(USED):
-        yield f"model.{key}", "classify trains all weights of a plain-text model; drop this key", model[key]
+        if not key.startswith(ADAPTERS):
+            yield f"model.{key}", "classify reads plain text; drop this key", model[key]
     if not model.get("model_name_or_path") and not model.get("tokenizer_name_or_path"):
         yield "model.tokenizer_name_or_path", "a new model needs a tokenizer: a folder, a hub id or stage:NAME", None
     kind, labels = task.get("problem_type", SINGLE), task.get("labels")
@@ -130,12 +126,13 @@ def run(stage) -> dict:
         section,
         "AutoModelForSequenceClassification",
         tokenizer,
-        allow_new=NEW,
+        new_head=True,
         problem_type=task.problem_type,
         **settings,
     )
     chat.fit_model(model, tokenizer)
     context = models.context_length(model, args.max_length)
+    read_by_model(model, tokenizer)
     too_long = stage.data.get("too_long", "truncate")
     train_set, where = _encode(stage, "train", train, names, task, tokenizer, context, too_long)
     validation_set = None
@@ -143,6 +140,7 @@ def run(stage) -> dict:
         validation_set, _ = _encode(stage, "validation", validation, names, task, tokenizer, context, too_long)
         validation_set.sort(key=lambda feature: len(feature["input_ids"]))  # little padding; the order means nothing
 
+    model = models.adapt(model, section, "SEQ_CLS")
     measure = Measure(task.problem_type, len(names), metrics)
     trainer = ClassifyTrainer(
         model=model,
@@ -167,6 +165,17 @@ def run(stage) -> dict:
     results = training.final_metrics(trainer)
     training.save(trainer, stage.folder, tokenizer)
     return {**results, "labels": names, **measure.details()}
+
+
+def read_by_model(model, tokenizer) -> None:
+    """Let the tokenizer write only what the model reads: not every encoder knows segments (`token_type_ids`)."""
+    import inspect
+
+    known = inspect.signature(model.forward).parameters
+    segments = getattr(model.config, "type_vocab_size", 2) > 1
+    tokenizer.model_input_names = [
+        name for name in tokenizer.model_input_names if name in known and (segments or name != "token_type_ids")
+    ]
 
 
 def label_names(train: list[dict], validation: list[dict], task) -> list[str]:

@@ -36,9 +36,6 @@ DEFAULTS = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
 }
-# Heads that a public encoder may come without: BERT's and DeBERTa's, RoBERTa's, DistilBERT's, ALBERT's, ELECTRA's,
-# ModernBERT's. Output embeddings are tied to the input's.
-NEW = ("cls", "lm_head", "vocab_", "predictions", "generator_", "head", "decoder")
 USED = ("model_name_or_path", "model_revision", "tokenizer_name_or_path", "config", "dtype", "attn_implementation",
         "trust_remote_code")  # fmt: skip
 
@@ -106,7 +103,7 @@ def run(stage) -> dict:
             corpus.tokenize_corpus(
                 documents(side), tokenizer, folder / side, separator_id=separator, key={**key, "side": side}
             )
-    model = models.load_model(section, "AutoModelForMaskedLM", tokenizer, allow_new=NEW)
+    model = models.load_model(section, "AutoModelForMaskedLM", tokenizer, new_head=True)
     chat.fit_model(model, tokenizer)
     context = models.context_length(model, args.max_length)
     sets = {}

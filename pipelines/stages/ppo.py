@@ -121,7 +121,7 @@ def run(stage) -> dict:
         tokenizers.append(None)
     start = reward.critic or ("shared" if reward.share_base else (reward.models or [None])[0])
     if start is None:
-        critic = scorer(section.model_name_or_path, section, allow_new=("score",))
+        critic = scorer(section.model_name_or_path, section, new_head=True)
     else:
         critic = "shared" if start == "shared" else scorer(start, section, reward.label)
     if critic != "shared":
@@ -149,7 +149,7 @@ def run(stage) -> dict:
     return metrics
 
 
-def scorer(path: str, section, label: str | None = None, allow_new: tuple[str, ...] = ()):
+def scorer(path: str, section, label: str | None = None, new_head: bool = False):
     """A sequence classifier with one score from `path`; a missing (random) score head is an error.
 
     Of a classifier of two labels the score is the log-odds of `label`.
@@ -163,7 +163,7 @@ def scorer(path: str, section, label: str | None = None, allow_new: tuple[str, .
     config = AutoConfig.from_pretrained(path, revision=one.model_revision, trust_remote_code=one.trust_remote_code)
     classifies = any("ForSequenceClassification" in name for name in config.architectures or [])
     if not classifies or config.num_labels == 1:
-        return models.load_model(one, kind, allow_new=allow_new, num_labels=1)
+        return models.load_model(one, kind, new_head=new_head, num_labels=1)
     if label is None:
         raise SetupError(
             f"{path} is a classifier of {', '.join(map(str, config.id2label.values()))}: set reward.label to the one "
@@ -209,10 +209,13 @@ def _pretraining_text(stage, tokenizer, context: int):
 
 
 def _of(section, path: str):
-    """The `model:` section with another model: same dtype and attention, nothing of the policy's own overrides."""
+    """The `model:` section with another model: same dtype, attention and quantization, nothing that is the policy's own."""
     import dataclasses
 
-    return dataclasses.replace(section, model_name_or_path=path, config=None, tokenizer_name_or_path=None)
+    revision = section.model_revision if path == section.model_name_or_path else "main"
+    return dataclasses.replace(
+        section, model_name_or_path=path, model_revision=revision, config=None, tokenizer_name_or_path=None
+    )
 
 
 def _template(policy, tokenizer, section) -> list[str]:

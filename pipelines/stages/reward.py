@@ -43,7 +43,6 @@ DEFAULTS = {
     "warmup_steps": 0.05,
     "center_rewards_coefficient": 0.01,
 }
-NEW = ("score",)  # the only weights that a reward model may begin without
 
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
@@ -105,13 +104,14 @@ def run(stage) -> dict:
     tags = args.tags or []
     tokenizer = models.load_tokenizer(section)
     model = models.load_model(
-        section, "AutoModelForSequenceClassification", allow_new=NEW, num_labels=1, problem_type="regression"
+        section, "AutoModelForSequenceClassification", new_head=True, num_labels=1, problem_type="regression"
     )
     if tags:
         tag_heads.add(model, len(tags))
-    with torch.no_grad():
-        head = model.score if hasattr(model, "score") else model.classifier
-        head.weight.normal_(std=1 / math.sqrt(head.weight.shape[-1] + 1))
+    if tags or model.new_weights:  # a model that already is a reward model goes on with its head
+        with torch.no_grad():
+            head = models.last_layer(model)
+            head.weight.normal_(std=1 / math.sqrt(head.weight.shape[-1] + 1))
     added = chat.install_template(model, tokenizer, section.chat_template)
     kernels.fast_gelu(model)
     collate = RankingCollator(tokenizer.pad_token_id, **_packs(model))

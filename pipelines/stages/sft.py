@@ -7,7 +7,8 @@
       args: {global_batch_size: 32, learning_rate: 2e-5, num_train_epochs: 3, packing: true, max_length: 1024}
 
 Rows of a batch are laid end to end, never padded; with `packing: true` each row is a pack of short examples that fills
-`max_length`. Examples never see each other (tests/test_packing.py shows packed equals separate).
+`max_length`. Examples never see each other (tests/test_packing.py shows packed equals separate). An architecture that
+cannot be packed exactly is found out and padded, and said.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DEFAULTS = {
 NOT_HERE = {
     "assistant_only_loss": "the loss is always on the assistant's answers only",
     "completion_only_loss": "the loss is always on the answers only",
-    "padding_free": "batches never hold padding",
+    "padding_free": "batches hold no padding wherever the architecture allows it",
     "dataset_text_field": "map the columns with data.columns",
     "eos_token": "EOS comes from the chat template: set model.chat_template",
     "pad_token": "PAD is always a token of its own",
@@ -56,7 +57,7 @@ def run(stage) -> dict:
     from transformers import Trainer, set_seed
     from trl import SFTTrainer
 
-    from pipelines import chat, data, kernels, lm, models, packing, training
+    from pipelines import SetupError, chat, data, kernels, lm, models, packing, training
 
     class Trainer_(lm.LanguageModelTrainer, training.ChainTrainer, SFTTrainer):
         """TRL's trainer on packed batches, with the model's own (fast, packed) loss."""
@@ -85,7 +86,14 @@ def run(stage) -> dict:
     else:
         train_set, where = lm.rows_dataset(train)
     kernels.fast_model(model)
-    packing.enable_packed_attention(model)
+    collator = packing.PackedCollator()
+    try:
+        packing.enable_packed_attention(model)
+    except SetupError as reason:
+        if args.packing:
+            raise
+        logger.warning("%s Its batches are padded instead.", str(reason).partition(" Set `packing")[0])
+        collator = packing.PaddedCollator(tokenizer.pad_token_id)
     model = models.adapt(model, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
 
     args.prediction_loss_only = True
@@ -97,7 +105,7 @@ def run(stage) -> dict:
         train_dataset=train_set,
         eval_dataset=lm.rows_dataset(validation)[0] if validation else None,
         processing_class=tokenizer,
-        data_collator=training.RowCollator(packing.PackedCollator()),
+        data_collator=training.RowCollator(collator),
     )
     trainer.where = where
     training.fit(stage, trainer)
