@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 logger = logging.getLogger(__name__)
@@ -108,11 +109,12 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
     if not section.use_peft:
         return model
     import peft
-    from accelerate import PartialState
     from transformers.pytorch_utils import Conv1D
     from trl import get_peft_config
 
-    if PartialState().distributed_type.value in ("FSDP", "DEEPSPEED"):
+    from pipelines import launch
+
+    if launch.sharded():
         raise ModelError(
             "model.use_peft: adapters run on one process or plain data parallelism (ddp.yaml), not on shards"
         )
@@ -129,6 +131,18 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
     trained, total = model.get_nb_trainable_parameters()
     logger.info("LoRA: %d of %d parameters are trained", trained, total)
     return model
+
+
+@contextlib.contextmanager
+def whole(weight):
+    """Within it, a weight that ZeRO-3 has cut up is whole; what the first process makes of it all processes get."""
+    if not hasattr(weight, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(weight, modifier_rank=0):
+        yield
 
 
 def _special(tokenizer) -> dict:

@@ -48,14 +48,17 @@ def build_args(stage, **defaults):
     values |= {"eval_strategy": "steps", "eval_steps": 0.1} if stage.sections.get("data", {}).get("validation") else {}
     values |= {"ddp_find_unused_parameters": False, "gradient_checkpointing": False}
     values["bf16"] = state.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    zero = state.distributed_type.value == "DEEPSPEED"
     if state.device.type == "cpu":
-        values |= {"use_cpu": True, "dataloader_pin_memory": False}
+        values |= {"dataloader_pin_memory": False} | ({"ddp_backend": "gloo"} if zero else {"use_cpu": True})
     values |= defaults
     values |= stage.sections.get("args", {})
     if values.get("fp16"):
         values["bf16"] = False
     values |= {"output_dir": str(stage.checkpoints), "seed": stage.seed, "remove_unused_columns": False}
     values |= _accumulation(values, state.num_processes)
+    if zero:  # DeepSpeed divides by the steps of its own config, which `accelerate launch` sets to 1
+        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(values.get("gradient_accumulation_steps", 1))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "logs")
     module, _, name = stage.module.SECTIONS["args"].partition(":")
     cls = getattr(__import__(module, fromlist=[name]), name)

@@ -91,8 +91,8 @@ def run(stage) -> dict:
     model = models.load_model(
         section, "AutoModelForSequenceClassification", allow_new=NEW, num_labels=1, problem_type="regression"
     )
-    with torch.no_grad():
-        head = model.score if hasattr(model, "score") else model.classifier
+    head = model.score if hasattr(model, "score") else model.classifier
+    with torch.no_grad(), models.whole(head.weight):
         head.weight.normal_(std=1 / math.sqrt(head.weight.shape[-1] + 1))
     added = chat.install_template(model, tokenizer, section.chat_template)
     context = models.context_length(model, stage.sections.get("args", {}).get("max_length"))
@@ -214,19 +214,21 @@ def pair_scores(trainer, dataset, pad_token_id: int):
     import torch
     from accelerate.utils import gather_object
 
-    args, model = trainer.args, trainer.model
+    args = trainer.args
+    model = trainer.model_wrapped if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else trainer.model
     collate = RankingCollator(pad_token_id)
     order = np.argsort([max(map(len, r["ids"])) for r in dataset], kind="stable")
     mine = order[args.process_index :: args.world_size]
     was_training, found = model.training, []
     model.eval()
-    for start in range(0, len(mine), args.per_device_eval_batch_size):
+    # A sharded model needs every process in every forward, so each does as many batches as the first.
+    for start in range(0, math.ceil(len(order) / args.world_size), args.per_device_eval_batch_size):
         chunk = [int(i) for i in mine[start : start + args.per_device_eval_batch_size]]
-        rows = [dataset[i] for i in chunk]
+        rows = [dataset[i] for i in chunk or order[:1].tolist()]
         batch = {k: v.to(args.device) for k, v in collate(rows).items() if k in ("input_ids", "attention_mask")}
         with torch.no_grad(), trainer.compute_loss_context_manager():
             scores = model(**batch, use_cache=False).logits.squeeze(-1).float().tolist()
-        for i, row in zip(chunk, rows, strict=True):
+        for i, row in zip(chunk, rows, strict=False):  # no chunk: the row is there for the others alone
             own, scores = scores[: len(row["ids"])], scores[len(row["ids"]) :]
             found += [(i, n, own[a], own[b]) for n, (a, b) in enumerate(decided(row["ranks"]))]
     model.train(was_training)
