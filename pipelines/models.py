@@ -134,15 +134,21 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
 
 
 @contextlib.contextmanager
-def whole(weight):
-    """Within it, a weight that ZeRO-3 has cut up is whole; what the first process makes of it all processes get."""
-    if not hasattr(weight, "ds_id"):
+def whole(*weights):
+    """Within it, weights that ZeRO-3 has cut up are whole; what the first process makes of them all processes get."""
+    if not any(hasattr(weight, "ds_id") for weight in weights):
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(weight, modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0):
         yield
+
+
+def vocabulary(model) -> int:
+    """The number of token ids that a model knows, also where ZeRO-3 has left its embeddings without a shape."""
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
 
 
 def _special(tokenizer) -> dict:

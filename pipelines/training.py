@@ -177,6 +177,9 @@ class ChainTrainer:
             "  usual causes: a learning rate that is too high, fp16 overflow (use bf16 or fp32), a broken row"
         )
 
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict and untied(self.model, state_dict))
+
     def _save_checkpoint(self, model, trial):
         """As the parent's, but the checkpoint is marked when all of it is written, and older ones go only then."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -295,6 +298,11 @@ def fit(stage, trainer) -> None:
             f"stage {stage.name} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in "
             f"{last_checkpoint(folder)}. Run the same command to go on."
         )
+
+
+def untied(model, weights: dict) -> dict:
+    """`weights` without the second names of tied ones, under each of which FSDP and DeepSpeed gather a copy."""
+    return {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
 
 
 def save(trainer, folder: Path, tokenizer) -> None:

@@ -8,6 +8,7 @@ right-padded where it cannot. Heads are applied to answer positions only and log
 from __future__ import annotations
 
 import logging
+import types
 
 import torch
 from torch import Tensor, nn
@@ -182,13 +183,15 @@ def has_plain_head(model: nn.Module) -> bool:
     Found out once per model on four tokens, whatever its config says. A head that ZeRO-3 has cut up can only
     be reached through the model.
     """
+    head = model.get_output_embeddings()
+    if hasattr(head.weight, "ds_id"):
+        return False
     if not hasattr(model, "_has_plain_head"):
-        head = model.get_output_embeddings()
         ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
         own = model(input_ids=ids, use_cache=False).logits.float()
         ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
         near = torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
-        model._has_plain_head = type(head) is nn.Linear and not hasattr(head.weight, "ds_id") and near
+        model._has_plain_head = type(head) is nn.Linear and near
     return model._has_plain_head
 
 
@@ -208,6 +211,22 @@ def sequence_scores(model: nn.Module, sequences: list[list[int]], packed: bool, 
     return model.score(hidden[last.to(device)])[:, 0].float()
 
 
+def shard_frozen(model: nn.Module, accelerator) -> nn.Module:
+    """Cut a model that is only read into shards (FSDP2), in place; `within` puts it together."""
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    model.within = types.MethodType(lambda self, function, *args: function(self, *args), model)
+    model = fsdp2_prepare_model(accelerator, model)
+    register_fsdp_forward_method(model, "within")
+    return model.eval()
+
+
+def within(model: nn.Module, function, *args):
+    """`function(model, *args)`, in which a model of `shard_frozen` is whole."""
+    return model.within(function, *args) if hasattr(model, "within") else function(model, *args)
+
+
 class PolicyAndCritic(nn.Module):
     """Both trained models as one module: one optimizer, one gradient norm, one `accelerator.prepare`."""
 
@@ -216,7 +235,13 @@ class PolicyAndCritic(nn.Module):
     def __init__(self, policy: nn.Module, critic: nn.Module):
         super().__init__()
         self.policy, self.critic = policy, critic
+        self._no_split_modules = {*(policy._no_split_modules or ()), *(critic._no_split_modules or ())}  # for FSDP
         self.config = policy.config  # what the Trainer, DeepSpeed and callbacks look at
+
+    def tie_weights(self, *args, **kwargs):
+        """Called by FSDP, which moves weights from device to device: tied ones come apart there."""
+        self.policy.tie_weights(*args, **kwargs)
+        self.critic.tie_weights(*args, **kwargs)
 
     def forward(self, batch: dict, values_only: bool = False, **how):
         """`(logprobs, entropies or None, values)`, each (N,) float32, or the values alone.
