@@ -105,7 +105,8 @@ def _run(args) -> int:
         if first:
             raise
         return 2
-    launch.start()  # before anything else creates Accelerate's state
+    timeouts = [s.sections["args"]["ddp_timeout"] for s in loaded.stages if "ddp_timeout" in s.sections.get("args", {})]
+    launch.start(max(timeouts, default=1800))  # before anything else creates Accelerate's state
     from pipelines.training import Interrupted, NotFinite
 
     try:
@@ -115,6 +116,15 @@ def _run(args) -> int:
         return 130
     except NotFinite as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not launch.lost(error):
+            raise
+        print(
+            f"error: process {os.environ.get('RANK')} lost the others, or the network to them: "
+            f"{str(error).splitlines()[0]}\nThe same command (on every machine) goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -159,7 +159,9 @@ def ensure_pad(tokenizer) -> list[str]:
 
 def fit_model(model, tokenizer) -> None:
     """Grow the embeddings to the tokenizer (mean-initialised, never shrunk) and agree on PAD and EOS."""
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    from pipelines.models import vocabulary
+
+    if len(tokenizer) > vocabulary(model):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
     config = model.config.get_text_config()
     config.pad_token_id = tokenizer.pad_token_id

@@ -383,8 +383,8 @@ def _why_not_fused(model) -> str | None:
             return f"its config sets {name}"
     if model.base_model is model:
         return "it has no separate backbone"
-    if _sharded(head):
-        return "its head is sharded over processes"
+    if any(hasattr(p, "ds_id") for p in model.parameters()) or _sharded(head):
+        return "its weights are sharded over processes"
     if head.weight.device.type == "meta":
         return "its weights are not loaded yet"
     # Anything else a forward may do between backbone and logits shows on four tokens.

@@ -36,22 +36,33 @@ def fast_environment() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def start():
+def start(timeout: float = 1800):
     """Accelerate's state for this process, created once. Raises `WorldError` when the world is not the asked one.
 
     Whether it is for CPU is decided when the state is first created: a config file with `use_cpu: true` alone gives
     two independent runs of one process each. So it is said here, and in the variable that the Accelerator reads later.
+    A process that waits for another one longer than `timeout` seconds gives up: see `lost`.
     """
+    from datetime import timedelta
+
     import torch
 
-    cpu = not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true"
+    on_cpu = not torch.accelerator.is_available()
+    cpu = on_cpu and not _asked("DEEPSPEED")
     if cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading and saving weights: two lines each for what takes milliseconds
-    state = PartialState(cpu=cpu)
+    # Accelerate knows DeepSpeed only on accelerators: there the CPU's backend must be named.
+    backend = {"backend": "gloo"} if on_cpu and not cpu else {}
+    state = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout), **backend)
+    if cpu and _asked("FSDP"):
+        raise WorldError(
+            "FSDP was asked for, but there is no GPU, and on a CPU Accelerate would let every process hold the whole "
+            "model without a word. Use `accelerate launch --config_file accelerate_configs/cpu_2.yaml`."
+        )
     asked, how = asked_world()
     if state.num_processes != asked:
         raise WorldError(
@@ -68,6 +79,23 @@ def start():
             said = " ".join(FAST) + (f", {threads} threads per process" if threads else "")
             logger.info("fast environment: %s (switch off with %s=0)", said, SWITCH)
     return state
+
+
+def _asked(what: str) -> bool:
+    """Whether the launcher said `ACCELERATE_USE_<what>`: FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+
+
+def sharded() -> bool:
+    """Whether the launcher asked for FSDP or DeepSpeed: processes then hold parts of a model or of its optimizer."""
+    return _asked("FSDP") or _asked("DEEPSPEED")
+
+
+def lost(error: Exception) -> bool:
+    """Whether `error` says that another process, or the network to it, is gone."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo/transport" in str(error)  # gloo raises plain RuntimeErrors
 
 
 def asked_world() -> tuple[int, str]:
@@ -119,14 +147,15 @@ def _launcher_world() -> tuple[int, str] | None:
 def _share_of_cores() -> int | None:
     """Threads for this process where nobody chose a number: the launchers then say one, and most of a CPU idles.
 
-    None where OMP_NUM_THREADS or `--num_cpu_threads_per_process` was given, or where `accelerate launch` is not above
-    this process: alone, PyTorch takes all cores by itself, and torchrun says what it set.
+    None where OMP_NUM_THREADS or `--num_cpu_threads_per_process` was given, or where neither `accelerate launch` nor
+    torchrun is above this process: alone, PyTorch takes all cores by itself.
     """
     import psutil
 
     line, _, told = _launcher()
     chosen = _option(line, "num_cpu_threads_per_process") or told.get("num_cpu_threads_per_process")
-    if not line or chosen or "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ():
+    launched = line or "TORCHELASTIC_RUN_ID" in os.environ
+    if not launched or chosen or "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ():
         return None
     cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -6,6 +6,7 @@ Architectures differ in where positions begin, what is tied, what a head is call
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -252,11 +253,12 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
     if not section.use_peft:
         return model
     import peft
-    from accelerate import PartialState
     from transformers.pytorch_utils import Conv1D
     from trl import get_peft_config
 
-    if PartialState().distributed_type.value in ("FSDP", "DEEPSPEED"):
+    from pipelines import launch
+
+    if launch.sharded():
         raise ModelError(
             "model.use_peft: adapters run on one process or plain data parallelism (ddp.yaml), not on shards"
         )
@@ -333,6 +335,24 @@ def adapters_in_float32(model) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dtype == torch.bfloat16:
                 parameter.data = parameter.data.float()
+
+
+@contextlib.contextmanager
+def whole(*weights):
+    """Within it, weights that ZeRO-3 has cut up are whole; what the first process makes of them all processes get."""
+    if not any(hasattr(weight, "ds_id") for weight in weights):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0):
+        yield
+
+
+def vocabulary(model) -> int:
+    """The number of token ids that a model knows, also where ZeRO-3 has left its embeddings without a shape."""
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
 
 
 def _special(tokenizer) -> dict:

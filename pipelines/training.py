@@ -49,8 +49,9 @@ def build_args(stage, **defaults):
     values |= {"eval_strategy": "steps", "eval_steps": 0.1} if stage.sections.get("data", {}).get("validation") else {}
     values |= {"ddp_find_unused_parameters": False, "gradient_checkpointing": False}
     values["bf16"] = state.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    zero = state.distributed_type.value == "DEEPSPEED"
     if state.device.type == "cpu":
-        values |= {"use_cpu": True, "dataloader_pin_memory": False}
+        values |= {"dataloader_pin_memory": False} | ({"ddp_backend": "gloo"} if zero else {"use_cpu": True})
     values |= defaults
     values |= stage.sections.get("args", {})
     if values.get("fp16"):
@@ -58,6 +59,8 @@ def build_args(stage, **defaults):
     values |= {"output_dir": str(stage.checkpoints), "seed": stage.seed, "remove_unused_columns": False}
     values |= accumulation(values, state.num_processes)
     _fit_to_cpu(values, state.device.type)
+    if zero:  # DeepSpeed divides by the steps of its own config, which `accelerate launch` sets to 1
+        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(values.get("gradient_accumulation_steps", 1))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "logs")
     module, _, name = stage.module.SECTIONS["args"].partition(":")
     cls = getattr(__import__(module, fromlist=[name]), name)
@@ -192,6 +195,9 @@ class ChainTrainer:
             "  usual causes: a learning rate that is too high, fp16 overflow (use bf16 or fp32), a broken row"
         )
 
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict and untied(self.model, state_dict))
+
     def _save_checkpoint(self, model, trial):
         """As the parent's, but the checkpoint is marked when all of it is written, and older ones go only then."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -323,6 +329,11 @@ def fit(stage, trainer) -> None:
             f"stage {stage.name} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in "
             f"{last_checkpoint(folder)}. Run the same command to go on."
         )
+
+
+def untied(model, weights: dict) -> dict:
+    """`weights` without the second names of tied ones, under each of which FSDP and DeepSpeed gather a copy."""
+    return {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
 
 
 def save(trainer, folder: Path, tokenizer) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from pipelines import SetupError
+from pipelines.models import vocabulary
 from pipelines.ppo.forward import ValueHead, plain_model
 
 
@@ -24,8 +25,7 @@ def check_models(model, value_model, ref_model, reward_funcs: list, tokenizer) -
         problems.append(
             "model, value_model, ref_model and reward models must be separate objects: load each for itself"
         )
-    shared = isinstance(value_model, ValueHead)
-    rows = None if shared else plain_model(value_model).get_input_embeddings().weight.shape[0]
+    rows = None if isinstance(value_model, ValueHead) else vocabulary(plain_model(value_model))
     if rows is not None and rows < len(tokenizer):
         problems.append(
             f"value_model knows {rows} tokens and the policy's tokenizer has {len(tokenizer)}: a critic must "

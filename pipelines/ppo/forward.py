@@ -8,6 +8,7 @@ right-padded where it cannot. Heads are applied to answer positions only and log
 from __future__ import annotations
 
 import logging
+import types
 from pathlib import Path
 
 import torch
@@ -187,13 +188,15 @@ def has_plain_head(model: nn.Module) -> bool:
     Found out once per model on four tokens, whatever its config says. A head that ZeRO-3 has cut up can only
     be reached through the model.
     """
+    head = model.get_output_embeddings()
+    if hasattr(head.weight, "ds_id"):
+        return False
     if not hasattr(model, "_has_plain_head"):
-        head = model.get_output_embeddings()
         ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
         own = model(input_ids=ids, use_cache=False).logits.float()
         ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
         near = torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
-        model._has_plain_head = type(head) is nn.Linear and not hasattr(head.weight, "ds_id") and near
+        model._has_plain_head = type(head) is nn.Linear and near
     return model._has_plain_head
 
 
@@ -244,6 +247,22 @@ class ValueHead(nn.Module):
         self.load_state_dict(load_file(Path(folder) / self.FILE))
 
 
+def shard_frozen(model: nn.Module, accelerator) -> nn.Module:
+    """Cut a model that is only read into shards (FSDP2), in place; `within` puts it together."""
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    model.within = types.MethodType(lambda self, function, *args: function(self, *args), model)
+    model = fsdp2_prepare_model(accelerator, model)
+    register_fsdp_forward_method(model, "within")
+    return model.eval()
+
+
+def within(model: nn.Module, function, *args):
+    """`function(model, *args)`, in which a model of `shard_frozen` is whole."""
+    return model.within(function, *args) if hasattr(model, "within") else function(model, *args)
+
+
 class PolicyAndCritic(nn.Module):
     """Both trained models as one module: one optimizer, one gradient norm, one `accelerator.prepare`."""
 
@@ -252,7 +271,15 @@ class PolicyAndCritic(nn.Module):
     def __init__(self, policy: nn.Module, critic: nn.Module):
         super().__init__()
         self.policy, self.critic = policy, critic
+        blocks = (getattr(model, "_no_split_modules", None) or () for model in (policy, critic))
+        self._no_split_modules = {name for names in blocks for name in names}  # for FSDP
         self.config = policy.config  # what the Trainer, DeepSpeed and callbacks look at
+
+    def tie_weights(self, *args, **kwargs):
+        """Called by FSDP, which moves weights from device to device: tied ones come apart there."""
+        self.policy.tie_weights(*args, **kwargs)
+        if not isinstance(self.critic, ValueHead):
+            self.critic.tie_weights(*args, **kwargs)
 
     def forward(
         self,

@@ -27,11 +27,12 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.trainer_utils import SaveStrategy, TrainOutput, get_last_checkpoint, speed_metrics
-from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from trl.models import prepare_deepspeed, unwrap_model_for_generation
 from trl.trainer.base_trainer import _BaseTrainer
 
 from pipelines import SetupError, models
 from pipelines.chat import as_text, encode_answer, encode_prompt
+from pipelines.models import whole
 from pipelines.ppo import algorithm, checks
 from pipelines.ppo.config import PPOConfig
 from pipelines.ppo.diagnosis import Watch
@@ -42,11 +43,13 @@ from pipelines.ppo.forward import (
     make_ready,
     plain_model,
     sequence_scores,
+    shard_frozen,
     token_logprobs,
+    within,
 )
 from pipelines.ppo.rewards import AdapterScorer
 from pipelines.ppo.rollout import generate
-from pipelines.training import NotFinite
+from pipelines.training import NotFinite, untied
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +129,8 @@ class PPOTrainer(_BaseTrainer):
         checks.check_counts(reward_funcs, self.reward_weights, self.reward_tokenizers)
         checks.check_ptx(args, ptx_dataset)
         if ref_model is None and not hasattr(model, "peft_config"):
-            ref_model = copy.deepcopy(model)
+            with whole(*model.parameters()):
+                ref_model = copy.deepcopy(model)
         together = [m for m in (model, value_model, ref_model) if m is not None and not isinstance(m, ValueHead)]
         self.packed = all([make_ready(module) for module in together])
         self.reward_packed = [
@@ -145,6 +149,7 @@ class PPOTrainer(_BaseTrainer):
             optimizers=optimizers,
         )
         self.policy, self.critic, self.ptx_dataset = model, value_model, ptx_dataset
+        self.decoder = copy.deepcopy(model).eval() if self.is_fsdp_enabled else None  # see `_whole_policy`
         self.reward_funcs = [self._frozen(f) if isinstance(f, nn.Module) else f for f in reward_funcs]
         self.reward_tokenizers = [
             None if t is None or checks.same_tokenizer(t, processing_class) else t for t in self.reward_tokenizers
@@ -268,7 +273,7 @@ class PPOTrainer(_BaseTrainer):
             else:
                 sampled, _, values = self.model_wrapped(batch, temperature=args.temperature)
             with self._reference() as reference, self.accelerator.autocast():
-                ref_logprobs, _ = token_logprobs(reference, batch, args.temperature)
+                ref_logprobs, _ = within(reference, token_logprobs, batch, args.temperature)
             columns = torch.stack([sampled.cpu(), ref_logprobs.cpu(), values.cpu()])
             for i, part in zip(chunk, columns.split([len(responses[i]) for i in chunk], dim=1), strict=True):
                 per_token[i] = part
@@ -302,12 +307,9 @@ class PPOTrainer(_BaseTrainer):
         if self.vllm is not None:
             self.vllm.sync_weights()
             return [list(ids) for ids in self.vllm.generate(prompts, None, 1)[1]], None
-        with (
-            unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
-            self.accelerator.autocast(),
-        ):
+        with self._whole_policy() as policy, self.accelerator.autocast():
             return generate(
-                model.policy,
+                policy,
                 prompts,
                 max_new_tokens=args.response_length,
                 eos_token_ids=self.eos_token_ids,
@@ -357,9 +359,8 @@ class PPOTrainer(_BaseTrainer):
         order = _by_length([(ids,) for ids in sequences])
         for chunk in _chunks(order, self.args.local_rollout_forward_batch_size):
             with self.accelerator.autocast():
-                found = sequence_scores(
-                    model, [sequences[j] for j in chunk], self.reward_packed[i], self.accelerator.device
-                )
+                ids, packed = [sequences[j] for j in chunk], self.reward_packed[i]
+                found = within(model, sequence_scores, ids, packed, self.accelerator.device)
             scores[chunk] = found.cpu()
         return scores
 
@@ -394,6 +395,8 @@ class PPOTrainer(_BaseTrainer):
                         break
                 clip = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
                 grad_norm = self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), clip)
+                if hasattr(grad_norm, "full_tensor"):  # FSDP2: of this process's shards
+                    grad_norm = grad_norm.full_tensor()
                 grad_norm = 0.0 if grad_norm is None else float(grad_norm)  # DeepSpeed may not say
                 if not math.isfinite(grad_norm) and self.accelerator.scaler is None:  # fp16's scaler skips such steps
                     what = f"the gradient norm is {grad_norm}"
@@ -665,8 +668,9 @@ class PPOTrainer(_BaseTrainer):
         weights = {"policy": None, "critic": None}
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # collective: every process takes part
             whole = self.accelerator.get_state_dict(self.model_wrapped)
-            for part in weights:
-                weights[part] = {k.removeprefix(f"{part}."): v for k, v in whole.items() if k.startswith(f"{part}.")}
+            for part, model in (("policy", self.policy), ("critic", self.critic)):
+                own = {k.removeprefix(f"{part}."): v for k, v in whole.items() if k.startswith(f"{part}.")}
+                weights[part] = untied(model, own)
         if self.args.should_save:
             only = {"selected_adapters": [self.policy.active_adapter]} if hasattr(self.policy, "peft_config") else {}
             self.policy.save_pretrained(folder, state_dict=weights["policy"], **only)
@@ -732,6 +736,8 @@ class PPOTrainer(_BaseTrainer):
         return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         for module, folder in ((self.policy, ""), (self.critic, "critic")):
             place = Path(resume_from_checkpoint) / folder
             if isinstance(module, ValueHead):
@@ -761,11 +767,25 @@ class PPOTrainer(_BaseTrainer):
         module.requires_grad_(False)
         if hasattr(module, "full_precision"):  # quantized: it is where it was loaded, and cannot be moved
             return module.eval()
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(module, self.accelerator)
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            return prepare_deepspeed(module, self.accelerator).module
         if self.is_fsdp_enabled:
-            return prepare_fsdp(module, self.accelerator)
+            return shard_frozen(module, self.accelerator)
         return module.to(self.accelerator.device).eval()
+
+    @contextlib.contextmanager
+    def _whole_policy(self):
+        """The policy with all its weights on this process, for decoding: processes decode for different times."""
+        if not self.is_fsdp_enabled:
+            with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+                yield model.policy
+            return
+        weights = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in self.policy.state_dict().items()}
+        self.decoder.load_state_dict(weights, assign=True)
+        del weights
+        yield self.decoder
+        for weight in self.decoder.parameters():
+            weight.data = weight.new_empty(1).expand_as(weight)  # its shape, without its memory
 
     @contextlib.contextmanager
     def _reference(self):

@@ -109,8 +109,8 @@ def run(stage) -> dict:
     if tags:
         tag_heads.add(model, len(tags))
     if tags or model.new_weights:  # a model that already is a reward model goes on with its head
-        with torch.no_grad():
-            head = models.last_layer(model)
+        head = models.last_layer(model)
+        with torch.no_grad(), models.whole(head.weight):
             head.weight.normal_(std=1 / math.sqrt(head.weight.shape[-1] + 1))
     added = chat.install_template(model, tokenizer, section.chat_template)
     kernels.fast_gelu(model)
@@ -281,18 +281,21 @@ def answer_logits(trainer, dataset, collate: RankingCollator) -> list:
     import torch
     from accelerate.utils import gather_object
 
-    args, model = trainer.args, trainer.model
+    args = trainer.args
+    model = trainer.model_wrapped if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else trainer.model
     order = np.argsort([max(map(len, r["ids"])) for r in dataset], kind="stable")
     mine = order[args.process_index :: args.world_size]
     was_training, found = model.training, []
     model.eval()
-    for start in range(0, len(mine), args.per_device_eval_batch_size):
+    # A sharded model needs every process in every forward, so each does as many batches as the first.
+    for start in range(0, math.ceil(len(order) / args.world_size), args.per_device_eval_batch_size):
         chunk = [int(i) for i in mine[start : start + args.per_device_eval_batch_size]]
-        rows = [dataset[i] for i in chunk]
+        rows = [dataset[i] for i in chunk or order[:1].tolist()]
         batch = trainer._prepare_input(collate.inputs([row["ids"] for row in rows]))
         with torch.no_grad(), trainer.compute_loss_context_manager():
             logits = model(**batch, use_cache=False).logits.float().cpu().numpy()
-        found += zip(chunk, np.split(logits, np.cumsum([len(row["ids"]) for row in rows])[:-1]), strict=True)
+        parts = np.split(logits, np.cumsum([len(row["ids"]) for row in rows])[:-1])
+        found += zip(chunk, parts, strict=False)  # no chunk: the row is there for the others alone
     model.train(was_training)
     found = gather_object(found) if args.world_size > 1 else found
     return [logits for _, logits in sorted(found, key=lambda item: item[0])]
