@@ -67,9 +67,7 @@ NETWORK = 50e9  # bytes/s of each GPU to other machines: one 400 Gb/s port a GPU
 PER_MACHINE = 8  # GPUs of a machine
 MFU = 0.40  # share of the peak that a training step reaches; llm.c: 0.406 on H100, nanochat: 0.41 to 0.46 (their logs)
 DECODE = 0.50  # share of the memory bandwidth that decoding reaches; an assumption
-CPU_SHARE = (
-    0.35  # share of a measured matrix product's speed that a whole step reaches; see benchmarks/plan_accuracy.py
-)
+CPU_SHARE = 0.35  # share of a measured matrix product's speed that a whole step reaches; an assumption
 
 # What a process holds before any model: Python and the libraries (measured, 2 cores, torch 2.13), and on a GPU the
 # CUDA context and the libraries' workspaces (an assumption: 0.5 to 1 GB are seen with current drivers).

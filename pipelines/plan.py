@@ -330,7 +330,7 @@ def adapter(stage, quantize: bool = False):
         from unittest import mock
 
         import peft
-        from peft.tuners.tuners_utils import BaseTunerLayer
+        import torch
         from transformers.pytorch_utils import Conv1D
         from trl import ModelConfig, get_peft_config
 
@@ -339,8 +339,8 @@ def adapter(stage, quantize: bool = False):
         if not said.get("lora_target_modules") or said["lora_target_modules"] == ["all-linear"]:
             config.target_modules = "all-linear"
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
-        # Its move to the device where it is already needs real tensors.
-        with mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer"):
+        # peft moves adapters to the device where they are already, which fake tensors cannot.
+        with mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module):
             return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
     return wrap
