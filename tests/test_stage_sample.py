@@ -154,3 +154,10 @@ def test_mistakes_are_found_before_anything_runs(recipe, write, tiny_gpt2):
     text = str(error.value)
     for words in ["multiple of 2", "sample.top_p", "who ranks?", "name the file that the stage writes", "this stage is of kind rank", "of kind sample and leaves no model", "`stage:zzz` names no earlier stage"]:  # fmt: skip
         assert words in text
+
+
+def test_long_prompts_can_be_an_error(recipe, stages):
+    stages["samples"]["data"]["too_long"] = "error"
+    stages = {name: stages[name] for name in ("other", "samples")}
+    with pytest.raises(DataError, match="1 of 19 rows are longer than .*prompts.jsonl:20"):
+        chain.run(recipes.load(recipe(stages)))
