@@ -1,6 +1,6 @@
 """Lets stages of a run answer prompts that no stage saw, and the world's oracle judge the answers.
 
-    python data/judge.py runs/demo [--stages base sft policy] [--samples 2] [--show 10]
+    python data/judge.py runs/demo [--stages base sft policy] [--samples 4] [--show 10]
 
 The oracle knows the facts of the invented world. It evaluates; nothing is ever trained on it. Shares are given with a
 95 % bootstrap interval over the prompts, the same prompts for every stage.
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="output folder of recipes/demo.yaml")
     parser.add_argument("--stages", nargs="+", default=["base", "sft", "policy"])
     parser.add_argument("--prompts", type=Path, default=HERE / "heldout_prompts.jsonl")
-    parser.add_argument("--samples", type=int, default=2, help="answers per prompt")
+    parser.add_argument("--samples", type=int, default=4, help="answers per prompt")
     parser.add_argument("--length", type=int, default=40, help="longest answer in tokens")
     parser.add_argument("--show", type=int, default=10, help="prompts to print with their answers")
     args = parser.parse_args()
