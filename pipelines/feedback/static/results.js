@@ -13,7 +13,7 @@ const fixed = (value) => (value == null ? "–" : value.toFixed(2).replace("-", 
 
 function ranged(value, interval, write) {
   const text = make("span", {}, write(value));
-  if (interval) text.append(" ", make("span", { className: "range" }, `[${interval.map((end) => write(end)).join(", ")}]`));
+  if (interval) text.append(" ", make("span", { className: "range" }, `[${interval.map((end) => write(end).replace(" %", "")).join(", ")}]`));
   return text;
 }
 
