@@ -112,6 +112,7 @@ class Speaker:
         section = types.SimpleNamespace(
             model_name_or_path=path, tokenizer_name_or_path=None, model_revision=None, config=None,
             trust_remote_code=trust_remote_code, dtype="auto" if device == "cuda" else None, attn_implementation=None,
+            load_in_4bit=False, load_in_8bit=False,
         )  # fmt: skip
         self.path, self.name = path, Path(path).name
         self.tokenizer = models.load_tokenizer(section)

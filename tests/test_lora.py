@@ -252,7 +252,7 @@ def test_the_chain_equals_the_same_chain_with_merges_by_hand(run, tiny_gpt2, tmp
     merged.save_pretrained(tmp_path / "sft")
     tokenizer.save_pretrained(tmp_path / "sft")
     stages = yaml.safe_load(path.read_text())["stages"]
-    del stages["sft"]
+    del stages["sft"], stages["one_base"]
     stages["reward"]["model"]["model_name_or_path"] = stages["policy"]["model"]["model_name_or_path"] = str(
         tmp_path / "sft"
     )

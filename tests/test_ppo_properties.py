@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ppo_rollout import tiny_gpt2, tiny_llama
-from test_ppo_trainer import assert_same_weights, make, weights
+from test_ppo_trainer import assert_same_weights, make, weights_of
 from transformers import GPT2ForSequenceClassification, LlamaForSequenceClassification
 
 from pipelines.ppo import algorithm as A
@@ -232,7 +232,7 @@ def updated(folder, change, **more) -> tuple[dict, dict]:
         column = getattr(rollouts, name)
         setattr(rollouts, name, column + 0.3 * torch.randn(column.shape, generator=noise))
     metrics = trainer._update(change(rollouts))
-    return weights(trainer), {k: v for k, v in metrics.items() if "second" not in k}
+    return weights_of(trainer), {k: v for k, v in metrics.items() if "second" not in k}
 
 
 def test_what_is_in_the_padding_never_changes_an_update(tmp_path):
