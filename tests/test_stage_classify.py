@@ -321,13 +321,13 @@ def test_settings_that_cannot_work_are_refused_at_check(recipe, write, tiny_bert
     text = refused(
         recipe,
         {
-            "model": {"model_name_or_path": tiny_bert, "use_peft": True, "load_in_4bit": True},
+            "model": {"model_name_or_path": tiny_bert, "chat_template": "plain", "load_in_4bit": True},
             "task": {"problem_type": "regression", "class_weights": "balanced", "labels": ["a", "b"]},
             "data": {"train": path},
             "args": {"early_stopping_patience": 0, "metric_for_best_model": "accuracy", "label_smoothing_factor": 0.1},
         },
     )
-    for part in ("model.use_peft", "model.load_in_4bit", "task.class_weights", "task.labels", "label_smoothing_factor",
+    for part in ("model.chat_template", "model.load_in_4bit", "task.class_weights", "task.labels", "label_smoothing_factor",
                  "must be at least 1", "needs held-out rows", "must be one of loss, mse, pearson, spearman"):  # fmt: skip
         assert part in text, part
     text = refused(
