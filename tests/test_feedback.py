@@ -394,7 +394,7 @@ def test_nothing_judged_is_no_error():
     assert found["rankings"] == 0 and found["agreement"] == {"pairs": [], "alpha": None} and found["tags"] == {}
 
 
-def test_a_killed_server_has_everything_and_comes_back_at_the_same_address(write):
+def test_a_killed_server_has_everything_and_comes_back_at_the_same_address(write, request):
     pytest.importorskip("uvicorn", reason="the ranking page needs the extra `feedback`")
     free = rank._listen(0)
     port = free.getsockname()[1]
@@ -403,12 +403,13 @@ def test_a_killed_server_has_everything_and_comes_back_at_the_same_address(write
 
     def start():
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        request.addfinalizer(process.kill)
         return process, next(line.strip() for line in process.stdout if "http://" in line)
 
     def call(path, body=None):
         data = body and json.dumps(body).encode()
-        request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"} if body else {})
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        sent = urllib.request.Request(url + path, data, {"Content-Type": "application/json"} if body else {})
+        with urllib.request.urlopen(sent, timeout=30) as reply:
             return json.load(reply)
 
     server, url = start()
