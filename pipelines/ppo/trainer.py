@@ -667,7 +667,7 @@ class PPOTrainer(_BaseTrainer):
         folder = Path(output_dir or self.args.output_dir)
         weights = {"policy": None, "critic": None}
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # collective: every process takes part
-            whole = self.accelerator.get_state_dict(self.model_wrapped)
+            whole = self.accelerator.get_state_dict(self.model_wrapped) or {}  # ZeRO-3: on the first process alone
             for part, model in (("policy", self.policy), ("critic", self.critic)):
                 own = {k.removeprefix(f"{part}."): v for k, v in whole.items() if k.startswith(f"{part}.")}
                 weights[part] = untied(model, own)
