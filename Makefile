@@ -15,8 +15,9 @@ demo: $(VENV)/.ready
 	$(BIN)/accelerate launch $(LAUNCH) -m pipelines recipes/demo.yaml
 	$(BIN)/python data/judge.py runs/demo
 
+# Half of a test's time is waiting (launches, imports): two side by side, those of one file one after the other.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest -q
