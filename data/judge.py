@@ -34,6 +34,9 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=10, help="prompts to print with their answers")
     args = parser.parse_args()
 
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     stage_table(args.run)
     stages = [stage for stage in args.stages if (args.run / stage / "stage.json").is_file()]
     if not stages:
