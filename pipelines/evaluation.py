@@ -245,7 +245,7 @@ def class_values(name: str, model, tokenizer, settings, seed: int) -> dict[str, 
     """The class of every row of `settings.labelled` and the one that the classifier gives it, by name (`CLASSES`)."""
     import torch
 
-    from pipelines import chat, data, models
+    from pipelines import chat, models
     from pipelines.stages import classify
 
     kind = model.config.problem_type or classify.SINGLE
@@ -487,7 +487,7 @@ def main(argv: list[str]) -> int:
         "models", nargs="*", metavar="MODEL", help="folders (runs/demo/sft) or hub ids; later over earlier"
     )
     parser.add_argument("--text", help="perplexity: a file with text (.txt, .jsonl with the column text, …)")
-    parser.add_argument("--labelled", help="classifiers: a file with text and label (a name or id of the model's classes)")
+    parser.add_argument("--labelled", help="classifiers: a file with text and label (name or id of a class)")
     parser.add_argument("--pairs", help="a file with prompt and completion, or source and target: BLEU, chrF, ROUGE")
     parser.add_argument("--tasks", nargs="+", help="lm-eval's names, or paths of task files (.yaml)")
     parser.add_argument("--shots", type=int, help="examples before each question (default: what the task says)")
@@ -495,7 +495,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prompts", help="a file with the column prompt: every model answers, the judge judges")
     parser.add_argument("--judge", help="package.module:function (prompt, answer) -> number, or a reward model")
     parser.add_argument("--samples", type=int, default=1, help="answers to each prompt")
-    parser.add_argument("--temperature", type=float, help="0: the likeliest token (default: 1 for prompts, 0 for pairs)")
+    parser.add_argument("--temperature", type=float, help="0: the likeliest (default: 1 for prompts, 0 for pairs)")
     parser.add_argument("--response-length", type=int, default=128, help="longest answer in tokens")
     parser.add_argument("--rankings", help="people's rankings with the column models: win rates")
     parser.add_argument("--max-length", type=int, help="window in tokens, or where texts and sources are cut")
@@ -533,7 +533,7 @@ def problems(section: dict):
         what = "classifier" if asked == ["labelled"] else "language model"
         yield "models", f"needs at least one {what}: stage:NAME, a folder or a hub id", None
     if "labelled" in asked and len(asked) > 1:
-        yield "labelled", f"is for classifiers, {asked[0]} for models that write: measure them apart", section["labelled"]
+        yield "labelled", f"is for classifiers, {asked[0]} for models that write: measure them apart", None
     if bool(section.get("prompts")) != bool(section.get("judge")):
         yield "judge", "goes with prompts: models answer the one, the other judges", section.get("judge")
     if (section.get("temperature") or 0) < 0:

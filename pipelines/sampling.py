@@ -62,7 +62,14 @@ def answers(model, tokenizer, prompts: list, seeds: list[list], batch_size: int 
 
 @torch.no_grad()
 def translations(
-    model, tokenizer, sources: list[list[int]], seeds: list, *, response_length: int, temperature: float, batch_size: int
+    model,
+    tokenizer,
+    sources: list[list[int]],
+    seeds: list,
+    *,
+    response_length: int,
+    temperature: float,
+    batch_size: int,
 ) -> list[tuple]:
     """What an encoder-decoder writes for each source (token ids), `(text, ended)`; the same on every process.
 

@@ -246,7 +246,7 @@ def test_classification_is_scikit_learns_on_the_models_own_classes(recipe, write
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     names, chance = ["bad", "middling", "good"], np.random.default_rng(5)
-    texts = [" ".join(chance.choice(WORDS, size=chance.integers(2, 20))) for _ in range(40)]  # some are cut at 16 tokens
+    texts = [" ".join(chance.choice(WORDS, size=n)) for n in chance.integers(2, 20, 40)]  # some are cut at 16 tokens
     labels = chance.integers(0, 3, 40).tolist()
     rows = [{"text": t, "label": i if n % 2 else names[i]} for n, (t, i) in enumerate(zip(texts, labels))]
     file = write("l.jsonl", rows)
