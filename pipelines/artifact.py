@@ -119,6 +119,12 @@ def _inputs(stage: Stage) -> dict[str, dict]:
     return {f"stage:{path.removeprefix(root)}" if path.startswith(root) else path: of for path, of in found.items()}
 
 
+def prefix(folder: str) -> str:
+    """What the stage in `folder` was trained to find before every source, so that it gets it later too; "" for others."""
+    made = read_json(Path(folder) / FINISHED) or {}
+    return made.get("record", {}).get("sections", {}).get("task", {}).get("prefix", "")
+
+
 def _base(path: str | None) -> dict | None:
     """Identity of a base model that no stage made: its folder's config and weights, or its hub id."""
     if path is None or path.startswith("stage:"):

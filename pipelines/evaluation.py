@@ -1,14 +1,17 @@
 """`python -m pipelines evaluate MODEL …`: what models are worth, with intervals, and against each other.
 
-Four measurements, each done where it is asked for; the stage of kind `evaluate` does the same inside a chain:
+Six measurements, each done where it is asked for; the stage of kind `evaluate` does the same inside a chain:
 
     text       perplexity of a text, and bits per byte, which compare across tokenizers
+    labelled   classifiers: accuracy, macro F1, Matthews correlation and confusion matrix
+    pairs      what a model writes for prompts or sources against given texts: BLEU, chrF, ROUGE
     tasks      tasks of lm-eval, with or without examples before each question
     prompts    answers to prompts, judged by a Python function or a reward model
     rankings   win rates from people's rankings of answers by several models
 
-Every figure is a mean over items (windows, questions, prompts) with a 95 % bootstrap interval. Models see the same items,
-so differences and win rates are paired: their intervals come from resampling the items, not the models' means.
+Every figure is a mean over items (windows, rows, questions, prompts) with a 95 % bootstrap interval, but for those of a
+whole corpus: macro F1 and Matthews, computed anew for each resample, and BLEU and chrF, which have no interval. Models see
+the same items, so differences and win rates are paired: their intervals come from resampling the items, not the models' means.
 """
 
 from __future__ import annotations
@@ -31,20 +34,62 @@ from pipelines import SetupError
 logger = logging.getLogger(__name__)
 
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function, as opposed to a model
-Values = dict[str, dict[str, list[float]]]  # model -> measure -> one value for each item
+Values = dict[str, dict[str, list]]  # model -> measure -> one value for each item: a number, or the name of a class
+CLASSES = ("labelled/label", "labelled/guess")  # the measures that are names of classes
+NEEDS = {
+    "text": "a causal language model", "tasks": "a causal language model", "prompts": "a causal language model",
+    "pairs": "a causal language model or an encoder-decoder", "labelled": "a sequence classifier",
+}  # fmt: skip
 
 
 # --- figures and their uncertainty -------------------------------------------------------------------------------
 
 
-def interval(values: list[float], resamples: int = 2000) -> tuple[float, float, float]:
+def resamples(count: int, times: int = 2000):
+    """Rows drawn with replacement, `times` times: index arrays (100, count), the same for the same count (pairing!)."""
+    rng = np.random.default_rng(0)
+    for _ in range(times // 100):  # in parts: the indices of all resamples would be large
+        yield rng.integers(count, size=(100, count))
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
     """Mean of the values and its 95 % percentile bootstrap interval (Efron 1979); the same for the same values."""
     values = np.asarray(values, float)
-    rng, means = np.random.default_rng(0), []
-    for _ in range(resamples // 100):  # in parts: the indices of all resamples would be large
-        means.append(values[rng.integers(len(values), size=(100, len(values)))].mean(1))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    low, high = np.quantile(np.concatenate([values[i].mean(1) for i in resamples(len(values))]), [0.025, 0.975])
     return float(values.mean()), float(low), float(high)
+
+
+def spread(scores: np.ndarray) -> tuple[float, float, float]:
+    """The first score, that of the rows themselves, with the 95 % percentile interval of the rest, those of resamples."""
+    return float(scores[0]), *(float(x) for x in np.quantile(scores[1:], [0.025, 0.975]))
+
+
+def class_ids(of: dict[str, list]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """`(names of the classes that occur, labels (rows,), guesses (rows,))` of a model's values; ids count the names."""
+    names, ids = np.unique([of[key] for key in CLASSES], return_inverse=True)
+    return names.tolist(), *ids.reshape(2, -1)
+
+
+def resampled_classes(of: dict[str, list]) -> dict[str, np.ndarray]:
+    """Accuracy, macro F1 and Matthews of the rows, followed by those of each resample: arrays (1 + resamples,)."""
+    from pipelines.metrics import class_scores
+
+    _, labels, guesses = class_ids(of)
+    parts = [class_scores(labels[i], guesses[i]) for i in [np.arange(len(labels))[None], *resamples(len(labels))]]
+    return {measure: np.concatenate([part[measure] for part in parts]) for measure in parts[0]}
+
+
+def confusion(values: Values) -> dict[str, dict[str, list]]:
+    """For each classifier `labels` and `counts`: `counts[i][j]` rows of class i were taken for class j."""
+    from pipelines.metrics import ConfusionMatrix
+
+    found = {}
+    for model, of in values.items():
+        if CLASSES[0] in of:
+            names, labels, guesses = class_ids(of)
+            table = ConfusionMatrix().compute(predictions=guesses, references=labels, num_classes=len(names))
+            found[model] = {"labels": names, "counts": table["confusion_matrix"]}
+    return found
 
 
 def wins(a: list[float], b: list[float]) -> list[float]:
@@ -57,8 +102,12 @@ def figures(values: Values) -> dict[str, tuple[float, float, float]]:
 
     nats become perplexity; `score` becomes a win rate too, which for `score/A/B` (rankings) is all there is.
     """
+    classified = {name: resampled_classes(of) for name, of in values.items() if CLASSES[0] in of}
+    values = {name: {m: items for m, items in of.items() if m not in CLASSES} for name, of in values.items()}
     found, names = {}, list(values)
     for name in names:
+        for measure, scores in classified.get(name, {}).items():
+            found[f"{name}/labelled/{measure}"] = spread(scores)
         for measure, items in values[name].items():
             if measure.startswith("rank/"):
                 continue
@@ -69,6 +118,9 @@ def figures(values: Values) -> dict[str, tuple[float, float, float]]:
     for i, later in enumerate(names):
         for earlier in names[:i]:
             pair, (a, b) = f"{later} over {earlier}", (values[later], values[earlier])
+            if later in classified and earlier in classified:
+                for measure, scores in classified[later].items():
+                    found[f"{pair}/labelled/{measure}"] = spread(scores - classified[earlier][measure])
             for measure in a:
                 if measure == f"rank/{earlier}":
                     found[f"{pair}/ranked_win_rate"] = interval(a[measure])
@@ -97,13 +149,25 @@ def table(found: dict[str, tuple[float, float, float]]) -> str:
     return "\n".join(["", "  value [95 % interval]; A over B: paired differences, and win rates with ties split", *lines, ""])  # fmt: skip
 
 
+def matrices(values: Values) -> str:
+    """The confusion matrices for people; empty where no classifier was measured."""
+    lines = []
+    for model, of in confusion(values).items():
+        cells = [["", *of["labels"]], *([name, *map(str, row)] for name, row in zip(of["labels"], of["counts"]))]
+        width = max(len(cell) for row in cells for cell in row)
+        lines += [f"  {model}: rows of each class, and what they were taken for"]
+        lines += ["  " + "  ".join(cell.rjust(width) for cell in row) for row in cells] + [""]
+    return "\n".join(["", *lines]) if lines else ""
+
+
 # --- measurements ------------------------------------------------------------------------------------------------
 
 
 def measure(models: dict[str, str], settings, seed: int) -> Values:
     """Everything `settings` (an `EvaluateSection`) ask for, of `models` (name -> folder or hub id).
 
-    Every process calls it and gets the same. Answering is shared out by prompts, the rest by models.
+    Every process calls it and gets the same. Answering is shared out by prompts, the rest by models. Raises `SetupError`
+    for a model that cannot do what is asked.
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -111,34 +175,28 @@ def measure(models: dict[str, str], settings, seed: int) -> Values:
     from pipelines import data, sampling
 
     state, own, values = PartialState(), defaultdict(dict), {name: {} for name in models}
-    prompts, answers = [], {}
+    prompts, answers, asked = [], {}, [key for key in NEEDS if getattr(settings, key)]
     if settings.prompts:
         prompts = [row["prompt"] for row in data.stream({"train": settings.prompts}, "train", "prompts", seed)]
     for number, (name, path) in enumerate(models.items()):
-        if not (settings.text or settings.tasks or prompts):
+        if not asked:
             break
-        model, tokenizer = sampling.load(path)
+        model, tokenizer = sampling.load(path, auto_class(name, path, asked))
         if number % state.num_processes == state.process_index:
             if settings.text:
                 texts = [row["text"] for row in data.stream({"train": settings.text}, "train", "text", seed)]
                 own[name] |= text_values(model, tokenizer, texts, settings.max_length, settings.batch_size)
             if settings.tasks:
                 own[name] |= task_values(model, tokenizer, settings)
+            if settings.labelled:
+                own[name] |= class_values(name, model, tokenizer, settings, seed)
         if prompts:
-            short = set(range(len(prompts))) - set(
-                sampling.fitting(model, tokenizer, prompts, settings.response_length)
-            )
-            if short:
-                raise SetupError(
-                    f"{name}: {len(short)} prompts leave no room for an answer of {settings.response_length} tokens, the "
-                    f"first: {str(prompts[min(short)])[:80]!r}. Lower the response length or drop these prompts."
-                )
             count = settings.samples
             seeds = [[(seed, i * count + k) for k in range(count)] for i in range(len(prompts))]
-            answers[name] = sampling.answers(
-                model, tokenizer, prompts, seeds, response_length=settings.response_length,
-                temperature=settings.temperature, batch_size=64,
-            )  # fmt: skip
+            temperature = 1.0 if settings.temperature is None else settings.temperature
+            answers[name] = answered(name, model, tokenizer, prompts, seeds, settings.response_length, temperature)
+        if settings.pairs:
+            values[name] |= pair_values(name, path, model, tokenizer, settings, seed)
         del model
     for part in gather_object([dict(own)]) if state.num_processes > 1 else [own]:
         for name, found in part.items():
@@ -150,6 +208,136 @@ def measure(models: dict[str, str], settings, seed: int) -> Values:
         for name, found in ranked_values(settings.rankings, list(models)).items():
             values.setdefault(name, {}).update(found)
     return values
+
+
+def auto_class(name: str, path: str, asked: list[str]) -> str:
+    """The class of transformers that does all that is `asked` (keys of `NEEDS`) of the model at `path`.
+
+    Raises `SetupError` where the model is of another kind: some would load all the same, and give figures of nothing.
+    """
+    from transformers import AutoConfig
+
+    from pipelines.models import ModelError
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path!r} has no readable config ({str(error).strip().splitlines()[0]}). Give a folder with config.json and "
+            "*.safetensors, or a hub id that is in the hub's cache or reachable."
+        ) from error
+    architecture = (config.architectures or ["?"])[0]
+    if "ForSequenceClassification" in architecture:
+        found, able = "AutoModelForSequenceClassification", ("labelled",)
+    elif config.is_encoder_decoder:
+        found, able = "AutoModelForSeq2SeqLM", ("pairs",)
+    elif "ForMaskedLM" in architecture:
+        found, able = "", ()
+    else:
+        found, able = "AutoModelForCausalLM", ("text", "tasks", "prompts", "pairs")
+    for key in asked:
+        if key not in able:
+            raise SetupError(f"{name}: {key} needs {NEEDS[key]}, and this is a {architecture}")
+    return found
+
+
+def class_values(name: str, model, tokenizer, settings, seed: int) -> dict[str, list[str]]:
+    """The class of every row of `settings.labelled` and the one that the classifier gives it, by name (`CLASSES`)."""
+    import torch
+
+    from pipelines import chat, models
+    from pipelines.stages import classify
+
+    kind = model.config.problem_type or classify.SINGLE
+    if kind != classify.SINGLE or model.config.num_labels < 2:
+        raise SetupError(
+            f"{name}: labelled needs one class of several for each text; this model has {model.config.num_labels} "
+            f"output(s), {kind}"
+        )
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    rows = _rows(settings.labelled, "labelled", seed)
+    labels = [classify.class_id(row, names) for row in rows]
+    context = models.context_length(model, settings.max_length)
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        chat.ensure_pad(tokenizer)
+    chat.fit_model(model, tokenizer)
+    classify.read_by_model(model, tokenizer)
+    tokenizer.padding_side = "right"  # causal models read the score at the last token before the padding
+    features, long = classify.encode(tokenizer, rows, context)
+    if long:
+        logger.warning("%s: %d of %d texts are cut to %d tokens (the first: %s)", name, len(long), len(rows), context, long[0])  # fmt: skip
+    guesses = [0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(features[i]["input_ids"]))
+    for start in range(0, len(rows), settings.batch_size):
+        some = order[start : start + settings.batch_size]
+        batch = tokenizer.pad([features[i] for i in some], return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            for i, guess in zip(some, model(**batch).logits.argmax(-1).tolist(), strict=True):
+                guesses[i] = guess
+    return dict(zip(CLASSES, ([names[i] for i in labels], [names[i] for i in guesses]), strict=True))
+
+
+def pair_values(name: str, path: str, model, tokenizer, settings, seed: int) -> dict[str, list[float]]:
+    """What the model writes for each row of `settings.pairs` against the row's text: values of rows, BLEU and chrF of all.
+
+    Every process calls it. An encoder-decoder finds before each source what its stage was trained with (task.prefix).
+    """
+    from pipelines import artifact, metrics, models, sampling
+
+    writes, temperature = settings.response_length, settings.temperature or 0.0
+    if model.config.is_encoder_decoder:
+        rows = _rows(settings.pairs, "seq2seq", seed)
+        references = [row["target"] for row in rows]
+        context = models.context_length(model, settings.max_length)
+        limit = getattr(model.config, "max_position_embeddings", None)  # T5 has none: its positions are relative
+        if limit and writes >= limit:
+            raise SetupError(f"{name}: a response length of {writes} is more than it writes; use {limit - 1} or less")
+        texts = [artifact.prefix(path) + row["source"] for row in rows]
+        sources = tokenizer(texts)["input_ids"]
+        long = [i for i, ids in enumerate(sources) if len(ids) > context]
+        if long:
+            logger.warning("%s: %d of %d sources are cut to %d tokens (the first: %s)", name, len(long), len(rows), context, rows[long[0]]["where"])  # fmt: skip
+        for i in long:
+            sources[i] = tokenizer(texts[i], truncation=True, max_length=context)["input_ids"]
+        written = sampling.translations(
+            model, tokenizer, sources, [(seed, i) for i in range(len(rows))], response_length=writes,
+            temperature=temperature, batch_size=64,
+        )  # fmt: skip
+    else:
+        rows = _rows(settings.pairs, "sft", seed)
+        prompts = [row["messages"][:-1] if "messages" in row else row["prompt"] for row in rows]
+        references = [row["messages"][-1]["content"] if "messages" in row else row["completion"] for row in rows]
+        seeds = [[(seed, i)] for i in range(len(rows))]
+        written = [group[0] for group in answered(name, model, tokenizer, prompts, seeds, writes, temperature)]
+    texts = [text for text, _ in written]
+    found = {"ended": [float(ended) for _, ended in written]}
+    for metric in (metrics.SacreBleu(), metrics.ChrF()):
+        found |= {key: [value] for key, value in metric.compute(predictions=texts, references=references).items()}
+    found |= metrics.chrf_rows(texts, references) | metrics.rouge_rows(texts, references)
+    return {f"pairs/{measure}": items for measure, items in found.items()}
+
+
+def answered(name: str, model, tokenizer, prompts: list, seeds: list, response_length: int, temperature: float):
+    """`sampling.answers` of a causal model, the likeliest tokens at temperature 0; `SetupError` where a prompt is too long."""
+    from pipelines import sampling
+
+    short = set(range(len(prompts))) - set(sampling.fitting(model, tokenizer, prompts, response_length))
+    if short:
+        raise SetupError(
+            f"{name}: {len(short)} prompts leave no room for an answer of {response_length} tokens, the "
+            f"first: {str(prompts[min(short)])[:80]!r}. Lower the response length or drop these prompts."
+        )
+    how = {"temperature": temperature} if temperature else {"top_k": 1}
+    return sampling.answers(model, tokenizer, prompts, seeds, response_length=response_length, batch_size=64, **how)
+
+
+def _rows(path: str, kind: str, seed: int) -> list[dict]:
+    from pipelines import data
+
+    rows = list(data.stream({"train": path}, "train", kind, seed))
+    if not rows:
+        raise data.DataError(f"{path}: no rows")
+    return rows
 
 
 def text_values(model, tokenizer, texts: list[str], max_length: int | None, batch_size: int) -> dict[str, list[float]]:
@@ -299,16 +487,18 @@ def main(argv: list[str]) -> int:
         "models", nargs="*", metavar="MODEL", help="folders (runs/demo/sft) or hub ids; later over earlier"
     )
     parser.add_argument("--text", help="perplexity: a file with text (.txt, .jsonl with the column text, …)")
+    parser.add_argument("--labelled", help="classifiers: a file with text and label (name or id of a class)")
+    parser.add_argument("--pairs", help="a file with prompt and completion, or source and target: BLEU, chrF, ROUGE")
     parser.add_argument("--tasks", nargs="+", help="lm-eval's names, or paths of task files (.yaml)")
     parser.add_argument("--shots", type=int, help="examples before each question (default: what the task says)")
     parser.add_argument("--limit", type=int, help="only so many questions of each task")
     parser.add_argument("--prompts", help="a file with the column prompt: every model answers, the judge judges")
     parser.add_argument("--judge", help="package.module:function (prompt, answer) -> number, or a reward model")
     parser.add_argument("--samples", type=int, default=1, help="answers to each prompt")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, help="0: the likeliest (default: 1 for prompts, 0 for pairs)")
     parser.add_argument("--response-length", type=int, default=128, help="longest answer in tokens")
     parser.add_argument("--rankings", help="people's rankings with the column models: win rates")
-    parser.add_argument("--max-length", type=int, help="perplexity: window in tokens")
+    parser.add_argument("--max-length", type=int, help="window in tokens, or where texts and sources are cut")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--json", type=Path, help="write the figures and intervals to this file too")
@@ -322,11 +512,13 @@ def main(argv: list[str]) -> int:
     state = launch.start()
     short = {path: Path(path).name for path in args.models}
     names = short if len(set(short.values())) == len(short) else {path: path for path in short}
-    found = figures(measure({names[path]: path for path in args.models}, EvaluateSection(**settings), args.seed))
+    values = measure({names[path]: path for path in args.models}, EvaluateSection(**settings), args.seed)
+    found = figures(values)
     if state.is_main_process:
-        print(table(found))
+        print(table(found) + matrices(values))
         if args.json:
-            artifact.write_json(args.json, named(found))
+            tables = {f"{name}/labelled/confusion_matrix": of for name, of in confusion(values).items()}
+            artifact.write_json(args.json, named(found) | tables)
     return 0
 
 
@@ -334,18 +526,24 @@ def problems(section: dict):
     """What is wrong with the settings, files and packages that are not there included: `(key, message, value)`."""
     from pipelines import data
 
-    if not any(section.get(key) for key in ("text", "tasks", "prompts", "rankings")):
-        yield "text, tasks, prompts, rankings", "nothing to measure: give at least one of them", None
-    if not section.get("models") and any(section.get(key) for key in ("text", "tasks", "prompts")):
-        yield "models", "needs at least one language model: stage:NAME, a folder or a hub id", None
+    asked = [key for key in NEEDS if section.get(key)]
+    if not asked and not section.get("rankings"):
+        yield f"{', '.join(NEEDS)}, rankings", "nothing to measure: give at least one of them", None
+    if not section.get("models") and asked:
+        what = "classifier" if asked == ["labelled"] else "language model"
+        yield "models", f"needs at least one {what}: stage:NAME, a folder or a hub id", None
+    if "labelled" in asked and len(asked) > 1:
+        yield "labelled", f"is for classifiers, {asked[0]} for models that write: measure them apart", None
     if bool(section.get("prompts")) != bool(section.get("judge")):
         yield "judge", "goes with prompts: models answer the one, the other judges", section.get("judge")
-    for key in ("samples", "temperature", "response_length", "batch_size", "max_length", "limit"):
+    if (section.get("temperature") or 0) < 0:
+        yield "temperature", "must be 0 or above", section["temperature"]
+    for key in ("samples", "response_length", "batch_size", "max_length", "limit"):
         if section.get(key) is not None and section[key] <= 0:
             yield key, "must be above 0", section[key]
     if section.get("tasks") and importlib.util.find_spec("lm_eval") is None:
         yield "tasks", "need lm-eval: pip install 'finetune-pipelines[evaluate]'", None
-    paths = [(key, section[key]) for key in ("text", "prompts", "rankings") if section.get(key)]
+    paths = [(key, section[key]) for key in ("text", "labelled", "pairs", "prompts", "rankings") if section.get(key)]
     paths += [("tasks", task) for task in section.get("tasks") or [] if task.endswith(".yaml")]
     for key, path in paths:
         local = path.endswith(".yaml") or data.is_local(path)

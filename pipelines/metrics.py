@@ -154,15 +154,47 @@ class Rouge(Metric):
     row = TEXT
 
     def _compute(self, predictions, references):
-        from rouge_score.rouge_scorer import RougeScorer
-
-        names = ["rouge1", "rouge2", "rougeL"]
-        scorer = RougeScorer(names, use_stemmer=True)
-        rows = [scorer.score(r, p) for r, p in zip(references, predictions, strict=True)]
-        return {name: 100 * float(np.mean([row[name].fmeasure for row in rows])) for name in names}
+        return {name: float(np.mean(rows)) for name, rows in rouge_rows(predictions, references).items()}
 
 
 GENERATION = {"sacrebleu": SacreBleu, "chrf": ChrF, "rouge": Rouge}
+
+
+def class_scores(labels: np.ndarray, guesses: np.ndarray) -> dict[str, np.ndarray]:
+    """`accuracy`, `f1_macro` and `matthews`, each (samples,), of class ids (samples, rows): as the classes above, row by row.
+
+    For bootstrap intervals: scikit-learn, one sample after the other, would take seconds.
+    """
+    (samples, rows), size = labels.shape, 1 + max(labels.max(), guesses.max())
+    place = np.arange(samples)[:, None] * size  # of each sample's first class in the counts below
+
+    def count(ids, weights=None):
+        return np.bincount((place + ids).ravel(), weights, samples * size).reshape(samples, size).astype(float)
+
+    right = labels == guesses
+    true, taken, hits = count(labels), count(guesses), count(labels, right.ravel())
+    occurs = true + taken
+    f1 = (2 * hits / np.maximum(occurs, 1)).sum(1) / (occurs > 0).sum(1)
+    covariance = rows * hits.sum(1) - (true * taken).sum(1)
+    spread = np.sqrt((rows**2 - (true**2).sum(1)) * (rows**2 - (taken**2).sum(1)))  # 0 where one side is constant
+    return {"accuracy": right.mean(1), "f1_macro": f1, "matthews": covariance / np.maximum(spread, 1)}
+
+
+def rouge_rows(predictions, references) -> dict[str, list[float]]:
+    """`rouge1`, `rouge2`, `rougeL` of every row, see `Rouge`."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names, use_stemmer=True)
+    rows = [scorer.score(r, p) for r, p in zip(references, predictions, strict=True)]
+    return {name: [100 * row[name].fmeasure for row in rows] for name in names}
+
+
+def chrf_rows(predictions, references) -> dict[str, list[float]]:
+    """`sentence_chrf` of every row, 0 to 100. Their mean is not the corpus's `chrf`, which counts n-grams over all rows."""
+    from sacrebleu import sentence_chrf
+
+    return {"sentence_chrf": [sentence_chrf(p, [r]).score for p, r in zip(predictions, references, strict=True)]}
 
 
 def _matrix(rows) -> np.ndarray:

@@ -413,6 +413,8 @@ def _special(s: Seen) -> list[str]:
         )
     if "confusion_matrix" in metrics:
         out.append(_titled("confusion matrix, rows", _matrix(metrics["confusion_matrix"], metrics.get("labels"))))
+    for model, of in metrics.get("confusion_matrices", {}).items():
+        out.append(_titled(f"confusion matrix of {model}, rows", _matrix(of["counts"], of["labels"])))
     scores = {model: of["score"] for model, of in s.values.items() if of.get("score")}
     if scores:
         lines = _histogram(scores)

@@ -7,21 +7,23 @@ import logging
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from transformers import LogitsProcessorList
 
 from pipelines import chat, models
 from pipelines.ppo import checks
-from pipelines.ppo.rollout import generate
+from pipelines.ppo.rollout import Chooser, Sampler, generate, uniforms
 from pipelines.sections import ModelSection
+from pipelines.stages.seq2seq import read_generated
 
 logger = logging.getLogger(__name__)
 
 
-def load(path: str):
+def load(path: str, auto_class: str = "AutoModelForCausalLM"):
     """`(model, tokenizer)` of a folder or hub id, ready to answer: bf16 where a GPU has it, else float32."""
     device = PartialState().device
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()
     section = ModelSection(model_name_or_path=path, dtype="bfloat16" if half else None)
-    return models.load_model(section, "AutoModelForCausalLM").to(device).eval(), models.load_tokenizer(section)
+    return models.load_model(section, auto_class).to(device).eval(), models.load_tokenizer(section)
 
 
 def fitting(model, tokenizer, prompts: list, response_length: int) -> list[int]:
@@ -55,4 +57,38 @@ def answers(model, tokenizer, prompts: list, seeds: list[list], batch_size: int 
     out: list[list] = [[None] * len(group) for group in seeds]
     for i, k, text, ended in gather_object(found) if state.num_processes > 1 else found:
         out[i][k] = (text, ended)
+    return out
+
+
+@torch.no_grad()
+def translations(
+    model,
+    tokenizer,
+    sources: list[list[int]],
+    seeds: list,
+    *,
+    response_length: int,
+    temperature: float,
+    batch_size: int,
+) -> list[tuple]:
+    """What an encoder-decoder writes for each source (token ids), `(text, ended)`; the same on every process.
+
+    Temperature 0 takes the likeliest: greedily, or with the beams that the model's generation config names. Above 0
+    every source draws from its own seed. Every process calls this with the same arguments and writes its share.
+    """
+    state = PartialState()
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    mine, found = order[state.process_index :: state.num_processes], []
+    for start in range(0, len(mine), batch_size):
+        rows = mine[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [sources[i] for i in rows]}, return_tensors="pt").to(model.device)
+        how = {"do_sample": False, "max_new_tokens": response_length}
+        if temperature:
+            draw = Sampler(uniforms([seeds[i] for i in rows], response_length), temperature)
+            how |= {"num_beams": 1, "logits_processor": LogitsProcessorList([Chooser(draw)])}
+        texts, ends = read_generated(tokenizer, model.generate(**batch, **how).cpu().numpy())
+        found += zip(rows, texts, ends.tolist(), strict=True)
+    out: list = [None] * len(sources)
+    for i, text, ended in gather_object(found) if state.num_processes > 1 else found:
+        out[i] = (text, ended)
     return out

@@ -381,10 +381,27 @@ class EvaluateSection:
 
     models: list[str] | None = field(
         default=None,
-        metadata={"help": "Language models: `stage:NAME`, folders or hub ids. Win rates: later ones over earlier."},
+        metadata={
+            "help": "Language models, or classifiers for `labelled`: `stage:NAME`, folders or hub ids. Differences and win "
+            "rates: later ones over earlier."
+        },
     )
     text: str | None = field(
         default=None, metadata={"help": "Perplexity: a file with the column `text` (any format that `data:` reads)."}
+    )
+    labelled: str | None = field(
+        default=None,
+        metadata={
+            "help": "Classifiers: a file with `text` (and `text_pair`) and `label`, a name or an id of the model's config. "
+            "Accuracy, macro F1, Matthews correlation, confusion matrix."
+        },
+    )
+    pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Models that write: a file with `prompt` and `completion`, for encoder-decoders `source` and `target`. "
+            "What the model writes is compared with the text: BLEU, chrF, ROUGE."
+        },
     )
     tasks: list[str] | None = field(
         default=None,
@@ -406,7 +423,12 @@ class EvaluateSection:
         },
     )
     samples: int = field(default=1, metadata={"help": "Answers of each model to each prompt; their mean counts."})
-    temperature: float = field(default=1.0, metadata={"help": "Divides the logits when answering."})
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Divides the logits when answering; 0 takes the likeliest token (null: 1 for prompts, 0 for pairs)."
+        },
+    )
     response_length: int = field(default=128, metadata={"help": "Longest answer in tokens."})
     rankings: str | None = field(
         default=None,
@@ -416,6 +438,10 @@ class EvaluateSection:
         },
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Perplexity: window in tokens (null: what the model reads, at most 1024)."}
+        default=None,
+        metadata={
+            "help": "Tokens of a window (text), or at which a text (labelled) or source (pairs) is cut (null: what the model "
+            "reads, at most 1024)."
+        },
     )
     batch_size: int = field(default=16, metadata={"help": "Rows in memory at once: memory and speed."})

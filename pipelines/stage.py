@@ -71,13 +71,15 @@ def references(value) -> list[str]:
     return [name for item in items for name in references(item)]
 
 
-def writer_problems(at: str, models: list[str], kinds: dict[str, str]) -> Iterator[tuple[str, str, object]]:
-    """What is wrong with a list of models that are to answer prompts: `(key path, message, value)`."""
+def writer_problems(
+    at: str, models: list[str], kinds: dict[str, str], able: tuple = WRITERS, what: str = "language model"
+) -> Iterator[tuple[str, str, object]]:
+    """What is wrong with a list of models made by stages of the kinds `able`: `(key path, message, value)`."""
     if not models:
-        yield at, "needs at least one language model: stage:NAME, a folder or a hub id", None
+        yield at, f"needs at least one {what}: stage:NAME, a folder or a hub id", None
     if len(set(models)) < len(models):
         yield at, "names a model twice", models
     for i, name in enumerate(models):
         kind = kinds.get(name.removeprefix("stage:")) if name.startswith("stage:") else None
-        if kind not in (None, "?", *WRITERS):
-            yield f"{at}[{i}]", f"must be a language model ({', '.join(WRITERS)}), this stage is of kind {kind}", name
+        if kind not in (None, "?", *able):
+            yield f"{at}[{i}]", f"must be a {what} ({', '.join(able)}), this stage is of kind {kind}", name

@@ -123,9 +123,7 @@ class Speaker:
         self.limit = None if self.translates else models.positions(self.model)
         self.keeps = bool(self.tokenizer.chat_template) and not self.translates
         self.messages: list[dict] = []
-        # A stage that was trained with something before every text gets it here too.
-        made = artifact.read_json(Path(path) / artifact.FINISHED) or {}
-        self.prefix = made.get("record", {}).get("sections", {}).get("task", {}).get("prefix", "")
+        self.prefix = artifact.prefix(path)
 
     def reset(self, system: str = "") -> None:
         """Begin a new dialogue; raises `SetupError` where the model cannot be told `system`."""

@@ -47,6 +47,17 @@ def test_confusion_matrix_is_scikit_learns():
     assert found["confusion_matrix"] == sklearn.metrics.confusion_matrix(LABELS, GUESSES).tolist()
 
 
+def test_many_samples_at_once_are_scikit_learns_one_by_one():
+    """Few rows of many classes: some occur in no label, in no guess, in neither; one side is constant."""
+    labels, guesses = CHANCE.integers(0, 6, (20, 8)), CHANCE.integers(0, 6, (20, 8))
+    guesses[:10, :5], labels[0], guesses[1] = labels[:10, :5], 3, 2
+    found = metrics.class_scores(labels, guesses)
+    for i, (label, guess) in enumerate(zip(labels, guesses)):
+        assert found["accuracy"][i] == pytest.approx(sklearn.metrics.accuracy_score(label, guess))
+        assert found["f1_macro"][i] == pytest.approx(sklearn.metrics.f1_score(label, guess, average="macro"))
+        assert found["matthews"][i] == pytest.approx(sklearn.metrics.matthews_corrcoef(label, guess))
+
+
 def test_multi_label_metrics():
     labels, guesses = CHANCE.integers(0, 2, (50, 3)), CHANCE.integers(0, 2, (50, 3))
     guesses[:30] = labels[:30]

@@ -45,14 +45,18 @@ def generate(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]
-        uniforms = np.stack([np.random.default_rng(seeds[i]).random(max_new_tokens, np.float32) for i in rows])
-        draw = Sampler(torch.from_numpy(uniforms), temperature, top_k, top_p)
+        draw = Sampler(uniforms([seeds[i] for i in rows], max_new_tokens), temperature, top_k, top_p)
         decode = lean_decode if can_decode_lean(model) else hf_decode
         tokens, logps = decode(model, [prompts[i] for i in rows], max_new_tokens, eos_token_ids, draw)
         for i, ids, logp in zip(rows, tokens.tolist(), logps, strict=True):
             n = next((t + 1 for t, token in enumerate(ids) if token in eos_token_ids), len(ids))
             responses[i], logprobs[i] = ids[:n], logp[:n].clone()
     return responses, logprobs
+
+
+def uniforms(seeds: list, steps: int) -> Tensor:
+    """Float32 (len(seeds), steps) in [0, 1), each row from a generator of its own seed."""
+    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(steps, np.float32) for seed in seeds]))
 
 
 class Sampler:
@@ -189,7 +193,7 @@ class KVBuffer(DynamicLayer):
 def hf_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sampler) -> tuple[Tensor, Tensor]:
     """Tokens and log-probs (b, T), both CPU, by transformers' own `generate`: any architecture it knows."""
     ids, mask = left_padded(prompts, model.device)
-    chooser = _Chooser(draw)
+    chooser = Chooser(draw)
     config, model.generation_config = (
         model.generation_config,
         GenerationConfig(),
@@ -211,7 +215,7 @@ def hf_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sampler)
     return out[:, ids.shape[1] :].cpu(), torch.stack(chooser.logprobs, 1).cpu()
 
 
-class _Chooser(LogitsProcessor):
+class Chooser(LogitsProcessor):
     """Makes greedy search pick the sampled token, and keeps its log-prob."""
 
     def __init__(self, draw: Sampler):

@@ -211,9 +211,8 @@ def label_names(train: list[dict], validation: list[dict], task) -> list[str]:
     return [str(label) for label in order]
 
 
-def _encode(stage, side: str, rows: list[dict], names: list[str], task, tokenizer, context: int, too_long: str):
-    """`(features with input_ids …, labels, row; names of the rows)`; long rows are counted, said and recorded."""
-    from pipelines import data
+def encode(tokenizer, rows: list[dict], context: int) -> tuple[list[dict], list[str]]:
+    """`(features with input_ids …, `where` of the rows that were cut at `context` tokens)` of text and text_pair."""
     from pipelines.data import DataError
 
     pairs = [row.get("text_pair") for row in rows]
@@ -221,14 +220,40 @@ def _encode(stage, side: str, rows: list[dict], names: list[str], task, tokenize
         raise DataError(f"{rows[pairs.index(None)]['where']}: no text_pair, but other rows have one")
     pairs = None if pairs[0] is None else pairs
     encoded = tokenizer([row["text"] for row in rows], pairs)
-    features, where, long = [], [], []
+    features, long = [], []
     for i, row in enumerate(rows):
         feature = {key: encoded[key][i] for key in encoded.keys()}
         if len(feature["input_ids"]) > context:
             long.append(row["where"])
-            if too_long == "drop":
-                continue
             feature = dict(tokenizer(row["text"], pairs and pairs[i], truncation=True, max_length=context))
+        features.append(feature)
+    return features, long
+
+
+def class_id(row: dict, names: list[str]) -> int:
+    """The id of a row's label among the names of a model's classes; raises `DataError` where it is none of them.
+
+    A name comes before an id. Where a class is called by another class's number, only names are taken.
+    """
+    from pipelines.data import DataError
+
+    label, numbers = row["label"], any(name.isdigit() and name != str(i) for i, name in enumerate(names))
+    if str(label) in names:
+        return names.index(str(label))
+    if isinstance(label, int) and label < len(names) and not numbers:
+        return label
+    raise DataError(f"{row['where']}: label {label!r} is no class of the model: {', '.join(names[:20])}")
+
+
+def _encode(stage, side: str, rows: list[dict], names: list[str], task, tokenizer, context: int, too_long: str):
+    """`(features with input_ids …, labels, row; names of the rows)`; long rows are counted, said and recorded."""
+    from pipelines import data
+
+    encoded, long = encode(tokenizer, rows, context)
+    cut, features, where = set(long), [], []
+    for row, feature in zip(rows, encoded, strict=True):
+        if too_long == "drop" and row["where"] in cut:
+            continue
         label = row["label"]
         if task.problem_type == MULTI:
             label = [float(c in label) for c in range(len(names))]

@@ -1,14 +1,17 @@
-"""Evaluation: perplexity, zero- and few-shot tasks, judged answers and win rates of the models that a chain made.
+"""Evaluation of the models that a chain made: perplexity, tasks, classification, generation, judged answers, win rates.
 
     scores:
       kind: evaluate
       evaluate:
         models: [stage:sft, stage:policy]             # win rates and differences: later ones over earlier ones
         text: validation.jsonl                        # perplexity, bits per byte
+        pairs: heldout_pairs.jsonl                    # BLEU, chrF, ROUGE of what they write
         tasks: [data/tasks/bay_quiz.yaml]             # lm-eval: task files, or names of its own tasks
         shots: 2
         prompts: heldout_prompts.jsonl                # every model answers them,
         judge: stage:reward                           # and this judges: a reward model, or module:function
+
+Classifiers get a stage of their own, with `labelled: test.jsonl`: accuracy, macro F1, Matthews, confusion matrix.
 
 The figures stand in `stage.json` (metrics, figures: value, low and high of each), the values of single items in
 `values.json`; a table is printed. The work is done by `pipelines/evaluation.py`, which is also the verb `python -m pipelines evaluate`.
@@ -21,19 +24,25 @@ from collections.abc import Iterator
 SECTIONS = {"evaluate": "pipelines.sections:EvaluateSection"}
 ROWS = None
 DEFAULTS: dict = {}
-FILES = (("evaluate", "text"), ("evaluate", "tasks"), ("evaluate", "prompts"), ("evaluate", "rankings"))
+FILES = tuple(("evaluate", key) for key in ("text", "labelled", "pairs", "tasks", "prompts", "rankings"))
 
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     """What is wrong with the stage as a whole: `(key path, message, value)`."""
     from pipelines import evaluation
     from pipelines.stage import writer_problems
+    from pipelines.stages import WRITERS
 
     section = stage.sections.get("evaluate", {})
     for key, message, value in evaluation.problems(section):
         yield f"evaluate.{key}", message, value
     if section.get("models"):
-        yield from writer_problems("evaluate.models", section["models"], kinds)
+        able, what = WRITERS, "language model"
+        if section.get("labelled"):
+            able, what = ("classify",), "classifier"
+        elif section.get("pairs") and not any(section.get(key) for key in ("text", "tasks", "prompts")):
+            able = (*WRITERS, "seq2seq")
+        yield from writer_problems("evaluate.models", section["models"], kinds, able, what)
     judge = section.get("judge") or ""
     kind = kinds.get(judge.removeprefix("stage:"), "reward") if judge.startswith("stage:") else "reward"
     if kind not in ("reward", "?"):
@@ -52,5 +61,6 @@ def run(stage) -> dict:
     found = evaluation.figures(values)
     if PartialState().is_main_process:
         artifact.write_json(stage.folder / "values.json", values)
-        print(evaluation.table(found), flush=True)
-    return {"figures": evaluation.named(found)}
+        print(evaluation.table(found) + evaluation.matrices(values), flush=True)
+    tables = evaluation.confusion(values)
+    return {"figures": evaluation.named(found), **({"confusion_matrices": tables} if tables else {})}

@@ -267,6 +267,15 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, args, too_long: str) 
     return features, kept
 
 
+def read_generated(tokenizer, ids):
+    """`(texts, whether each ended (rows,))` of generated ids (rows, tokens), an array padded with PAD or -100."""
+    import numpy as np
+
+    ids = np.where(ids == -100, tokenizer.pad_token_id, ids)
+    texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return texts, (ids == tokenizer.eos_token_id)[:, 1:].any(1)  # the first may be EOS: decoding may start with it
+
+
 class Measure:
     """`compute_metrics` of the Trainer: generated ids against the texts of the data; `generated` are the last texts."""
 
@@ -280,12 +289,6 @@ class Measure:
 
     def __call__(self, prediction) -> dict:
         """Metrics of generated ids (rows, tokens), padded with PAD or -100, in the order of the validation rows."""
-        import numpy as np
-
-        ids = np.where(prediction.predictions == -100, self.tokenizer.pad_token_id, prediction.predictions)
-        self.generated = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        ends = (ids == self.tokenizer.eos_token_id)[:, 1:].any(
-            1
-        )  # the first token may be EOS where decoding starts with it
+        self.generated, ends = read_generated(self.tokenizer, prediction.predictions)
         scores = self.combined.compute(predictions=self.generated, references=self.references)
         return {**scores, "ended": float(ends.mean())}
