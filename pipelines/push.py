@@ -39,7 +39,7 @@ def push(folder: Path, hub_id: str, private: bool = False, also: list[str] = ())
     Raises `SetupError` with what the hub said where it refuses, and for an existing public repository when `private`
     was asked for.
     """
-    import httpx
+    import httpx2  # what huggingface_hub talks HTTP with: it lets its errors through
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -55,7 +55,7 @@ def push(folder: Path, hub_id: str, private: bool = False, also: list[str] = ())
         done = api.create_commit(
             hub_id, additions, commit_message=f"{stage['stage']} ({stage['kind']}) of {stage['recipe']}"
         )
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise SetupError(
             f"{hub_id}: not uploaded: {str(error).strip()}\nLog in with `hf auth login` (or set HF_TOKEN to a token that "
             "may write), and use a name of your own: you/model"
