@@ -329,7 +329,11 @@ def packed_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
                 f"{type(module).__name__} is not handed `cu_seq_lens_q` by its model, so sequences would "
                 "see each other: train this model unpacked."
             )
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        if key.dtype == query.dtype:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        with torch.autocast(key.device.type, enabled=False):  # a cache of float32 (`KVBuffer`)
+            output, _ = sdpa_attention_forward(module, query.float(), key, value, attention_mask, **kwargs)
+        return output.to(query.dtype), None
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unsupported:
         raise SetupError(f"packed SDPA attention cannot do {', '.join(unsupported)}: train this model unpacked.")

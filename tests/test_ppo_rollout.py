@@ -11,6 +11,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from pipelines import packing
+from pipelines.packing import enable_packed_attention
 from pipelines.ppo.rollout import (
     Sampler,
     can_decode_lean,
@@ -238,3 +240,30 @@ def test_our_decoding_equals_transformers_own(name):
         torch.testing.assert_close(ours[1][row, :n], theirs[1][row, :n], atol=1e-5, rtol=0)
         lengths.append(n)
     assert len(set(lengths)) > 3 and max(lengths) == 12
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_a_wide_cache_under_autocast_gives_the_logprobs_of_a_plain_forward(build):
+    """bfloat16: up to its rounding, which is that of the forwards of the update too."""
+    model, prompts = build(), [[1, 2, 3], [4, 5, 6, 7, 8]]
+    enable_packed_attention(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        responses, logprobs = generate(model, prompts, max_new_tokens=8, eos_token_ids=[EOS], seeds=[1, 2])
+        for prompt, response, found in zip(prompts, responses, logprobs, strict=True):
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].float()
+            expected = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+            torch.testing.assert_close(found, expected, atol=0.15, rtol=0.05)
+
+
+def test_cached_keys_wider_than_the_queries_are_attended_to_in_float32():
+    model = tiny_llama()
+    enable_packed_attention(model)
+    attention = packing.packed_sdpa_attention
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 1, 4), torch.randn(2, 2, 6, 4), torch.randn(2, 2, 6, 4)
+    module = model.model.layers[0].self_attn
+    plain, _ = attention(module, q.bfloat16().float(), k, v, None, scaling=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        wide, _ = attention(module, q.bfloat16(), k, v, None, scaling=0.5)
+    assert wide.dtype == torch.bfloat16
+    assert torch.equal(wide, plain.bfloat16())
