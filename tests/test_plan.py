@@ -164,6 +164,22 @@ def test_ppo_holds_reference_critic_reward_model_and_cache():
     assert lora.reference == 0 and lora.optimizer < 0.05 * memory.optimizer and lora.weights < 1.05 * memory.weights
 
 
+def test_ppo_on_one_base_holds_adapters_and_a_value_head_weighs_nothing():
+    job, setup = a_job("ppo"), Setup(micro=2, lora=True)
+    apart = Planner(a_job("ppo")).memory(setup)
+    job.stage.sections = {"reward": {"share_base": True}}
+    planner = Planner(job)
+    memory, adapter = planner.memory(setup), planner.anatomy("critic", True).trainable
+    assert memory.critic == 16 * adapter and memory.rewards == 4 * adapter and 0 < adapter < 0.01 * apart.rewards
+    same = {"weights", "gradients", "optimizer", "activations", "reference", "kv_cache", "rollouts"}
+    assert all(getattr(memory, name) == getattr(apart, name) for name in same)
+    head = a_job("ppo")
+    del head.models["critic"]
+    alone = Planner(head)
+    assert alone.memory(setup).critic == 0 and alone.memory(setup).activations < apart.activations
+    assert alone.flops_per_step(setup) < planner.flops_per_step(setup)
+
+
 @pytest.mark.parametrize(
     "file, strategy",
     [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero2", "zero2"), ("zero3", "zero3"), ("cpu", "single"), ("cpu_2", "ddp")],

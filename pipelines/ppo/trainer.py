@@ -47,7 +47,6 @@ from pipelines.ppo.forward import (
     token_logprobs,
     within,
 )
-from pipelines.ppo.rewards import AdapterScorer
 from pipelines.ppo.rollout import generate
 from pipelines.training import NotFinite, untied
 
@@ -133,12 +132,7 @@ class PPOTrainer(_BaseTrainer):
                 ref_model = copy.deepcopy(model)
         together = [m for m in (model, value_model, ref_model) if m is not None and not isinstance(m, ValueHead)]
         self.packed = all([make_ready(module) for module in together])
-        self.reward_packed = [
-            self.packed
-            if isinstance(f, AdapterScorer)
-            else isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f)
-            for f in reward_funcs
-        ]
+        self.reward_packed = [isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f) for f in reward_funcs]
         super().__init__(
             model=PolicyAndCritic(model, value_model),
             args=args,
