@@ -166,18 +166,16 @@ def test_ppo_holds_reference_critic_reward_model_and_cache():
 
 def test_ppo_on_one_base_holds_adapters_and_a_value_head_weighs_nothing():
     job, setup = a_job("ppo"), Setup(micro=2, lora=True)
-    apart = Planner(a_job("ppo")).memory(setup)
-    job.stage.sections = {"reward": {"share_base": True}}
     planner = Planner(job)
+    apart, work = planner.memory(setup), planner.flops_per_step(setup)
+    job.stage.sections = {"reward": {"share_base": True}}
     memory, adapter = planner.memory(setup), planner.anatomy("critic", True).trainable
     assert memory.critic == 16 * adapter and memory.rewards == 4 * adapter and 0 < adapter < 0.01 * apart.rewards
     same = {"weights", "gradients", "optimizer", "activations", "reference", "kv_cache", "rollouts"}
     assert all(getattr(memory, name) == getattr(apart, name) for name in same)
-    head = a_job("ppo")
-    del head.models["critic"]
-    alone = Planner(head)
-    assert alone.memory(setup).critic == 0 and alone.memory(setup).activations < apart.activations
-    assert alone.flops_per_step(setup) < planner.flops_per_step(setup)
+    del job.models["critic"]  # `critic: shared`
+    head = planner.memory(setup)
+    assert head.critic == 0 and head.activations < apart.activations and planner.flops_per_step(setup) < work
 
 
 @pytest.mark.parametrize(
