@@ -1,4 +1,4 @@
-"""Ready-made rewards: functions to name in `reward.functions`, a classifier or an adapter as a reward model."""
+"""Rewards: functions to name in `reward.functions`, a classifier or an adapter as a reward model, and what it reads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pipelines import SetupError
+from pipelines.chat import encode_answer
 from pipelines.models import on_base_of
 
 
@@ -42,6 +43,21 @@ def log_odds(model: nn.Module, label: str) -> nn.Module:
     model.config.problem_type = None  # as a critic it is saved, and a classification of one label is no valid config
     model.config.id2label, model.config.label2id = {0: label}, {label: 0}
     return model
+
+
+def read_anew(tokenizer, answers: list, prompts: list, completions: list[str], ends: list[int]) -> list[list[int]]:
+    """Token ids that a reward model reads: those of `answers` (prompt ids, response ids), or of its own `tokenizer`.
+
+    `prompts` and `completions` are the same as text; an answer that does not end with one of `ends` was cut off, and then
+    has no EOS for the reward model either.
+    """
+    if tokenizer is None:
+        return [prompt + response for prompt, response in answers]
+    out = []
+    for prompt, completion, (_, response) in zip(prompts, completions, answers, strict=True):
+        prompt_ids, answer_ids = encode_answer(tokenizer, prompt, completion)
+        out.append(prompt_ids + (answer_ids if response[-1] in ends else answer_ids[:-1]))
+    return out
 
 
 def from_adapter(policy, folder: str | Path):
