@@ -285,6 +285,35 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
     return model
 
 
+def on_base_of(policy):
+    """A sequence classifier of one score on the very weights that the adapters of `policy` sit on; its head is 0 as yet.
+
+    The layers that hold weights, with what quantization keeps beside them, are the same objects in both models; the
+    modules around them are each model's own. So adapters put into one are not seen by the other, and nothing has to be
+    switched: both can be run, checkpointed and trained in any order.
+    """
+    import torch
+    import transformers
+
+    base, kind = policy.get_base_model(), "AutoModelForSequenceClassification"
+    config = copy.deepcopy(base.config)
+    config.num_labels = 1
+    with torch.device("meta"):  # only its shell is used
+        model = getattr(transformers, kind).from_config(config, dtype=base.dtype)
+    layers = [module for module in policy.modules() if next(module.children(), None) is None]
+    kept = {id(x): x for x in (*layers, *policy.parameters(), *policy.buffers())}
+    bare = copy.deepcopy(policy, kept | {id(base.config): model.config}).unload()
+    setattr(model, model.base_model_prefix, bare.base_model)
+    model.score = torch.nn.Linear(model.score.in_features, 1, bias=False, device=base.device, dtype=base.dtype)
+    torch.nn.init.zeros_(model.score.weight)
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # what peft asks
+        setattr(model, name, getattr(base, name, False))
+    if hasattr(base, "full_precision"):
+        section = base.full_precision.args[0]
+        model.full_precision = functools.partial(load_model, section, kind, new_head=True, num_labels=1)
+    return model
+
+
 def _rows_to_train(model, tokens: list[int]) -> dict[str, list[int]]:
     """Which rows of which embeddings learn these tokens: the input's, and the output's where it has its own."""
     names = {module: name for name, module in model.named_modules()}

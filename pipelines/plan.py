@@ -126,7 +126,8 @@ def describe(loaded, stage) -> Job:
         reward = stage.sections.get("reward", {})
         scorers = reward.get("models") or []
         start = reward.get("critic") or (scorers or [section["model_name_or_path"]])[0]
-        named = {"critic": start} | {f"reward {i}": path for i, path in enumerate(scorers)}
+        named = {"critic": start} if start != "shared" else {}  # a value head weighs nothing
+        named |= {f"reward {i}": path for i, path in enumerate(scorers)}
         for name, path in named.items():
             of_it = _config(loaded, stage, path, None, {"num_labels": 1}, overrides=False)
             models[name] = Model(of_it, AUTO["reward"])
@@ -393,12 +394,21 @@ class Planner:
             kept = costs.checkpointed(kept, rows * length, a.hidden, a.layers, 4 if setup.precision == "fp32" else 2)
         return kept + work
 
+    @property
+    def shares_base(self) -> bool:
+        """Whether critic and reward models are adapters on the policy's base."""
+        return bool(self.job.stage.sections.get("reward", {}).get("share_base"))
+
     def states(self, name: str, setup: Setup, trained: bool = True) -> costs.States:
-        """Weights, gradients, optimizer states of one model on one device."""
-        a = self.anatomy(name, setup.lora and trained)
+        """Weights, gradients, optimizer states of one model on one device; of PPO's adapters on one base they alone."""
+        shares = name != "model" and self.shares_base
+        a = self.anatomy(name, setup.lora and (trained or shares))
         strategy = setup.strategy
         if not trained and strategy in ("zero1", "zero2"):
             strategy = "zero1"  # DeepSpeed keeps a frozen model whole
+        if shares:
+            optim, own = costs.optimizer_share(setup.optim), a.trainable
+            return costs.states(own, own if trained else 0, setup.strategy, setup.world, optim=optim)
         return costs.states(
             a.parameters,
             a.trainable if trained else 0,
@@ -427,11 +437,11 @@ class Planner:
         )
         if kind != "ppo":
             return out
-        critic = self.states("critic", setup)
+        critic = self.states("critic", setup) if "critic" in job.models else costs.States(0.0)
         scorers = [name for name in job.models if name.startswith("reward")]
         return replace(
             out,
-            activations=out.activations + self.traced("critic", setup),
+            activations=out.activations + (self.traced("critic", setup) if "critic" in job.models else 0.0),
             critic=critic.total - critic.buffers,
             reference=0.0 if setup.lora else self.states("model", setup, trained=False).weights,
             rewards=sum(self.states(name, setup, trained=False).weights for name in scorers),
@@ -530,7 +540,7 @@ class Planner:
         train = costs.train_flops(forward["model"], setup.lora, setup.checkpointing)
         if job.kind != "ppo":
             return train, 0.0
-        train += costs.train_flops(forward["critic"], setup.lora, setup.checkpointing)
+        train += costs.train_flops(forward.get("critic", 0.0), setup.lora, setup.checkpointing)
         scoring = forward["model"] + sum(flops for name, flops in forward.items() if name != "model")
         return train * job.values.get("num_ppo_epochs", 4) + scoring, forward["model"]
 
@@ -555,7 +565,7 @@ class Planner:
             if self.job.kind == "ppo":
                 minis = self.job.values.get("num_mini_batches", 1)
                 updates, micro = self.job.values.get("num_ppo_epochs", 4) * minis, math.ceil(micro / minis)
-            models = 2 if self.job.kind == "ppo" else 1  # the critic is as large as the policy
+            models = 2 if "critic" in self.job.models else 1  # the critic is as large as the policy
             sent = costs.traffic(a.parameters, a.trainable, setup.strategy, setup.world, micro) * updates * models
             out["traffic"] = sent / costs.bus(costs.DEVICES[setup.gpu], setup.world)
         return out
@@ -790,9 +800,12 @@ def report(planner: Planner, setup: Setup, args, machine: tuple[float, float] | 
     line("model", f"{a.architecture}: {a.parameters:,} parameters, {a.trainable:,} trained")
     for name in job.models:
         if name != "model":
-            other = planner.anatomy(name, setup.lora and name == "critic")
+            shares = planner.shares_base
+            other = planner.anatomy(name, setup.lora and (shares or name == "critic"))
             trained = f", {other.trainable:,} trained" if name == "critic" else ", frozen"
-            line("", f"{name}: {other.architecture}: {other.parameters:,} parameters{trained}")
+            size = other.trainable if shares else other.parameters
+            where = " on the policy's base" if shares else ""
+            line("", f"{name}: {other.architecture}: {size:,} parameters{where}{trained}")
     rows, length = micro_batch(job, setup)
     steps, per_step, tokens = planner.steps(setup), planner.per_step(setup), planner.tokens_per_step(setup)
     unit = "updates" if job.kind == "ppo" else "steps"

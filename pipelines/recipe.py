@@ -393,15 +393,23 @@ def adapters(stage: Stage) -> list[str]:
     if not model.get("use_peft"):
         return []
     bits = 4 if model.get("load_in_4bit") else 8 if model.get("load_in_8bit") else None
-    on = [f"{model.get('model_name_or_path')} ({'policy' if stage.kind == 'ppo' else 'frozen'})"]
-    if stage.kind == "ppo":
-        critic = reward.get("critic") or (reward.get("models") or [model.get("model_name_or_path")])[0]
-        on.append(f"{critic} (critic)")
-    lines = [f"LoRA, r {model.get('lora_r', 16)}, on {' and '.join(on)}" + (f", in {bits} bits" if bits else "")]
+    base, into = model.get("model_name_or_path"), "the base, loaded again at full precision" if bits else "the base"
+    scorers, shares = reward.get("models") or [], reward.get("share_base")
+    critic = reward.get("critic") or (scorers or [base])[0]
+    on = f"{base} ({'policy' if stage.kind == 'ppo' else 'frozen'})"
+    own_critic = stage.kind == "ppo" and critic != "shared"
+    if own_critic and not shares:
+        on += f" and {critic} (critic)"
+    lines = [f"LoRA, r {model.get('lora_r', 16)}, on {on}" + (f", in {bits} bits" if bits else "")]
+    if shares:
+        adapted = [f"of {path} (reward)" for path in scorers]
+        adapted += [f"{'a new one' if critic == base else 'of ' + critic} (critic, trained on)"] if own_critic else []
+        lines.append(f"adapters on the same base, which is held once: {', '.join(adapted)}")
     if stage.kind == "ppo":
         lines.append("the reference is the policy without its adapter")
-    into = "the base, loaded again at full precision" if bits else "the base"
     lines.append(f"merged into {into} -> {stage.folder}; the adapter alone -> {stage.folder}/adapter")
+    if own_critic:
+        lines.append(f"the critic likewise -> {stage.folder}/critic; its adapter -> {stage.folder}/critic/adapter")
     return lines
 
 

@@ -304,15 +304,15 @@ class RewardSection:
     critic: str | None = field(
         default=None,
         metadata={
-            "help": "What the critic starts from (null: the first reward model, else the policy), or `shared`: a value "
-            "head on the policy's own trunk, half the memory."
+            "help": "What the critic starts from: a reward model, or the policy's (null: the first reward model, else "
+            "the policy's), or `shared`: a value head on the policy's own trunk, half the memory."
         },
     )
     share_base: bool = field(
         default=False,
         metadata={
             "help": "With model.use_peft: reward stages that trained adapters on the policy's base are loaded as "
-            "adapters on it, and the critic is `shared` unless named: one network in memory."
+            "adapters on it, and the critic is one more: one network in memory."
         },
     )
     label: str | None = field(

@@ -169,42 +169,187 @@ def test_an_interrupted_stage_resumes_to_the_same_weights(run, tmp_path):
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_reward_adapters_on_the_policys_base_score_like_the_merged_model(run):
-    """One network in memory: the same scores, and the policy's own adapter is the active one before and after."""
-    from pipelines.ppo.forward import sequence_scores
-    from pipelines.ppo.rewards import AdapterScorer
-    from pipelines.stages.ppo import scorer
+def on_one_base(out, shared=True, bits=None):
+    """Policy, critic and reward model from the run's stages: on one base, or each loaded for itself by peft alone."""
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    from pipelines.ppo.rewards import from_adapter
+
+    section = ModelSection(model_name_or_path=str(out / "sft"), **LORA, **(bits or {}))
+    adapter = out / "reward" / "adapter"
+    torch.manual_seed(3)
+    policy = models.adapt(models.load_model(section, "AutoModelForCausalLM"), section, "CAUSAL_LM")
+    if shared:
+        return policy, from_adapter(policy, adapter), from_adapter(policy, adapter).get_base_model()
+    load = AutoModelForSequenceClassification.from_pretrained
+    critic = peft.PeftModel.from_pretrained(load(out / "sft", num_labels=1), adapter, is_trainable=True)
+    return policy, critic, load(out / "reward")
+
+
+def train(models_, out, folder, resume=None, callbacks=(), **settings):
+    """A `PPOTrainer` on them, trained."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from pipelines.ppo.config import PPOConfig
+    from pipelines.ppo.trainer import PPOTrainer
+
+    policy, critic, reward = models_
+    how = {"per_device_train_batch_size": 8, "max_steps": 4, "response_length": 8, "learning_rate": 1e-2, "save_steps": 2,
+           "num_ppo_epochs": 2, "temperature": 1.0, "allow_no_eos": True, "num_sample_generations": 0}  # fmt: skip
+    trainer = PPOTrainer(
+        model=policy,
+        value_model=critic,
+        args=PPOConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **how | settings),
+        reward_funcs=[reward],
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS]),
+        processing_class=AutoTokenizer.from_pretrained(out / "sft"),
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def trained(trainer):
+    return {n: w.detach().clone() for n, w in trainer.model.named_parameters() if w.requires_grad}
+
+
+def storages(weights):
+    """`{address: bytes}` of the memory that they lie in."""
+    return {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_three_adapters_on_one_base_train_like_three_networks(run, tmp_path, checkpointing):
+    """Policy, critic and reward: the same numbers as from copies loaded by peft alone, the base's weights once."""
+    _, out = run
+    one, apart = on_one_base(out), on_one_base(out, shared=False)
+    frozen = storages(w for n, w in one[0].named_parameters() if "lora" not in n)
+    for model in one[1:]:
+        own = [n for n, w in model.named_parameters() if not storages([w]).keys() <= frozen.keys()]
+        assert frozen.keys() <= storages(model.parameters()).keys()
+        assert own and all("lora" in n or "score" in n for n in own)  # everything else is held once
+    start = {n: w.detach().clone() for n, w in one[1].named_parameters() if w.requires_grad}
+    frozen_before = {n: w.detach().clone() for n, w in one[0].named_parameters() if "lora" not in n}
+
+    how = {"activation_checkpointing": checkpointing}
+    shared, separate = train(one, out, tmp_path / "one", **how), train(apart, out, tmp_path / "apart")
+    ours, theirs = trained(shared), trained(separate)
+    assert ours.keys() == theirs.keys() and {n.split(".")[0] for n in ours} == {"policy", "critic"}
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    for one_log, other in zip(shared.state.log_history[:-1], separate.state.log_history[:-1], strict=True):
+        for key in (k for k in other if "second" not in k):
+            assert one_log[key] == pytest.approx(other[key], abs=1e-4), key
+    changed = moved(start, {n.removeprefix("critic."): w for n, w in ours.items()})
+    assert any("lora_B" in n for n in changed) and any("score" in n for n in changed)
+    assert all(torch.equal(w, frozen_before[n]) for n, w in shared.policy.named_parameters() if n in frozen_before)
+    assert all(frozen.keys() <= storages(m.parameters()).keys() for m in (shared.critic, shared.reward_funcs[0]))
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantized_weights_are_held_once_too(run, bits):
+    """A critic on the policy's quantized base computes and sends back what one on its own quantized base does."""
+    pytest.importorskip("bitsandbytes")
+    import peft
 
     _, out = run
-    section = ModelSection(model_name_or_path=str(out / "sft"), **LORA)
-    policy = models.adapt(models.load_model(section, "AutoModelForCausalLM"), section, "CAUSAL_LM").eval()
-    trained = {n for n, w in policy.named_parameters() if w.requires_grad}
-    ids = [[5, 9, 11, 4], [7, 8, 3]]
-    before = policy(torch.tensor(ids[:1])).logits
-    shared = AdapterScorer(policy, out / "reward" / "adapter", "reward0")
-    alone = scorer(str(out / "reward"), section).eval()
-    expected, found = (sequence_scores(model, ids, False, "cpu") for model in (alone, shared))
-    assert (expected[0] - expected[1]).abs() > 1e-4
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert torch.equal(policy(torch.tensor(ids[:1])).logits, before) and policy.active_adapter == "default"
-    assert {n for n, w in policy.named_parameters() if w.requires_grad} == trained
-    assert sum(w.numel() for w in shared.parameters()) == 32
+    one = on_one_base(out, bits={bits: True})
+    section = ModelSection(model_name_or_path=str(out / "sft"), **LORA, **{bits: True})
+    alone = models.load_model(section, "AutoModelForSequenceClassification", new_head=True, num_labels=1)
+    alone = peft.PeftModel.from_pretrained(alone, out / "reward" / "adapter", is_trainable=True)
+    packed = {torch.uint8, torch.int8}
+    held = [storages(w for w in m.parameters() if w.dtype in packed) for m in one]
+    assert held[0] and held[0] == held[1] == held[2]
+    ids, found = torch.arange(5, 25)[None], []
+    for model in (*one, alone):  # the policy first: its forward settles where 8-bit weights lie
+        logits = model(ids, use_cache=False).logits
+        logits.sum().backward()
+        found.append((logits, {n: w.grad for n, w in model.named_parameters() if w.grad is not None}))
+    (_, (values, grads), (scores, _), (expected, expected_grads)) = found
+    torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_adapters_on_one_base_resume_to_the_bit(run, tmp_path):
+    import transformers
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step == 2
+
+    _, out = run
+    how = {"save_strategy": "steps"}
+    whole = trained(train(on_one_base(out), out, tmp_path / "whole", **how))
+    train(on_one_base(out), out, tmp_path / "parts", callbacks=[Stop()], **how)
+    resumed = train(on_one_base(out), out, tmp_path / "parts", resume=True, **how)
+    assert resumed.state.global_step == 4
+    again = trained(resumed)
+    assert all(torch.equal(w, again[n]) for n, w in whole.items())
 
 
 def test_a_policy_trains_on_one_base_with_its_reward_and_critic(run):
+    """The stage: what is saved is the base plus each adapter, and the critic's is the reward stage's, trained on."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
     path, out = run
-    assert (out / "one_base" / "critic" / "value_head.safetensors").is_file()
-    assert all("c_attn" in n for n in moved(weights(out / "sft"), weights(out / "one_base")))
-    assert not [p for p in (out / "one_base").rglob("*") if "reward" in p.name]
-    record = json.loads((out / "one_base" / "stage.json").read_text())
-    first = json.loads((out / "one_base" / "history.jsonl").read_text().splitlines()[0])
+    folder = out / "one_base"
+    assert all("c_attn" in n for n in moved(weights(out / "sft"), weights(folder)))
+    assert not [p for p in folder.rglob("*") if "reward" in p.name]
+    record = json.loads((folder / "stage.json").read_text())
+    first = json.loads((folder / "history.jsonl").read_text().splitlines()[0])
     other = json.loads((out / "policy" / "history.jsonl").read_text().splitlines()[0])
     assert record["metrics"]["steps"] == 2
-    assert first["objective/scores"] == pytest.approx(other["objective/scores"], abs=1e-4)
+    for key in ("objective/scores", "val/explained_variance"):  # the critic starts as the merged reward model does
+        assert first[key] == pytest.approx(other[key], abs=1e-4)
+    merged = AutoModelForSequenceClassification.from_pretrained(folder / "critic").eval()
+    base = AutoModelForSequenceClassification.from_pretrained(out / "sft", num_labels=1)
+    adapted = PeftModel.from_pretrained(base, folder / "critic" / "adapter").eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=1e-4)
+    linear = moved(weights(out / "reward"), weights(folder / "critic"))
+    assert any("c_fc" in n for n in linear) and "score.weight" in linear  # all that the reward's adapter sits on
     with pytest.raises(models.ModelError, match="was trained without adapters|was trained from"):
         from pipelines.stages.ppo import _on_base
 
-        _on_base(str(out / "reward"), ModelSection(model_name_or_path="another"), None, 0)
+        _on_base(str(out / "reward"), ModelSection(model_name_or_path="another"), None)
+
+
+def test_a_critic_without_a_reward_model_is_a_new_adapter_on_the_base(run):
+    from pipelines.sections import RewardSection
+    from pipelines.stages.ppo import _critic
+
+    _, out = run
+    section = ModelSection(model_name_or_path=str(out / "sft"), **LORA)
+    policy = models.adapt(models.load_model(section, "AutoModelForCausalLM"), section, "CAUSAL_LM")
+    critic = _critic(str(out / "sft"), section, RewardSection(share_base=True), policy)
+    own = sum(w.numel() for w in critic.parameters() if w.requires_grad)
+    shared = storages(policy.parameters()).keys() & storages(critic.parameters()).keys()
+    assert own == critic.get_nb_trainable_parameters()[0] and len(shared) > 20
+    assert torch.equal(critic(torch.tensor([[5, 6]])).logits, torch.zeros(1, 1))
+
+
+def test_what_cannot_share_a_base_is_found_before_it_starts(run, capsys):
+    from pipelines.__main__ import main
+
+    path, _ = run
+    assert main(["check", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "held once: of stage:reward (reward), of stage:reward (critic, trained on)" in text
+    assert "one_base/critic/adapter" in text
+    assert main(["check", str(path), "stages.reward.model.use_peft=false"]) == 2
+    assert (
+        "with reward.share_base: a reward stage with model.use_peft on the policy's own stage:sft"
+        in capsys.readouterr().err
+    )
+    assert main(["check", str(path), "stages.one_base.reward.critic=stage:sft"]) == 0
+    assert "a new one (critic" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -229,7 +374,7 @@ def test_two_processes_train_the_adapters_of_one(run):
         env = {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    for place in ("sft", "reward"):  # PPO's samples depend on rounding: it is enough that it ends
+    for place in ("sft", "reward", "one_base", "one_base/critic"):
         one, two = (weights(out.parent / config / place) for config in ("cpu", "cpu_2"))
         assert one.keys() == two.keys()
         for name in one:
@@ -368,18 +513,24 @@ def test_qlora_through_reward_ppo_and_classification(run, tiny_gpt2, recipe, wri
                    "data": {"train": write("c.jsonl", [{"prompt": r["prompt"]} for r in ROWS])},
                    "args": {**steps, "max_steps": 2, "response_length": 8, "allow_no_eos": True, "num_mini_batches": 1,
                             "missing_eos_penalty": 1.0}},
+        "one_base": None,
         "labels": {"kind": "classify", "model": {**LORA, **BITS4, "model_name_or_path": str(out / "sft")},
                    "data": {"train": write("d.jsonl", labels)}, "args": steps},
     }  # fmt: skip
+    stages["one_base"] = {**stages["policy"], "reward": {**stages["policy"]["reward"], "share_base": True}}
     loaded = recipes.load(recipe(stages))
     for name, auto in (
         ("reward", "SequenceClassification"),
         ("policy", "CausalLM"),
+        ("one_base", "CausalLM"),
         ("labels", "SequenceClassification"),
     ):
         chain.run(loaded, [name])
         check_quantized(loaded[name].folder, out / "sft", seen, f"AutoModelFor{auto}")
-    assert moved(weights(loaded["reward"].folder), weights(loaded["policy"].folder / "critic"))
+        if name == "one_base":
+            check_quantized(loaded[name].folder / "critic", out / "sft", seen, "AutoModelForSequenceClassification")
+    for name in ("policy", "one_base"):
+        assert moved(weights(loaded["reward"].folder), weights(loaded[name].folder / "critic"))
     head = weights(loaded["reward"].folder)["score.weight"]
     saved = load_file(loaded["reward"].folder / "adapter" / "adapter_model.safetensors")
     assert any(torch.equal(value, head) for value in saved.values())  # the score head is saved with the adapter

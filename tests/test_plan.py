@@ -164,6 +164,20 @@ def test_ppo_holds_reference_critic_reward_model_and_cache():
     assert lora.reference == 0 and lora.optimizer < 0.05 * memory.optimizer and lora.weights < 1.05 * memory.weights
 
 
+def test_ppo_on_one_base_holds_adapters_and_a_value_head_weighs_nothing():
+    job, setup = a_job("ppo"), Setup(micro=2, lora=True)
+    planner = Planner(job)
+    apart, work = planner.memory(setup), planner.flops_per_step(setup)
+    job.stage.sections = {"reward": {"share_base": True}}
+    memory, adapter = planner.memory(setup), planner.anatomy("critic", True).trainable
+    assert memory.critic == 16 * adapter and memory.rewards == 4 * adapter and 0 < adapter < 0.01 * apart.rewards
+    same = {"weights", "gradients", "optimizer", "activations", "reference", "kv_cache", "rollouts"}
+    assert all(getattr(memory, name) == getattr(apart, name) for name in same)
+    del job.models["critic"]  # `critic: shared`
+    head = planner.memory(setup)
+    assert head.critic == 0 and head.activations < apart.activations and planner.flops_per_step(setup) < work
+
+
 @pytest.mark.parametrize(
     "file, strategy",
     [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero2", "zero2"), ("zero3", "zero3"), ("cpu", "single"), ("cpu_2", "ddp")],

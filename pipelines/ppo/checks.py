@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from pipelines import SetupError
-from pipelines.models import vocabulary
+from pipelines.models import positions, vocabulary
 from pipelines.ppo.forward import ValueHead, plain_model
 
 
@@ -71,6 +71,26 @@ def check_ptx(args, ptx_dataset) -> None:
         )
     if ptx_dataset is not None and (len(ptx_dataset) == 0 or len(ptx_dataset[0].get("input_ids", ())) < 2):
         raise SetupError("ptx_dataset needs rows with `input_ids` of at least two tokens")
+
+
+def check_batch(batch: int, mini_batches: int, world: int) -> None:
+    """Raise ValueError unless `batch` answers divide into minibatches of equal shares for `world` processes."""
+    if batch % mini_batches or batch // mini_batches % world:
+        raise SetupError(
+            f"a batch of {batch} answers (per_device_train_batch_size × gradient_accumulation_steps × processes) does "
+            f"not divide into num_mini_batches={mini_batches} minibatches of equal shares for {world} process(es): "
+            "choose numbers that do"
+        )
+
+
+def check_lengths(sequences: list[list[int]], model, name: str) -> None:
+    """Raise ValueError where the reward model called `name` cannot read the longest of `sequences`."""
+    limit, longest = positions(model), max(map(len, sequences))
+    if limit is not None and longest > limit:
+        raise SetupError(
+            f"reward model {name} reads at most {limit} tokens and was given {longest}: lower response_length or drop "
+            "the longest prompts"
+        )
 
 
 def check_rollouts(rollouts, args) -> None:

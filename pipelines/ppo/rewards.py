@@ -1,15 +1,17 @@
-"""Ready-made rewards: functions to name in `reward.functions`, a classifier or an adapter as a reward model."""
+"""Rewards: functions to name in `reward.functions`, a classifier or an adapter as a reward model, and what it reads."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from pipelines import SetupError
+from pipelines.chat import encode_answer
+from pipelines.models import on_base_of
 
 
 def length_penalty(prompts, completions, completion_ids, **columns) -> list[float]:
@@ -43,45 +45,48 @@ def log_odds(model: nn.Module, label: str) -> nn.Module:
     return model
 
 
-class AdapterScorer(nn.Module):
-    """A reward model that is an adapter on the policy's own base: no second network in memory. Never trained.
+def read_anew(tokenizer, answers: list, prompts: list, completions: list[str], ends: list[int]) -> list[list[int]]:
+    """Token ids that a reward model reads: those of `answers` (prompt ids, response ids), or of its own `tokenizer`.
+
+    `prompts` and `completions` are the same as text; an answer that does not end with one of `ends` was cut off, and then
+    has no EOS for the reward model either.
+    """
+    if tokenizer is None:
+        return [prompt + response for prompt, response in answers]
+    out = []
+    for prompt, completion, (_, response) in zip(prompts, completions, answers, strict=True):
+        prompt_ids, answer_ids = encode_answer(tokenizer, prompt, completion)
+        out.append(prompt_ids + (answer_ids if response[-1] in ends else answer_ids[:-1]))
+    return out
+
+
+def from_adapter(policy, folder: str | Path):
+    """A reward model that is an adapter, as a PEFT model on the policy's own base: no second network in memory.
 
     Args:
-        policy: a PEFT model; the adapter is added to it beside its own.
+        policy: the PEFT model whose base is shared (`models.on_base_of`).
         folder: the adapter of a sequence classifier of one label, trained from the base that `policy` adapts, as a
             reward stage with `use_peft` leaves it in `adapter/`.
-        name: of the adapter inside `policy`.
+
+    The adapter and its head can be trained: a critic starts so. As a reward model take its `get_base_model()`.
     """
+    import peft
 
-    def __init__(self, policy, folder: str | Path, name: str):
-        super().__init__()
-        import peft
-
-        weights = load_file(Path(folder) / "adapter_model.safetensors")
-        heads = [key for key in weights if key.endswith("score.weight")]
-        config = peft.PeftConfig.from_pretrained(str(folder))
-        if len(heads) != 1 or len(weights[heads[0]]) != 1 or config.trainable_token_indices:
-            raise SetupError(
-                f"{folder} is not an adapter with one score on unchanged tokens: reward.share_base cannot use it"
-            )
-        head = weights.pop(heads[0])
-        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, True
-        policy.add_adapter(name, config)
-        missing = peft.set_peft_model_state_dict(policy, weights, adapter_name=name).unexpected_keys
-        if missing:
-            raise SetupError(f"{folder} adapts what the policy does not have: {', '.join(missing[:3])}")
-        self.score = nn.Linear(head.shape[1], 1, bias=False)
-        self.score.weight.data.copy_(head)
-        self.config = copy.deepcopy(policy.get_base_model().config)
-        self.config.num_labels, self.config._name_or_path = 1, str(Path(folder).parent)
-        self.name, self._policy = name, [policy]  # in a list: its weights are not this module's
-
-    def base_model(self, **inputs):
-        """The output of the policy's trunk with this adapter in place of the policy's own."""
-        (policy,) = self._policy
-        own = policy.active_adapter
-        policy.set_adapter(self.name)
-        try:
-            return policy.get_base_model().base_model(**inputs)
-        finally:
-            policy.set_adapter(own)
+    weights = load_file(Path(folder) / "adapter_model.safetensors")
+    heads = [key for key in weights if key.endswith("score.weight")]
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    if len(heads) != 1 or len(weights[heads[0]]) != 1 or config.trainable_token_indices:
+        raise SetupError(
+            f"{folder} is not an adapter with one score on unchanged tokens: reward.share_base cannot use it"
+        )
+    config.inference_mode = False
+    model = on_base_of(policy)
+    model.config._name_or_path = model.name_or_path = config.base_model_name_or_path
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())  # bitsandbytes has Linear
+    model = peft.get_peft_model(model, config)
+    peft.set_peft_model_state_dict(model, weights)
+    other = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys() ^ weights.keys()
+    if other:
+        raise SetupError(f"{folder} does not fit the policy's base: {', '.join(sorted(other)[:3])}")
+    model.config._name_or_path = str(Path(folder).parent)  # what a reward is called in logs
+    return model

@@ -7,31 +7,27 @@ shared out.
 
 Nothing depends on a global random state: prompts, sampling and minibatches are drawn from generators seeded
 by (seed, position), so a resumed run continues with exactly what an uninterrupted one would have done.
+
+What is no part of the algorithm is in the classes this one is built on: `machinery.py` (models as launchers want
+them, checkpoints, vLLM) and `watching.py` (log, evaluation, diagnosis, samples).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
-import logging
 import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import peft
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers.trainer_utils import SaveStrategy, TrainOutput, get_last_checkpoint, speed_metrics
-from trl.models import prepare_deepspeed, unwrap_model_for_generation
-from trl.trainer.base_trainer import _BaseTrainer
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, speed_metrics
 
-from pipelines import SetupError, models
-from pipelines.chat import as_text, encode_answer, encode_prompt
+from pipelines import SetupError
 from pipelines.models import whole
 from pipelines.ppo import algorithm, checks
 from pipelines.ppo.config import PPOConfig
@@ -41,21 +37,25 @@ from pipelines.ppo.forward import (
     ValueHead,
     collate,
     make_ready,
-    plain_model,
     sequence_scores,
-    shard_frozen,
     token_logprobs,
     within,
 )
-from pipelines.ppo.rewards import AdapterScorer
+from pipelines.ppo.machinery import PTX, TRAIN, vllm_engine
+from pipelines.ppo.rewards import read_anew
 from pipelines.ppo.rollout import generate
-from pipelines.training import NotFinite, untied
+from pipelines.ppo.watching import Watching
+from pipelines.training import NotFinite
 
-logger = logging.getLogger(__name__)
-
-STATE = "ppo_state.json"
-SAMPLES = "samples.jsonl"
-TRAIN, EVAL, PTX = 0, 1, 2  # which random streams an answer or a pretraining row is drawn from
+STATISTICS = (  # of each optimizer step
+    "loss/policy_avg",
+    "loss/value_avg",
+    "policy/clipfrac_avg",
+    "val/clipfrac_avg",
+    "policy/approxkl_avg",
+    "val/ratio",
+    "policy/entropy_avg",
+)
 
 
 class Diagnosed(SetupError):
@@ -79,7 +79,7 @@ class Rollouts:
     seconds: dict[str, float]  # per phase, on this process
 
 
-class PPOTrainer(_BaseTrainer):
+class PPOTrainer(Watching):
     """Trains a policy and its critic by PPO.
 
     Args:
@@ -133,12 +133,7 @@ class PPOTrainer(_BaseTrainer):
                 ref_model = copy.deepcopy(model)
         together = [m for m in (model, value_model, ref_model) if m is not None and not isinstance(m, ValueHead)]
         self.packed = all([make_ready(module) for module in together])
-        self.reward_packed = [
-            self.packed
-            if isinstance(f, AdapterScorer)
-            else isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f)
-            for f in reward_funcs
-        ]
+        self.reward_packed = [isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f) for f in reward_funcs]
         super().__init__(
             model=PolicyAndCritic(model, value_model),
             args=args,
@@ -160,13 +155,7 @@ class PPOTrainer(_BaseTrainer):
         world = self.accelerator.num_processes
         self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
         self.mini_batch_size = self.batch_size // args.num_mini_batches
-        if self.batch_size % args.num_mini_batches or self.mini_batch_size % world:
-            raise SetupError(
-                f"a batch of {self.batch_size} answers (per_device_train_batch_size × "
-                f"gradient_accumulation_steps × processes) does not divide into "
-                f"num_mini_batches={args.num_mini_batches} minibatches of equal "
-                f"shares for {world} process(es): choose numbers that do"
-            )
+        checks.check_batch(self.batch_size, args.num_mini_batches, world)
         if self.is_deepspeed_enabled and args.max_approx_kl is not None:
             raise SetupError("max_approx_kl needs a step that can be skipped, but DeepSpeed steps within backward")
         self.max_steps = args.max_steps
@@ -247,6 +236,15 @@ class PPOTrainer(_BaseTrainer):
         seeds = [(self.args.seed, TRAIN, episode) for episode in episodes]
         return self._rollout(self.train_dataset, self.train_prompts, rows, seeds)
 
+    def _row_of(self, episode: int) -> int:
+        """The dataset row of the run's n-th episode: each epoch takes all rows in its own order."""
+        epoch, place = divmod(episode, len(self.train_prompts))
+        if getattr(self, "_epoch_order", (None,))[0] != epoch:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            order = np.random.default_rng((seed, epoch)).permutation(len(self.train_prompts))
+            self._epoch_order = epoch, order
+        return int(self._epoch_order[1][place])
+
     @torch.no_grad()
     def _rollout(self, dataset, prompts: list[list[int]], rows: list[int], seeds: list) -> Rollouts:
         """Sample and score an answer to each of `rows` of the dataset: each process its share."""
@@ -323,7 +321,7 @@ class PPOTrainer(_BaseTrainer):
     def _rewards(self, dataset, rows: list[int], answers: list[tuple[list[int], list[int]]]) -> Tensor:
         """What each reward function says of each answer (prompt ids, response ids): (answers, functions)."""
         responses = [response for _, response in answers]
-        completions = self._completions(responses)
+        completions = self.processing_class.batch_decode(responses, skip_special_tokens=True)
         columns = dataset[rows]
         prompts = columns.pop("prompt")
         out = torch.empty(len(rows), len(self.reward_funcs))
@@ -341,25 +339,13 @@ class PPOTrainer(_BaseTrainer):
 
     def _model_scores(self, i: int, answers: list, prompts: list, completions: list[str]) -> Tensor:
         """Scores (answers,) of reward model number `i`, of the ids as they are or under its own tokenizer."""
-        model, tokenizer = self.reward_funcs[i], self.reward_tokenizers[i]
-        sequences = [prompt + response for prompt, response in answers]
-        if tokenizer is not None:
-            for row, (prompt, completion, (_, response)) in enumerate(zip(prompts, completions, answers, strict=True)):
-                prompt_ids, answer_ids = encode_answer(tokenizer, prompt, completion)
-                cut_off = response[-1] not in self.eos_token_ids  # then it has no EOS for the reward model either
-                sequences[row] = prompt_ids + (answer_ids[:-1] if cut_off else answer_ids)
-        limit = models.positions(model)
-        longest = max(map(len, sequences))
-        if limit is not None and longest > limit:
-            raise SetupError(
-                f"reward model {self.reward_names[i]} reads at most {limit} tokens and was given {longest}: "
-                "lower response_length or drop the longest prompts"
-            )
+        model, tokenizer, packed = self.reward_funcs[i], self.reward_tokenizers[i], self.reward_packed[i]
+        sequences = read_anew(tokenizer, answers, prompts, completions, self.eos_token_ids)
+        checks.check_lengths(sequences, model, self.reward_names[i])
         scores = torch.empty(len(sequences))
-        order = _by_length([(ids,) for ids in sequences])
-        for chunk in _chunks(order, self.args.local_rollout_forward_batch_size):
+        for chunk in _chunks(_by_length([(ids,) for ids in sequences]), self.args.local_rollout_forward_batch_size):
             with self.accelerator.autocast():
-                ids, packed = [sequences[j] for j in chunk], self.reward_packed[i]
+                ids = [sequences[j] for j in chunk]
                 found = within(model, sequence_scores, ids, packed, self.accelerator.device)
             scores[chunk] = found.cpu()
         return scores
@@ -393,11 +379,7 @@ class PPOTrainer(_BaseTrainer):
                     if stopped:
                         self.model_wrapped.zero_grad()
                         break
-                clip = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-                grad_norm = self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), clip)
-                if hasattr(grad_norm, "full_tensor"):  # FSDP2: of this process's shards
-                    grad_norm = grad_norm.full_tensor()
-                grad_norm = 0.0 if grad_norm is None else float(grad_norm)  # DeepSpeed may not say
+                grad_norm = self._clip_gradients()
                 if not math.isfinite(grad_norm) and self.accelerator.scaler is None:  # fp16's scaler skips such steps
                     what = f"the gradient norm is {grad_norm}"
                     raise NotFinite(self._where(what, self.train_dataset, rollouts.rows, minibatch))
@@ -521,33 +503,6 @@ class PPOTrainer(_BaseTrainer):
         cuts = max(math.ceil(sum(size[i] for i in share) / room) for share in shares)
         return [mine[cut::cuts] for cut in range(cuts)]
 
-    def _metrics(self, rollouts: Rollouts, scores, kl, kl_coef: float, returns, seconds: dict) -> dict[str, float]:
-        """What there is to know of one batch of rollouts, under TRL's names."""
-        mask, responses = rollouts.mask, len(rollouts.responses)
-        each_kl = torch.where(mask, kl, 0.0).sum(1)
-        kl_of_answers = each_kl.mean().item()
-        tokens = int(mask.sum())
-        metrics = {
-            "objective/kl": kl_of_answers,
-            "objective/kl_sem": each_kl.std(unbiased=False).item() / math.sqrt(responses),  # its standard error
-            "objective/entropy": torch.where(mask, -rollouts.logprobs, 0.0).sum(1).mean().item(),
-            "objective/non_score_reward": -kl_coef * kl_of_answers,
-            "objective/rlhf_reward": scores.mean().item() - kl_coef * kl_of_answers,
-            "objective/scores": scores.mean().item(),
-            "objective/scores_std": scores.std(unbiased=False).item(),
-            "val/explained_variance": algorithm.explained_variance(rollouts.values, returns, mask).item(),
-            "val/num_eos_tokens": int(rollouts.ended.sum()),
-            "eos_rate": rollouts.ended.float().mean().item(),
-            "response_length": tokens / responses,
-            "kl_coef": kl_coef,
-            "lr": self.lr_scheduler.get_last_lr()[0],
-            "episode": (self.state.global_step + 1) * self.batch_size,
-        }
-        for name, column in zip(self.reward_names, rollouts.rewards.T, strict=True):
-            metrics[f"reward/{name}"] = column.mean().item()
-        metrics |= {f"seconds/{phase}": s for phase, s in seconds.items()}
-        return metrics | {f"tokens_per_second/{phase}": tokens / s for phase, s in seconds.items()}
-
     def _training_scores(self, rollouts: Rollouts) -> Tensor:
         """Scores (B,) as PPO sees them: normalised, clipped, less the penalty where an answer did not end."""
         scores = rollouts.scores
@@ -558,349 +513,6 @@ class PPOTrainer(_BaseTrainer):
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * (~rollouts.ended).float()
         return scores
-
-    # --- log, evaluate, save --------------------------------------------------------------------------------
-
-    def _log_evaluate_save(self) -> None:
-        if self.control.should_log and self._unlogged:
-            logs = {name: sum(values) / len(values) for name, values in self._unlogged.items()}
-            logs |= {name: self._unlogged[name][-1] for name in ("episode", "lr", "kl_coef")}
-            self._unlogged.clear()
-            self.log(logs)
-        if self.control.should_evaluate:
-            metrics = self.evaluate()
-            too_far = self.args.best_kl_cap is not None and metrics["eval_kl"] > self.args.best_kl_cap
-            is_best = not too_far and self._determine_best_metric(metrics=metrics, trial=None)
-            if self.args.save_strategy == SaveStrategy.BEST:
-                self.control.should_save = is_best
-            self.watch.add_evaluation(self._held_out(metrics))
-        self._diagnose()
-        if self.control.should_save:
-            self._save_checkpoint(self.model, trial=None)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-    def _held_out(self, metrics: dict) -> dict[str, tuple[float, float]]:
-        """Mean and standard error of the held-out score, and of every reward of weight 0: a judge unseen in training."""
-        names = [
-            "score",
-            *(f"reward/{n}" for n, w in zip(self.reward_names, self.reward_weights, strict=True) if w == 0),
-        ]
-        noise = math.sqrt(len(self.eval_dataset))
-        return {name: (metrics[f"eval_{name}"], metrics[f"eval_{name}_std"] / noise) for name in names}
-
-    def _diagnose(self) -> None:
-        """Say what is wrong and was not before; with `diagnosis: stop` save and stop at the first such thing."""
-        if self.args.diagnosis == "off":
-            return
-        for finding in self.watch.new_findings():  # from global numbers: the same on every process
-            logger.warning("%s", finding)
-            if self.args.diagnosis == "stop" and self._stopped_by is None:
-                self._stopped_by = str(finding)
-                self.control.should_save = self.control.should_training_stop = True
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """One answer to each held-out prompt, each time from the same random streams; returns the metrics.
-
-        The score is the weighted sum of the reward functions, without normalisation or penalties; the KL is
-        the mean over answers of log π/π_ref (nats); `ref_perplexity` is exp of the mean over tokens of −log π_ref:
-        how fluent the reference finds the answers.
-        """
-        began = time.time()
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise SetupError("evaluate needs an eval_dataset")
-        prompts = self.eval_prompts if eval_dataset is None else self._encode_prompts(dataset, "eval_dataset")
-        n, world = len(dataset), self.accelerator.num_processes
-        rows = [i % n for i in range(math.ceil(n / world) * world)]  # equal shares; the repeats are dropped below
-        rollouts = self._rollout(dataset, prompts, rows, [(self.args.seed, EVAL, row) for row in rows])
-        kl = torch.where(rollouts.mask, rollouts.logprobs - rollouts.ref_logprobs, 0.0).sum(1)[:n]
-        metrics = {
-            "score": rollouts.scores[:n].mean().item(),
-            "score_std": rollouts.scores[:n].std().item() if n > 1 else 0.0,
-            "kl": kl.mean().item(),
-            "ref_perplexity": math.exp(-algorithm.masked_mean(rollouts.ref_logprobs[:n], rollouts.mask[:n]).item()),
-            "length": rollouts.mask[:n].sum().item() / n,
-            "eos_rate": rollouts.ended[:n].float().mean().item(),
-            "runtime": time.time() - began,
-        }
-        for name, column in zip(self.reward_names, rollouts.rewards[:n].T, strict=True):
-            metrics[f"reward/{name}"] = column.mean().item()
-            metrics[f"reward/{name}_std"] = column.std().item() if n > 1 else 0.0
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self._write_samples(metric_key_prefix, rollouts)
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _is_sample_step(self, step: int) -> bool:
-        count = self.args.num_sample_generations
-        return count > 0 and (step - 1) % max(1, self.max_steps // count) == 0
-
-    def _write_samples(self, split: str, rollouts: Rollouts, count: int = 10) -> None:
-        """Append the first answers of a batch, with what was thought of them, to samples.jsonl; log a few."""
-        if not self.is_world_process_zero():
-            return
-        kl = torch.where(rollouts.mask, rollouts.logprobs - rollouts.ref_logprobs, 0.0).sum(1)
-        completions = self._completions(rollouts.responses[:count])
-        table = [f"{'score':>9} {'KL':>7}  {split} prompts … answers after update {self.state.global_step}"]
-        for i, completion in enumerate(completions[:3]):
-            prompt, answer = (
-                " ".join(text.split()) for text in (self.processing_class.decode(rollouts.prompts[i]), completion)
-            )
-            table.append(f"{rollouts.scores[i]:>9.3f} {kl[i]:>7.2f}  {prompt[-40:]} … {answer[:120]}")
-        logger.info("%s", "\n".join(table))
-        with open(Path(self.args.output_dir) / SAMPLES, "a", encoding="utf-8") as file:
-            for i, completion in enumerate(completions):
-                sample = {
-                    "step": self.state.global_step,
-                    "split": split,
-                    "prompt": self.processing_class.decode(rollouts.prompts[i]),
-                    "completion": completion,
-                    "score": rollouts.scores[i].item(),
-                    "kl": kl[i].item(),
-                    "ended": bool(rollouts.ended[i]),
-                }
-                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The policy (with PEFT: its adapters) and tokenizer, the critic in the folder `critic`."""
-        folder = Path(output_dir or self.args.output_dir)
-        weights = {"policy": None, "critic": None}
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # collective: every process takes part
-            whole = self.accelerator.get_state_dict(self.model_wrapped) or {}  # ZeRO-3: on the first process alone
-            for part, model in (("policy", self.policy), ("critic", self.critic)):
-                own = {k.removeprefix(f"{part}."): v for k, v in whole.items() if k.startswith(f"{part}.")}
-                weights[part] = untied(model, own)
-        if self.args.should_save:
-            only = {"selected_adapters": [self.policy.active_adapter]} if hasattr(self.policy, "peft_config") else {}
-            self.policy.save_pretrained(folder, state_dict=weights["policy"], **only)
-            self.critic.save_pretrained(folder / "critic", state_dict=weights["critic"])
-            for place in (folder,) if isinstance(self.critic, ValueHead) else (folder, folder / "critic"):
-                self.processing_class.save_pretrained(place)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save and not self.args.save_only_model:
-            state = {
-                "batch_size": self.batch_size,
-                "kl_controller": self.kl_controller.state_dict(),
-                "score_normalizer": self.score_normalizer and self.score_normalizer.state_dict(),
-                "unlogged": self._unlogged,
-                "watch": self.watch.state_dict(),
-            }
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
-
-    # --- setting up and resuming ----------------------------------------------------------------------------
-
-    def _set_up(self, checkpoint: str | None) -> None:
-        """Optimizer, scheduler, wrapped model and trainer state, from the checkpoint where there is one."""
-        args = self.args
-        if args.activation_checkpointing:
-            settings = dict(args.activation_checkpointing_kwargs or {})
-            for module in (self.policy, self.critic) if not isinstance(self.critic, ValueHead) else (self.policy,):
-                plain_model(module).activation_checkpointing_enable(activation_checkpointing_kwargs=settings or None)
-                if hasattr(module, "peft_config"):  # frozen embeddings: the first layer must see gradients flow
-                    module.enable_input_require_grads()
-        if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            self._load_from_checkpoint(checkpoint)
-        steps_per_epoch = max(1, len(self.train_dataset) // self.batch_size)
-        epochs = math.ceil(self.max_steps * self.batch_size / len(self.train_dataset))
-        self._init_training_state(self.max_steps, steps_per_epoch, epochs, checkpoint, None)
-        self._prepare_for_training(self.max_steps, None, checkpoint)
-        self.model_wrapped.train()
-        self._unlogged.clear()
-        if checkpoint is None:
-            return
-        state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
-        if state["batch_size"] != self.batch_size:
-            raise SetupError(
-                f"{checkpoint} was made with batches of {state['batch_size']} answers, this run has "
-                f"{self.batch_size}: it would not continue with the right prompts. Keep "
-                "per_device_train_batch_size × gradient_accumulation_steps × processes as it was"
-            )
-        self.kl_controller.load_state_dict(state["kl_controller"])
-        if self.score_normalizer is not None and state["score_normalizer"] is not None:
-            self.score_normalizer.load_state_dict(state["score_normalizer"])
-        self._unlogged.update(state["unlogged"])
-        self.watch.load_state_dict(state["watch"])
-        self._load_rng_state(checkpoint)  # for reward functions that use one
-        self._forget_samples_after(self.state.global_step)
-
-    def _find_checkpoint(self, asked: str | bool | None) -> str | None:
-        if not asked:
-            return None
-        found = get_last_checkpoint(self.args.output_dir) if asked is True else str(asked)
-        if found is None or not (Path(found) / STATE).is_file():
-            raise SetupError(f"no PPO checkpoint to resume from: {found or self.args.output_dir}")
-        return found
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for module, folder in ((self.policy, ""), (self.critic, "critic")):
-            place = Path(resume_from_checkpoint) / folder
-            if isinstance(module, ValueHead):
-                module.load(place)
-                continue
-            if hasattr(module, "peft_config"):  # Trainer would add the adapter in `critic` to the policy
-                peft.set_peft_model_state_dict(module, peft.load_peft_weights(str(place), device="cpu"))
-                continue
-            whole, self.model = self.model, module  # Trainer reports missing weights of self.model
-            try:
-                super()._load_from_checkpoint(str(place), module)
-            finally:
-                self.model = whole
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _forget_samples_after(self, step: int) -> None:
-        """Drop samples that an interrupted run wrote after its last checkpoint: they come again."""
-        path = Path(self.args.output_dir) / SAMPLES
-        if self.is_world_process_zero() and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-    def _frozen(self, module: nn.Module) -> nn.Module:
-        module.requires_grad_(False)
-        if hasattr(module, "full_precision"):  # quantized: it is where it was loaded, and cannot be moved
-            return module.eval()
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            return prepare_deepspeed(module, self.accelerator).module
-        if self.is_fsdp_enabled:
-            return shard_frozen(module, self.accelerator)
-        return module.to(self.accelerator.device).eval()
-
-    @contextlib.contextmanager
-    def _whole_policy(self):
-        """The policy with all its weights on this process, for decoding: processes decode for different times."""
-        if not self.is_fsdp_enabled:
-            with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-                yield model.policy
-            return
-        weights = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in self.policy.state_dict().items()}
-        self.decoder.load_state_dict(weights, assign=True)
-        del weights
-        yield self.decoder
-        for weight in self.decoder.parameters():
-            weight.data = weight.new_empty(1).expand_as(weight)  # its shape, without its memory
-
-    @contextlib.contextmanager
-    def _reference(self):
-        """The model whose log-probs the policy is held to."""
-        if self.ref_model is not None:
-            yield self.ref_model
-        else:
-            with self.policy.disable_adapter():
-                yield self.policy
-
-    def _encode_prompts(self, dataset, name: str) -> list[list[int]]:
-        """Token ids of every prompt; all that are empty or too long are reported at once."""
-        if "prompt" not in dataset.column_names:
-            raise SetupError(f"{name} has no column `prompt`, but {', '.join(dataset.column_names)}")
-        prompts = [encode_prompt(self.processing_class, prompt) for prompt in dataset["prompt"]]
-        contexts = [
-            models.positions(m)
-            for m in (self.policy, self.critic, self.ref_model)
-            if m is not None and not isinstance(m, ValueHead)
-        ]
-        context = min((c for c in contexts if c is not None), default=None)
-        limits = [
-            self.args.max_prompt_length,
-            None if context is None else context - self.args.response_length,
-        ]
-        limit = min((x for x in limits if x is not None), default=None)
-        long = [i for i, ids in enumerate(prompts) if limit is not None and len(ids) > limit]
-        empty = [i for i, ids in enumerate(prompts) if not ids]
-        if long or empty:
-            raise SetupError(
-                f"{name}: "
-                + "; ".join(
-                    f"{len(rows)} prompt(s) {what}, first rows {rows[:5]}"
-                    for rows, what in (
-                        (long, f"longer than {limit} tokens"),
-                        (empty, "without a single token"),
-                    )
-                    if rows
-                )
-                + f". Drop or shorten them (response_length {self.args.response_length}, context {context})"
-            )
-        return prompts
-
-    def _row_of(self, episode: int) -> int:
-        """The dataset row of the run's n-th episode: each epoch takes all rows in its own order."""
-        epoch, place = divmod(episode, len(self.train_prompts))
-        if getattr(self, "_epoch_order", (None,))[0] != epoch:
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            self._epoch_order = (
-                epoch,
-                np.random.default_rng((seed, epoch)).permutation(len(self.train_prompts)),
-            )
-        return int(self._epoch_order[1][place])
-
-    def _completions(self, responses: list[list[int]]) -> list[str]:
-        return self.processing_class.batch_decode(responses, skip_special_tokens=True)
-
-    def _check_rewards(self, rewards: Tensor, dataset, rows: list[int]) -> None:
-        for name, column in zip(self.reward_names, rewards.T, strict=True):
-            bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
-            if bad:
-                raise NotFinite(
-                    self._where(f"reward function {name} returned {column[bad[0]].item()}", dataset, rows, bad)
-                )
-
-    def _where(self, what: str, dataset, rows: list[int], of: list[int]) -> str:
-        """An error text: what, when, for which prompts, and what to go back to."""
-        shown = [rows[i] for i in of[:5]]
-        last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
-        return (
-            f"{what} in update {self.state.global_step + 1}, in {len(of)} answer(s), first dataset rows "
-            f"{shown} "
-            f"({'; '.join(repr(as_text(dataset[r]['prompt'])[:60]) for r in shown)}). "
-            f"Last checkpoint: {last or 'none'}"
-        )
-
-    def _send_telemetry(self) -> None:
-        """TRL's trainers report their use to the hub; this one reports nothing to anyone."""
-
-
-def vllm_engine(trainer: PPOTrainer):
-    """TRL's vLLM engine around the policy: `sync_weights()` and `generate(prompts, None, 1)`."""
-    from trl.import_utils import is_vllm_available
-
-    args = trainer.args
-    if not is_vllm_available():
-        raise SetupError("use_vllm: vLLM is not installed here: `pip install trl[vllm]` (NVIDIA GPUs), or leave it out")
-    from trl.generation.vllm_generation import VLLMGeneration
-
-    return VLLMGeneration(
-        trainer.policy,
-        trainer.accelerator,
-        trainer.processing_class,
-        mode=args.vllm_mode,
-        server_base_url=args.vllm_server_base_url,
-        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-        max_model_length=max(map(len, trainer.train_prompts + (trainer.eval_prompts or []))) + args.response_length,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        max_completion_length=args.response_length,
-        logprobs=None,
-        generation_kwargs={"stop_token_ids": trainer.eos_token_ids},
-    )
-
-
-STATISTICS = (
-    "loss/policy_avg",
-    "loss/value_avg",
-    "policy/clipfrac_avg",
-    "val/clipfrac_avg",
-    "policy/approxkl_avg",
-    "val/ratio",
-    "policy/entropy_avg",
-)
 
 
 def _chunks(items: list, size: int) -> list[list]:

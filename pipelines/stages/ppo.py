@@ -71,8 +71,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     weights = reward.get("weights")
     if weights is not None and len(weights) != len(models) + len(functions):
         yield "reward.weights", f"needs {len(models) + len(functions)} numbers: models first, then functions", weights
-    if reward.get("share_base") and not (model.get("use_peft") and models):
-        yield "reward.share_base", "needs reward.models and model.use_peft: what is shared is adapted", True
+    if reward.get("share_base"):
+        yield from _unshared(stage, model, models, reward.get("critic"))
     if reward.get("label") and not models:
         yield "reward.label", "is for a classifier in reward.models: drop this key", reward["label"]
     args, ptx = stage.sections.get("args", {}), stage.sections.get("data", {}).get("ptx")
@@ -82,6 +82,20 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     for key in ("ptx_length", "ptx_batch_size"):
         if args.get(key) and not ptx:
             yield f"args.{key}", "is used only with data.ptx: drop this key", args[key]
+
+
+def _unshared(stage, model: dict, models: list[str], critic: str | None) -> Iterator[tuple[str, str, object]]:
+    """What keeps reward models or critic from being adapters on the policy's base, as far as the recipe tells."""
+    base = model.get("model_name_or_path")
+    if not model.get("use_peft") or not (models or critic != "shared"):
+        yield "reward.share_base", "needs model.use_peft, and reward models or a critic to be adapters too", True
+    for key, name in [*((f"reward.models[{i}]", name) for i, name in enumerate(models)), ("reward.critic", critic)]:
+        earlier = stage.earlier.get((name or "").removeprefix("stage:"))
+        if earlier is None or name == base:
+            continue
+        theirs = earlier.sections.get("model", {})
+        if not (earlier.kind == "reward" and theirs.get("use_peft") and theirs.get("model_name_or_path") == base):
+            yield key, f"with reward.share_base: a reward stage with model.use_peft on the policy's own {base}", name
 
 
 def run(stage) -> dict:
@@ -106,8 +120,10 @@ def run(stage) -> dict:
     funcs, tokenizers = [], []
     for path in reward.models or []:
         stage.report.setdefault("reward_accuracy", {})[path] = _gate(path, reward.min_accuracy)
-        share = reward.share_base
-        funcs.append(_on_base(path, section, policy, len(funcs)) if share else scorer(path, section, reward.label))
+        if reward.share_base:
+            funcs.append(_on_base(path, section, policy).get_base_model())
+        else:
+            funcs.append(scorer(path, section, reward.label))
         if reward.tag_penalties:
             funcs[-1].tag_penalty = tag_heads.TagPenalty(path, reward.tag_penalties)
         tokenizers.append(models.load_tokenizer(_of(section, path)))
@@ -119,13 +135,7 @@ def run(stage) -> dict:
         module, _, function = name.partition(":")
         funcs.append(getattr(importlib.import_module(module), function))
         tokenizers.append(None)
-    start = reward.critic or ("shared" if reward.share_base else (reward.models or [None])[0])
-    if start is None:
-        critic = scorer(section.model_name_or_path, section, new_head=True)
-    else:
-        critic = "shared" if start == "shared" else scorer(start, section, reward.label)
-    if critic != "shared":
-        critic = models.adapt(critic, section, "SEQ_CLS")
+    critic = _critic(reward.critic or (reward.models or [section.model_name_or_path])[0], section, reward, policy)
 
     train, validation = data.load(stage.data, ROWS, stage.seed)
     stage.report["prompts"] = {"train": len(train), "validation": len(validation)}
@@ -147,6 +157,21 @@ def run(stage) -> dict:
     training.save(trainer, stage.folder, tokenizer)
     _keep_samples(stage)
     return metrics
+
+
+def _critic(start: str, section, reward, policy):
+    """The critic that starts from `start`: "shared", a reward model, or the policy's own model under a new head."""
+    from pipelines import models
+
+    if start == "shared":
+        return start
+    if start == section.model_name_or_path:
+        critic = models.on_base_of(policy) if reward.share_base else scorer(start, section, new_head=True)
+    elif reward.share_base:
+        return _on_base(start, section, policy)
+    else:
+        critic = scorer(start, section, reward.label)
+    return models.adapt(critic, section, "SEQ_CLS")
 
 
 def scorer(path: str, section, label: str | None = None, new_head: bool = False):
@@ -172,12 +197,12 @@ def scorer(path: str, section, label: str | None = None, new_head: bool = False)
     return log_odds(models.load_model(one, kind), label)
 
 
-def _on_base(path: str, section, policy, number: int):
-    """The reward stage at `path` as one more adapter on the policy's base, which must be what it was trained from."""
+def _on_base(path: str, section, policy):
+    """The reward stage at `path` as an adapter on the policy's base, which must be what it was trained from."""
     import peft
 
     from pipelines.models import ModelError
-    from pipelines.ppo.rewards import AdapterScorer
+    from pipelines.ppo.rewards import from_adapter
 
     folder = Path(path) / "adapter"
     base = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path if folder.is_dir() else None
@@ -186,7 +211,7 @@ def _on_base(path: str, section, policy, number: int):
             f"reward.share_base: {path} was trained {'from ' + base if base else 'without adapters'}, not as an adapter "
             f"on the policy's {section.model_name_or_path}. Train it so (model.use_peft), or drop reward.share_base."
         )
-    return AdapterScorer(policy, folder, f"reward{number}")
+    return from_adapter(policy, folder)
 
 
 def _pretraining_text(stage, tokenizer, context: int):
