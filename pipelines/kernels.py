@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 # Faster arithmetic (AMX, GPUs; not measured) needs more rows to hide that traffic.
 CPU_BYTES, CPU_ROWS = 2**26, 512
 GPU_BYTES, GPU_ROWS = 2**28, 1024
-# Half-precision logits become float32 so many rows at a time, to stay in the cache.
+# What takes a second buffer (half-precision logits become float32, an entropy) takes so many rows at a time, to stay in
+# the cache.
 CPU_WIDE_ROWS = 64
 
 
@@ -61,14 +62,15 @@ class _Chunk:
         vocabulary, wide = weight.size(0), {"device": weight.device, "dtype": torch.float32}
         self.logits = torch.empty(rows, vocabulary, device=weight.device, dtype=weight.dtype)
         self.piece = rows
+        if weight.device.type == "cpu" and (scratch or weight.dtype != torch.float32):
+            self.piece = min(rows, CPU_WIDE_ROWS)
         if weight.dtype != torch.float32:
-            self.piece = min(rows, CPU_WIDE_ROWS) if weight.device.type == "cpu" else rows
             self.wide = torch.empty(self.piece, vocabulary, **wide)
         if scratch:
             self.scratch = torch.empty(self.piece, vocabulary, **wide)
 
-    def pieces(self, hidden: torch.Tensor):
-        """Compute the logits of hidden (n, h); yields (span, float32 logits of these rows), bias added."""
+    def pieces(self, hidden: torch.Tensor, temperature: float = 1.0):
+        """Compute the logits of hidden (n, h); yields (span, float32 logits of these rows), with bias and temperature."""
         logits = self.logits[: hidden.size(0)]
         torch.mm(hidden, self.weight.T, out=logits)
         for start in range(0, hidden.size(0), self.piece):
@@ -78,6 +80,8 @@ class _Chunk:
                 part = self.wide[: part.size(0)].copy_(part)
             if self.bias is not None:
                 part.add_(self.bias)
+            if temperature != 1.0:
+                part.div_(temperature)
             yield span, part
 
     def put_back(self, span: slice, part: torch.Tensor) -> None:
@@ -134,7 +138,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = _WeightGradient() if need_weight else None
             grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
             chunk = _Chunk(min(rows, count), w, bias)
-            minus_one = torch.full((1, 1), -1.0, device=x.device)
             for start in range(0, count, rows):
                 here = slice(start, start + rows)
                 part, target = x[here], labels[here]
@@ -145,7 +148,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     loss -= _log_probability(chosen, part[span], target[span], chunk).sum()
                     if need_hidden or need_weight or need_bias:
                         # d loss / d logits = softmax - onehot
-                        probs.scatter_add_(1, at, minus_one.expand_as(at))
+                        _take_one_from(probs, at)
                         if need_bias:
                             grad_bias += probs.sum(0)
                         chunk.put_back(span, probs)
@@ -231,62 +234,72 @@ def linear_cross_entropy(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Log-probability of one label per row and the entropy of the row; backward computes the logits again."""
+    """Log-probability of one label per row and the entropy of the row.
+
+    Backward computes the logits again, or finds what they became where the forward kept it (`keep`).
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, temperature, entropy, rows):
+    def forward(ctx, hidden, weight, bias, labels, temperature, entropy, keep, rows):
         count, dtype = hidden.size(0), _compute_dtype(hidden)
         logprob = torch.empty(count, device=hidden.device, dtype=torch.float32)
         spread = torch.empty_like(logprob) if entropy else None
         lse = torch.empty_like(logprob) if entropy else None
+        rows = count if keep else min(rows, count)
         with _no_autocast(hidden.device):
             x, w = hidden.to(dtype), weight.to(dtype)
-            chunk = _Chunk(min(rows, count), w, bias, scratch=entropy)
+            chunk = _Chunk(rows, w, bias, scratch=entropy)
             for start in range(0, count, rows):
                 part = x[start : start + rows]
-                for span, logits in chunk.pieces(part):
+                for span, probs in chunk.pieces(part, temperature):
                     here = slice(start + span.start, start + span.stop)
-                    if temperature != 1.0:
-                        logits.div_(temperature)
                     at = labels[here, None]
-                    probs = chunk.scratch[: logits.size(0)] if entropy else logits
-                    picked = logits.gather(1, at)[:, 0]
-                    torch.softmax(logits, -1, out=probs)
-                    chosen = probs.gather(1, at)[:, 0]
-                    log = _log_probability(chosen, part[span], labels[here], chunk, temperature)
+                    if entropy:
+                        logits = chunk.scratch[: probs.size(0)].copy_(probs)
+                    torch.softmax(probs, -1, out=probs)
+                    log = _log_probability(probs.gather(1, at)[:, 0], part[span], labels[here], chunk, temperature)
                     logprob[here] = log
                     if entropy:
-                        lse[here] = picked - log
-                        spread[here] = lse[here] - probs.mul_(logits).sum(-1)  # H = logsumexp - sum p z
-        ctx.save_for_backward(hidden, weight, bias, labels, lse, spread)
+                        lse[here] = logits.gather(1, at)[:, 0] - log
+                        spread[here] = lse[here] - logits.mul_(probs).sum(-1)  # H = logsumexp - sum p z
+                    if keep:
+                        _take_one_from(probs, at)
+                        chunk.put_back(span, probs)
+        ctx.save_for_backward(hidden, weight, bias, labels, lse, spread, chunk.logits if keep else None)
         ctx.temperature, ctx.rows, ctx.dtype = temperature, rows, dtype
         ctx.set_materialize_grads(False)
+        if keep and entropy:
+            ctx.mark_non_differentiable(spread)
         return logprob, spread
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprob, grad_entropy):
-        hidden, weight, bias, labels, lse, spread = ctx.saved_tensors
+        hidden, weight, bias, labels, lse, spread, kept = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if grad_logprob is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 8
         count, rows = hidden.size(0), ctx.rows
         with _no_autocast(hidden.device):
             x, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
             grad_hidden = torch.empty_like(x) if need_hidden else None
             grad_weight = _WeightGradient() if need_weight else None
             grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-            chunk = _Chunk(min(rows, count), w, bias, scratch=grad_entropy is not None)
+            # d logprob / d z = onehot - p;   d entropy / d z = -p (z - lse + H)
+            # Through the log-probability alone, each row of p - onehot has one factor: it goes to the narrow side.
+            if grad_entropy is None:
+                factor = (grad_logprob / -ctx.temperature)[:, None]
+            else:
+                factor = torch.full_like(lse[:, None], 1 / ctx.temperature)
+            chunk = None if kept is not None else _Chunk(rows, w, bias, scratch=grad_entropy is not None)
             for start in range(0, count, rows):
-                part = x[start : start + rows]
-                for span, logits in chunk.pieces(part):
+                block = slice(start, start + rows)
+                part = x[block]
+                for span, logits in () if chunk is None else chunk.pieces(part, ctx.temperature):
                     here = slice(start + span.start, start + span.stop)
-                    if ctx.temperature != 1.0:
-                        logits.div_(ctx.temperature)
-                    # d logprob / d z = onehot - p;   d entropy / d z = -p (z - lse + H)
                     if grad_entropy is None:
                         torch.softmax(logits, -1, out=logits)
-                        logits.mul_(-grad_logprob[here, None])
+                        _take_one_from(logits, labels[here, None])
                     else:
                         probs = chunk.scratch[: logits.size(0)]
                         torch.softmax(logits, -1, out=probs)
@@ -295,27 +308,27 @@ class _LinearLogprobs(torch.autograd.Function):
                         if grad_logprob is not None:
                             offset = offset - grad_logprob[here, None]
                         logits.mul_(slope).add_(offset).mul_(probs)
-                    if grad_logprob is not None:
-                        logits.scatter_add_(1, labels[here, None], grad_logprob[here, None])
-                    if ctx.temperature != 1.0:
-                        logits.div_(ctx.temperature)
-                    if need_bias:
-                        grad_bias += logits.sum(0)
+                        if grad_logprob is not None:
+                            logits.scatter_add_(1, labels[here, None], grad_logprob[here, None])
                     chunk.put_back(span, logits)
-                grad = chunk.logits[: part.size(0)]
+                grad = (chunk.logits if kept is None else kept)[: part.size(0)]
                 if need_hidden:
-                    torch.mm(grad, w, out=grad_hidden[start : start + rows])
+                    torch.mm(grad, w, out=grad_hidden[block])
                 if need_weight:
-                    grad_weight.add(grad, part)
+                    grad_weight.add(grad, (part * factor[block]).to(part.dtype))
+                if need_bias:
+                    grad_bias += grad.T @ factor[block, 0].to(grad.dtype)
         return (
-            grad_hidden.to(hidden.dtype) if need_hidden else None,
+            (grad_hidden * factor).to(hidden.dtype) if need_hidden else None,
             grad_weight.total.to(weight.dtype) if need_weight else None,
             grad_bias.to(bias.dtype) if need_bias else None,
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 5,
         )
+
+
+def _take_one_from(probs: torch.Tensor, at: torch.Tensor) -> None:
+    """probs (n, v) becomes probs - onehot(at), at (n, 1), in place: the gradient of the cross-entropy."""
+    probs.scatter_add_(1, at, probs.new_full((1, 1), -1.0).expand_as(at))
 
 
 def linear_logprobs(
@@ -325,13 +338,14 @@ def linear_logprobs(
     bias: torch.Tensor | None = None,
     temperature: float = 1.0,
     entropy: bool = True,
+    keep: bool = False,
     rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probability of each label and entropy of each row of `softmax(linear(hidden) / temperature)`.
 
     Gradients flow through both results; backward computes each chunk's logits again (a third more products
-    than keeping them, and tokens x vocabulary less memory). Select the rows you need before calling: prompt
-    and padding rows would be computed too.
+    than keeping them, and n x v less memory; see `keep`). Select the rows you need before calling: prompt and
+    padding rows would be computed too.
 
     Args:
         hidden: (n, h) last hidden states, aligned with `labels`.
@@ -340,6 +354,7 @@ def linear_logprobs(
         bias: (v,) or None.
         temperature: logits are divided by it.
         entropy: False skips the entropy (None is returned in its place).
+        keep: keep (n, v) numbers for backward instead of computing them again; the entropy is then only to look at.
         rows: rows per chunk; None picks a measured one.
 
     Returns:
@@ -357,7 +372,7 @@ def linear_logprobs(
         empty = hidden[:, 0].float()
         return empty, empty.clone() if entropy else None
     rows = rows or chunk_rows(weight.size(0), hidden)
-    return _LinearLogprobs.apply(hidden, weight, bias, labels, float(temperature), entropy, rows)
+    return _LinearLogprobs.apply(hidden, weight, bias, labels, float(temperature), entropy, keep, rows)
 
 
 # What a config says about logits that are more than linear(hidden), and the value at which it says nothing.

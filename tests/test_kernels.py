@@ -212,3 +212,29 @@ def test_logprobs_backward_can_run_twice():
     logprob, _ = linear_logprobs(hidden, weight, labels)
     first = torch.autograd.grad(logprob.sum(), weight, retain_graph=True)
     assert_close(first, torch.autograd.grad(logprob.sum(), weight))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_kept_logits_give_the_same(bias, entropy):
+    hidden, weight, b, labels = tensors(4, bias=bias)
+    upstream = torch.randn(N, generator=torch.Generator().manual_seed(0))
+    ours = linear_logprobs(hidden, weight, labels, b, 0.7, entropy, keep=True)
+    theirs = closed_form(hidden, weight, b, labels, 0.7)
+    assert_close(ours[: 1 + entropy], theirs[: 1 + entropy])
+    wanted = grads((theirs[0] * upstream).sum(), hidden, weight, b)
+    for _ in range(2):  # nothing of what was kept is used up
+        assert_close(
+            torch.autograd.grad((ours[0] * upstream).sum(), [hidden, weight, b][: 2 + bias], retain_graph=True), wanted
+        )
+    assert ours[1] is None or not ours[1].requires_grad
+
+
+def test_kept_logits_in_bf16_are_as_good_as_computed_again():
+    hidden, weight, b, labels = tensors(5)
+    both = []
+    for keep in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logprob, _ = linear_logprobs(hidden, weight, labels, b, keep=keep)
+        both.append([logprob, *grads(logprob.mean(), hidden, weight, b)])
+    assert_close(*both, tol=1e-3)

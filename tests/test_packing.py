@@ -114,6 +114,46 @@ def test_packed_equals_separate(name):
     assert sum(p.grad.abs().sum() for p in model.parameters()) > 0
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "mistral_window"])
+@pytest.mark.parametrize("up_to", [0, 256])
+def test_bf16_attention_is_right_by_either_way(name, up_to, monkeypatch):
+    """PyTorch's kernel (up_to 0) and the products written out are as near to float32 as bfloat16 lets them be."""
+    from pipelines import packing
+
+    monkeypatch.setattr(packing, "PRODUCTS_UP_TO", up_to)
+    seqs = sequences([3, 17, 9, 1, 30, 9, 22])
+    results = []
+    for precise in (True, False):
+        model = build(name)
+        enable_packed_attention(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not precise):
+            loss = packed_loss(model, pack(seqs))
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for exact, found in zip(*results, strict=True):
+        assert (found - exact).norm() < 0.03 * exact.norm()
+
+
+def test_attention_by_products_masks_scales_and_drops():
+    from pipelines.packing import _attention_by_products
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    k2, v2 = (x.repeat_interleave(2, 1) for x in (k, v))
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    mask = torch.rand(2, 1, 7, 7) < 0.5
+    mask |= torch.eye(7, dtype=torch.bool)
+    for given, causal in ((mask, False), (None, True), (None, False)):
+        found = _attention_by_products(q, k, v, given, causal, scaling=0.3)
+        wanted = sdpa(q, k2, v2, given, is_causal=causal, scale=0.3).transpose(1, 2)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    ones = torch.ones_like(v)
+    dropped = _attention_by_products(q, k, ones, None, True, dropout=0.5)
+    assert (
+        dropped.std() > 0.1 and abs(dropped.mean() - 1) < 0.3
+    )  # sums of weights, some of them zero and the rest doubled
+
+
 def test_sequences_do_not_see_each_other():
     """The same sequence gives the same loss whatever lies before it: the test above cannot pass by
     averaging."""

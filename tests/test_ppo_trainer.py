@@ -300,28 +300,6 @@ def test_architectures_that_cannot_be_packed_are_padded(tmp_path):
         assert_same_weights(results[0], other, atol=2e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_kept_probabilities_give_the_gradients_of_plain_autograd(with_bias):
-    from pipelines.ppo.forward import _KeptLogprobs
-
-    torch.manual_seed(0)
-    shapes = [(7, 5), (11, 5), (11,)]
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    again = [x.detach().float().requires_grad_() for x in inputs]
-    labels, upstream = torch.randint(11, (7,)), torch.randn(7)
-    hidden, weight, bias = inputs
-    every = ((hidden @ weight.T + (bias if with_bias else 0)) / 0.7).log_softmax(-1)
-    expected = every.gather(-1, labels[:, None]).squeeze(-1)
-    (expected * upstream).sum().backward()
-    hidden, weight, bias = again
-    found, entropies = _KeptLogprobs.apply(hidden, weight, bias if with_bias else None, labels, 0.7, True)
-    (found * upstream).sum().backward()
-    torch.testing.assert_close(found, expected.float())
-    torch.testing.assert_close(entropies, -(every.exp() * every).sum(-1).float())
-    for one, other in list(zip(inputs, again, strict=True))[: 3 if with_bias else 2]:
-        torch.testing.assert_close(other.grad, one.grad.float(), atol=1e-6, rtol=1e-5)
-
-
 def test_entropy_bonus_keeps_the_policy_random(tmp_path):
     entropies = []
     for coef in (0.0, 1.0):

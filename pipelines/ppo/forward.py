@@ -87,7 +87,8 @@ def collate(answers: list[tuple[list[int], list[int]]], packed: bool, device) ->
     `inputs`: see `lay_out`. `states` (N,): where in the flattened hidden states the state before each answer
     token is; `labels` (N,): that token. N counts all answer tokens, answer after answer.
     """
-    inputs, starts = lay_out([prompt + answer for prompt, answer in answers], packed, device)
+    # nothing is read behind an answer's last token, so it need not go through the model
+    inputs, starts = lay_out([prompt + answer[:-1] for prompt, answer in answers], packed, device)
     states = [
         torch.arange(start + len(prompt) - 1, start + len(prompt) + len(answer) - 1)
         for start, (prompt, answer) in zip(starts.tolist(), answers, strict=True)
@@ -120,9 +121,8 @@ def token_logprobs(
         head = model.get_output_embeddings()
         hidden, bias = states_of(model, batch) if hidden is None else hidden, getattr(head, "bias", None)
         small = len(hidden) * len(head.weight) <= KEPT and torch.is_grad_enabled()
-        if small and not grad_entropy:
-            return _KeptLogprobs.apply(hidden, head.weight, bias, batch["labels"], temperature, entropy)
-        return linear_logprobs(hidden, head.weight, batch["labels"], bias, temperature, entropy)
+        keep = small and not grad_entropy
+        return linear_logprobs(hidden, head.weight, batch["labels"], bias, temperature, entropy, keep)
     if "cu_seq_lens_q" in batch["inputs"]:
         logits = model(**batch["inputs"], logits_to_keep=batch["states"]).logits[0].float() / temperature
     else:
@@ -130,55 +130,6 @@ def token_logprobs(
     every = logits.log_softmax(-1)
     logprobs = every.gather(-1, batch["labels"][:, None]).squeeze(-1)
     return logprobs, -(every.exp() * every).sum(-1) if entropy else None
-
-
-class _KeptLogprobs(torch.autograd.Function):
-    """`linear_logprobs` for few rows: the probabilities are kept, so that backward need not multiply again.
-
-    One buffer (N, V) holds logits, then probabilities, then the gradient of the logits.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, temperature, entropy):
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        with torch.autocast(kind, enabled=False):
-            hidden_, weight_ = hidden.to(dtype), weight.to(dtype)
-            logits = (hidden_ @ weight_.T).float()
-            if bias is not None:
-                logits += bias
-            logits /= temperature
-            picked, peak = logits.gather(1, labels[:, None])[:, 0], logits.amax(-1)
-            probabilities = torch.softmax(logits, -1) if entropy else torch.softmax(logits, -1, out=logits)
-            log_total = peak - probabilities.amax(-1).log()  # the likeliest token has probability exp(peak - total)
-            entropies = log_total - logits.mul_(probabilities).sum(-1) if entropy else None
-        ctx.save_for_backward(hidden_, weight_, labels)
-        ctx.probabilities, ctx.temperature, ctx.has_bias = (
-            probabilities.to(dtype),
-            temperature,
-            bias is not None,
-        )
-        ctx.dtypes = hidden.dtype, weight.dtype
-        if entropy:
-            ctx.mark_non_differentiable(entropies)
-        return picked - log_total, entropies
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
-        (hidden, weight, labels), logits, ctx.probabilities = ctx.saved_tensors, ctx.probabilities, None
-        with torch.autocast(hidden.device.type, enabled=False):
-            grad = (grad / ctx.temperature).to(logits.dtype)[:, None]
-            logits.mul_(-grad).scatter_add_(1, labels[:, None], grad)  # d logprob / d logit = onehot - p
-            of_bias = logits.sum(0) if ctx.has_bias else None
-            return (
-                (logits @ weight).to(ctx.dtypes[0]),
-                (logits.T @ hidden).to(ctx.dtypes[1]),
-                of_bias,
-                None,
-                None,
-                None,
-            )
 
 
 @torch.no_grad()
