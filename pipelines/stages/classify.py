@@ -80,7 +80,7 @@ def run(stage) -> dict:
     import torch
     from transformers import DataCollatorWithPadding, Trainer, set_seed
 
-    from pipelines import best, chat, data, metrics, models, training
+    from pipelines import best, chat, corpus, data, metrics, models, training
 
     class ClassifyTrainer(training.ChainTrainer, Trainer):
         """transformers' Trainer; with `class_weights` (a tensor of one weight per class) the loss is weighted."""
