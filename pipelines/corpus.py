@@ -269,19 +269,20 @@ def stack_windows(items: list[dict]) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def encoded_rows(stage, tokenizer, settings: dict, make) -> tuple[dict, object]:
+def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
     """The data sets that `make` encodes: by the first process while the others wait, and mapped from disk by all.
 
     They stay in `.tokens/STAGE` beside the stage's folder, and are taken from there while nothing changes that they are
-    made of: the files' checksums, the `data:` and `task:` sections, the seed, the tokenizer with its template, `settings`.
+    made of: the files' checksums, the sections `data`, `task` and `model`, the seed, the tokenizer with its template, and
+    `settings`.
 
     Args:
         stage: gets in its `report` what `make` put there, now or then.
         settings: whatever else decides what the rows become (any JSON value).
-        make: () -> ({side: `datasets.Dataset` with a column `where`, or None}, any JSON value), called where needed.
+        make: () -> {side: `datasets.Dataset` with a column `where`, or None}, called where needed.
 
     Returns:
-        ({side: (the data set without `where`, the names of its rows) or (None, None)}, the other value).
+        {side: (the data set without `where`, the names of its rows), or (None, None)}.
 
     Raises:
         ValueError: another process than the first finds nothing, because it does not see the same disk.
@@ -291,8 +292,8 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> tuple[dict, object]:
 
     home = stage.folder.parent / ".tokens" / stage.name / "rows"
     words = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.model_input_names, tokenizer.padding_side]
-    parts = [data.fingerprint(stage.data), stage.data, stage.sections.get("task"), stage.seed, _fingerprint(tokenizer)]
-    key = _digest([FORMAT, *parts, words, settings])
+    parts = [data.content(stage.data), stage.seed, *(stage.sections.get(name) for name in ("data", "task", "model"))]
+    key = _digest([FORMAT, *parts, _fingerprint(tokenizer), words, settings])
     state = PartialState()
     with state.main_process_first():
         path = home / "index.json"
@@ -304,12 +305,12 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> tuple[dict, object]:
         else:
             home.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-            made, extra = make()
+            made = make()
             for side, rows in made.items():
                 if rows is not None:
                     _write_table(rows.data.table, home / f"{side}.arrow")
             sides = {side: rows is not None for side, rows in made.items()}
-            index = {"key": key, "sides": sides, "extra": extra, "report": stage.report}
+            index = {"key": key, "sides": sides, "report": stage.report}
             with _replacing(path) as out:
                 out.write(json.dumps(index, indent=1).encode())
     stage.report |= index["report"]
@@ -317,7 +318,7 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> tuple[dict, object]:
     for side, there in index["sides"].items():
         rows = Dataset.from_file(str(home / f"{side}.arrow")) if there else None
         sets[side] = (rows.remove_columns("where"), rows["where"]) if there else (None, None)
-    return sets, index["extra"]
+    return sets
 
 
 def _write_table(table, path: Path) -> None:

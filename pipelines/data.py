@@ -109,7 +109,7 @@ def streaming_problems(kind: str, sections: dict[str, dict]) -> Iterator[tuple[s
     """`(key path below the stage, what is wrong, value)` of a stage's `data.streaming` and what goes with it."""
     section, args, words = (sections.get(name, {}) for name in ("data", "args", "tokenizer"))
     if not section.get("streaming"):
-        if "buffer_size" in section:
+        if "buffer_size" in section and "streaming" not in section:
             yield "data.buffer_size", "is used only with `streaming: true`", section["buffer_size"]
         return
     if kind not in STREAMED:
@@ -679,6 +679,26 @@ def report_length(stage, side: str, total: int, used: int, long: list[str], limi
     if not used:
         raise DataError(f"{side}: no row fits into {limit}; raise the length, or set data.too_long: truncate")
     stage.report[side] = {"rows": total, "used": used, "too_long": len(long)}
+
+
+def content(section: dict) -> dict[str, dict]:
+    """`fingerprint`, and the commit at which hub data now stand: by this, what is made of the rows may be kept."""
+    out = fingerprint(section)
+    for source in out.values():
+        if "hub" in source:
+            source["commit"] = _commit(source["hub"], source["revision"])
+    return out
+
+
+def _commit(path: str, revision: str | None) -> str | None:
+    """The commit of a hub data set; without network that which lies in the hub's cache and will be read, if any."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        return HfApi().dataset_info(path, revision=revision, timeout=10).sha
+    except Exception:  # no network, or offline by choice: what cannot be read either is said when it is read
+        known = Path(constants.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}" / "refs" / (revision or "main")
+        return known.read_text().strip() if known.is_file() else None
 
 
 def fingerprint(section: dict) -> dict[str, dict]:

@@ -115,10 +115,8 @@ class Stream(torch.utils.data.IterableDataset):
         self.last = self.start - 1
 
     def report(self) -> dict:
-        """What was counted, up to the end of the block at hand, and how often each source was begun."""
-        begun = {source["path"]: place.get("epoch", 0) + 1 for source, place in
-                 zip(data.sources(self.section, "train"), self.block["places"])}  # fmt: skip
-        return {**self.counts, "begun": begun}
+        """What was counted, up to the end of the block at hand, and how often a source was begun at most."""
+        return {**self.counts, "passes": max(place.get("epoch", 0) + 1 for place in self.block["places"])}
 
 
 # --- text in windows: pretrain, mlm ------------------------------------------------------------------------------
@@ -144,7 +142,7 @@ def windows(context: int):
             first, last = np.searchsorted(ends, [start, start + context - 1], side="right")
             where = [row["where"] for row in rows[first : last + 1]]
             items.append({"input_ids": tokens[start : start + context], "where": where})
-        return items, {"documents": len(rows), "tokens": len(tokens), "windows": len(items)}
+        return items, {"documents": len(rows), "tokens_read": len(tokens)}
 
     return build
 
@@ -173,6 +171,6 @@ def packs(context: int, packing: bool):
             for pack in (plan_packs(lengths, context) if packing else [[i] for i in range(len(kept))])
         ]
         counts = {"rows": len(rows), "used": len(kept), "too_long": sum(example[2] for example in examples)}
-        return items, counts | {"tokens": sum(lengths), "packs" if packing else "items": len(items)}
+        return items, counts | ({"packs": len(items)} if packing else {})
 
     return build

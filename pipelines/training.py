@@ -159,9 +159,12 @@ class ChainTrainer:
         if self.stream is None:
             return super().get_train_dataloader()
         # As it is: prepared by Accelerate it would be sharded once more, and read one batch ahead of what is trained on.
-        args = self.args
         return DataLoader(
-            self.stream, args.train_batch_size, collate_fn=self.data_collator, pin_memory=args.dataloader_pin_memory
+            self.stream,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # it draws a number when it begins: not from the generator of dropout
         )
 
     def _get_train_sampler(self, train_dataset=None):

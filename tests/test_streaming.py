@@ -40,7 +40,9 @@ def sources(folder):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet", row_group_size=3)
     (folder / "parts").mkdir()
     for part in range(4):
-        (folder / f"parts/{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[5 * part : 5 * part + 5]))
+        (folder / f"parts/{part}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in rows[5 * part : 5 * part + 5])
+        )
     names = ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "lines.txt", "a.parquet", "parts", "parts/*.jsonl"]
     return [{"path": str(folder / name)} for name in names] + [
         {"path": str(folder / "paragraphs.txt"), "sample_by": "paragraph"},
@@ -102,7 +104,10 @@ def stream(path, world=1, rank=0, batch=8, micro=2, size=16, context=4):
     section = {"train": path, "streaming": True, "buffer_size": size}
     stage = SimpleNamespace(data=section, seed=3, section=lambda name: SimpleNamespace(buffer_size=size))
     args = SimpleNamespace(
-        train_batch_size=micro, world_size=world, process_index=rank, gradient_accumulation_steps=batch // micro // world
+        train_batch_size=micro,
+        world_size=world,
+        process_index=rank,
+        gradient_accumulation_steps=batch // micro // world,
     )
     encode = lambda rows: [np.arange(n, n + 5) for n in (1000 * int(row["text"]) for row in rows)]
     return Alone(stage, "text", args, encode, streaming.windows(context))
@@ -153,12 +158,17 @@ def test_names_follow_the_items(tmp_path, write):
 def test_packs_hold_whole_examples_and_count_what_they_leave_out():
     rows = [{"where": f"r:{i}"} for i in range(4)]
     array = lambda n: np.full(n, n, np.int32)
-    examples = [(array(3), -array(3), False), (None, None, True), (array(5), -array(5), True), (array(2), -array(2), False)]
+    examples = [
+        (array(3), -array(3), False),
+        (None, None, True),
+        (array(5), -array(5), True),
+        (array(2), -array(2), False),
+    ]
     items, counts = streaming.packs(5, True)(rows, examples)
     assert sorted(item["seq_lengths"] for item in items) == [[3, 2], [5]]
     for item in items:
         assert (item["labels"] == -item["input_ids"]).all() and len(item["where"]) == len(item["seq_lengths"])
-    assert counts == {"rows": 4, "used": 3, "too_long": 2, "tokens": 10, "packs": 2}
+    assert counts == {"rows": 4, "used": 3, "too_long": 2, "packs": 2}
     assert len(streaming.packs(5, False)(rows, examples)[0]) == 3
 
 
@@ -223,7 +233,7 @@ def test_a_stopped_stage_goes_on_bit_for_bit_without_reading_from_the_beginning(
     assert losses[0] == losses[1] and len(losses[0]) == 12 and losses[0][-1][1] < losses[0][0][1]
     records = [json.loads((tmp_path / name / "s/stage.json").read_text()) for name in ("whole", "stopped")]
     assert records[0]["rows"] == records[1]["rows"] and records[0]["metrics"]["eval_loss"] == records[1]["metrics"]["eval_loss"]  # fmt: skip
-    assert records[0]["rows"]["train"]["begun"] == {str(tmp_path / "rows.jsonl"): 1 if kind == "pretrain" else 2}
+    assert records[0]["rows"]["train"]["passes"] > 1
 
 
 def test_a_bad_row_ends_the_training_with_its_file_and_line(recipe, write, tiny_gpt2, monkeypatch, capsys):

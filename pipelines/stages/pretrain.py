@@ -75,7 +75,7 @@ def run(stage) -> dict:
 
     # Beside the stage's folder, keyed by content: kept when the stage is made again.
     folder = stage.folder.parent / ".tokens" / stage.name
-    key = {"data": data.fingerprint(stage.data), "section": stage.data, "seed": stage.seed}
+    key = {"data": data.content(stage.data), "section": stage.data, "seed": stage.seed}
     sides = ([] if streamed else ["train"]) + (["validation"] if stage.data.get("validation") else [])
     with PartialState().main_process_first():
         if words.train and not section.model_name_or_path:
@@ -120,7 +120,8 @@ def run(stage) -> dict:
     trainer.where = stream.names if stream else windows["train"].where
     training.fit(stage, trainer)
     if stream:
-        stage.report["train"] = {**stream.report(), "context": context}
+        tokens = trainer.state.global_step * stream.per_step * context
+        stage.report["train"] = {**stream.report(), "context": context, "tokens": tokens}
     metrics = training.final_metrics(trainer)
     training.save(trainer, stage.folder, tokenizer)
     return {"parameters": model.num_parameters(), **metrics}

@@ -131,10 +131,10 @@ def run(stage) -> dict:
         return {
             side: _encode(stage, side, rows, tags, tokenizer, context, too_long) if rows else None
             for side, rows in sides.items()
-        }, None
+        }
 
     settings = {"context": context, "rank_margin": args.rank_margin, "tags": tags}
-    sets = corpus.encoded_rows(stage, tokenizer, settings, make)[0]
+    sets = corpus.encoded_rows(stage, tokenizer, settings, make)
     (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
 
     model = models.adapt(model, section, "SEQ_CLS", tokenizer.convert_tokens_to_ids(added))

@@ -90,10 +90,10 @@ def run(stage) -> dict:
         if rows:
             rows = _encode(stage, "train", rows, tokenizer, context, too_long)
             sets["train"] = lm.packed_dataset(rows, context) if args.packing else lm.rows_dataset(rows)
-        return sets, None
+        return sets
 
     settings = {"context": context, "packing": args.packing}
-    sets = corpus.encoded_rows(stage, tokenizer, settings, make)[0]
+    sets = corpus.encoded_rows(stage, tokenizer, settings, make)
     (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
     stream = None
     if section_.streaming:
@@ -201,7 +201,9 @@ def _encoder(tokenizer, context: int, too_long: str):
                 )
             if is_long and not said:
                 said = True
-                logger.warning("rows longer than %d tokens: data.too_long %s (first: %s)", context, too_long, row["where"])
+                logger.warning(
+                    "rows longer than %d tokens: data.too_long %s (first: %s)", context, too_long, row["where"]
+                )
             arrays = (None, None) if ids is None else (np.array(ids, np.int32), np.array(labels, np.int32))
             out.append((*arrays, is_long))
         return out
