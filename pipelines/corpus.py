@@ -298,7 +298,7 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
     with state.main_process_first():
         path = home / "index.json"
         index = json.loads(path.read_bytes()) if path.is_file() else {}
-        if index.get("key") == key:
+        if index.get("key") == key and all(_size(home / f"{side}.arrow") == n for side, n in index["bytes"].items()):
             logger.info("%s: its rows are already encoded (%s)", stage.name, home)
         elif not state.is_main_process:
             raise SetupError(f"{home} is not what the first process has just written: all need one file system.")
@@ -307,18 +307,23 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
             path.unlink(missing_ok=True)
             made = make()
             for side, rows in made.items():
+                (home / f"{side}.arrow").unlink(missing_ok=True)
                 if rows is not None:
                     _write_table(rows.data.table, home / f"{side}.arrow")
-            sides = {side: rows is not None for side, rows in made.items()}
-            index = {"key": key, "sides": sides, "report": stage.report}
+            sizes = {side: 0 if rows is None else _size(home / f"{side}.arrow") for side, rows in made.items()}
+            index = {"key": key, "bytes": sizes, "report": stage.report}
             with _replacing(path) as out:
                 out.write(json.dumps(index, indent=1).encode())
     stage.report |= index["report"]
     sets = {}
-    for side, there in index["sides"].items():
-        rows = Dataset.from_file(str(home / f"{side}.arrow")) if there else None
-        sets[side] = (rows.remove_columns("where"), rows["where"]) if there else (None, None)
+    for side, size in index["bytes"].items():
+        rows = Dataset.from_file(str(home / f"{side}.arrow")) if size else None
+        sets[side] = (rows.remove_columns("where"), rows["where"]) if size else (None, None)
     return sets
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _write_table(table, path: Path) -> None:

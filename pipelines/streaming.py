@@ -53,14 +53,26 @@ class Stream(torch.utils.data.IterableDataset):
         self.per_step = self.micro * self.world * args.gradient_accumulation_steps
         self.encode, self.build, self.each = encode, build, each
         self.names: dict[int, list[str]] = {}  # of the rows in the items of the last two steps
-        self.start = 0  # the first item that is handed out
-        self.last = -1  # the one handed out last
+        self.done = 0  # items that were handed out, to all processes together
         places = [{} for _ in data.sources(self.section, "train")]
         # the block at hand: its number, how many items come before it, where its rows begin, what was counted before
         self.block = {"number": 0, "items": 0, "places": places, "counts": {}}
         self.counts: dict[str, int] = {}
 
     def __iter__(self):
+        items = self._items()
+        while True:
+            # All processes get to a new block with the same micro-batch, and meet there, whoever has its first item.
+            together = list(islice(items, self.micro * self.world))
+            self.done += len(together)
+            for item in together[self.rank * self.micro : (self.rank + 1) * self.micro]:
+                self.names[item["row"]] = item["where"]
+                self.names.pop(item["row"] - 2 * self.per_step, None)
+                yield self.each(item)
+
+    def _items(self):
+        """The items of all processes from number `done` on."""
+        first = self.done
         places = copy.deepcopy(self.block["places"])
         rows = data.endless(self.section, self.kind, self.seed, places)
         with ThreadPoolExecutor(1) as pool:
@@ -78,11 +90,8 @@ class Stream(torch.utils.data.IterableDataset):
                 self.counts = {name: before.get(name, 0) + count for name, count in counts.items()}
                 order = np.random.default_rng([self.seed, self.block["number"]]).permutation(len(items))
                 for number, at in enumerate(order, self.block["items"]):
-                    if number >= self.start and (number - self.start) // self.micro % self.world == self.rank:
-                        self.last = number
-                        self.names[number] = items[at]["where"]
-                        self.names.pop(number - 2 * self.per_step, None)
-                        yield self.each({**items[at], "row": number})
+                    if number >= first:
+                        yield {**items[at], "row": number}
                 self.block = {
                     "number": self.block["number"] + 1,
                     "items": self.block["items"] + len(items),
@@ -104,15 +113,12 @@ class Stream(torch.utils.data.IterableDataset):
 
     def save(self, checkpoint: Path) -> None:
         """Write where the stream stands. Called between two steps, when all that was handed out is used."""
-        together = self.micro * self.world
-        handed_out = self.start + ((self.last - self.start) // together + 1) * together
-        artifact.write_json(checkpoint / FILE, {"start": handed_out, "block": self.block})
+        artifact.write_json(checkpoint / FILE, {"done": self.done, "block": self.block})
 
     def load(self, checkpoint: Path) -> None:
         """Go on from where the stream stood at `checkpoint`, on any number of processes."""
         state = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))
-        self.start, self.block = state["start"], state["block"]
-        self.last = self.start - 1
+        self.done, self.block = state["done"], state["block"]
 
     def report(self) -> dict:
         """What was counted, up to the end of the block at hand, and how often a source was begun at most."""

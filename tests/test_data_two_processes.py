@@ -101,20 +101,17 @@ def test_rows_are_encoded_by_one_process_and_once(files):
     assert {rank: sorted(texts) for rank, texts in noted(folder, "once", "encoded", empty=True).items()} == {0: both}
 
     # made again with another learning rate, and with another row
-    for stage in stages.values():
+    for name, stage in stages.items():
         stage["args"] = {**stage["args"], "learning_rate": 1e-4}
-    rerun = lambda: launch(folder, stages | {"answers": stages["answers"]}, 2, "once")
-    for stage in stages:
-        (folder / "once" / stage / "stage.json").rename(folder / f"{stage}.json")
-        (folder / "once" / stage).rename(folder / f"{stage}.old")
-    assert "already encoded" in rerun()
+        (folder / "once" / name).rename(folder / f"{name}.first")
+    assert "already encoded" in launch(folder, stages, 2, "once")
     assert noted(folder, "once", "encoded", empty=True) == {}
     path = folder / "answers.jsonl"
     whole = path.read_text()
     path.write_text(whole.replace(TEXT[7], "something else"))
-    for stage in stages:
-        (folder / "once" / stage).rename(folder / f"{stage}.older")
-    rerun()
+    for name in stages:
+        (folder / "once" / name).rename(folder / f"{name}.second")
+    launch(folder, stages, 2, "once")
     assert {rank: sorted(texts) for rank, texts in noted(folder, "once", "encoded").items()} == {
         0: sorted([*TEXT[:7], "something else", *TEXT[8:]])
     }

@@ -95,7 +95,10 @@ def test_sources_are_mixed_by_weight_and_begin_again_in_another_order(tmp_path, 
 class Alone(streaming.Stream):
     """Encodes the shares of the processes that are not there."""
 
+    met = ()  # how many items were handed out when the processes met
+
     def _exchange(self, block, share):
+        self.met += (self.done,)
         assert len(share) == len(block[self.rank :: self.world])
         return self.encode(block)
 
@@ -146,13 +149,23 @@ def test_every_world_sees_the_same_steps_and_resumes_in_place(tmp_path, write):
         assert steps(path, 30 - stop, after, save) == whole[stop:]
 
 
+def test_processes_meet_at_the_same_micro_batch(write):
+    """Whoever is alone in exchanging a block waits for ever: blocks of 18 windows end in the midst of a step of 8."""
+    path, met = write("numbers.jsonl", [{"text": str(i)} for i in range(50)]), []
+    for rank in range(4):
+        own = stream(path, 4, rank, size=15)
+        list(itertools.islice(own, 30))
+        met.append(own.met)
+    assert met[0] == met[1] == met[2] == met[3] and len(met[0]) == 7
+
+
 def test_names_follow_the_items(tmp_path, write):
     own = stream(write("numbers.jsonl", [{"text": str(i)} for i in range(50)]))
     for item in itertools.islice(own, 100):
         numbers = {int(n) // 1000 for n in item["input_ids"]}
         lines = {int(name.rpartition(":")[2]) - 1 for name in own.names[item["row"]]}
         assert numbers == lines
-    assert len(own.names) == 16  # of two steps
+    assert len(own.names) == 16  # of two steps, on one process
 
 
 def test_packs_hold_whole_examples_and_count_what_they_leave_out():
