@@ -279,10 +279,10 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
     Args:
         stage: gets in its `report` what `make` put there, now or then.
         settings: whatever else decides what the rows become (any JSON value).
-        make: () -> {side: `datasets.Dataset` with a column `where`, or None}, called where needed.
+        make: () -> {side: `datasets.Dataset` with a column `where`}, called where needed.
 
     Returns:
-        {side: (the data set without `where`, the names of its rows), or (None, None)}.
+        For "train" and "validation" the data set without `where` and the names of its rows, or (None, None).
 
     Raises:
         ValueError: another process than the first finds nothing, because it does not see the same disk.
@@ -292,7 +292,8 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
 
     home = stage.folder.parent / ".tokens" / stage.name / "rows"
     words = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.model_input_names, tokenizer.padding_side]
-    parts = [data.content(stage.data), stage.seed, *(stage.sections.get(name) for name in ("data", "task", "model"))]
+    kept = {**stage.data, "train": None} if stage.data.get("streaming") else stage.data  # nothing is kept of a stream
+    parts = [data.content(kept), stage.seed, *(stage.sections.get(name) for name in ("data", "task", "model"))]
     key = _digest([FORMAT, *parts, _fingerprint(tokenizer), words, settings])
     state = PartialState()
     with state.main_process_first():
@@ -307,18 +308,16 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
             path.unlink(missing_ok=True)
             made = make()
             for side, rows in made.items():
-                (home / f"{side}.arrow").unlink(missing_ok=True)
-                if rows is not None:
-                    _write_table(rows.data.table, home / f"{side}.arrow")
-            sizes = {side: 0 if rows is None else _size(home / f"{side}.arrow") for side, rows in made.items()}
+                _write_table(rows.data.table, home / f"{side}.arrow")
+            sizes = {side: _size(home / f"{side}.arrow") for side in made}
             index = {"key": key, "bytes": sizes, "report": stage.report}
             with _replacing(path) as out:
                 out.write(json.dumps(index, indent=1).encode())
     stage.report |= index["report"]
-    sets = {}
-    for side, size in index["bytes"].items():
-        rows = Dataset.from_file(str(home / f"{side}.arrow")) if size else None
-        sets[side] = (rows.remove_columns("where"), rows["where"]) if size else (None, None)
+    sets = dict.fromkeys(("train", "validation"), (None, None))
+    for side in index["bytes"]:
+        rows = Dataset.from_file(str(home / f"{side}.arrow"))
+        sets[side] = (rows.remove_columns("where"), rows["where"])
     return sets
 
 

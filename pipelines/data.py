@@ -612,11 +612,13 @@ def stream(section: dict, side: str, kind: str, seed: int, task: dict | None = N
 
 
 def load(section: dict, kind: str, seed: int, task: dict | None = None) -> tuple[list[dict], list[dict]]:
-    """`(train rows, validation rows)` in memory; the second is empty where the recipe has no validation."""
-    train = list(stream(section, "train", kind, seed, task))
+    """`(train rows, validation rows)` in memory; the second is empty where the recipe has no validation, the first where
+    it streams them."""
+    streaming = section.get("streaming")
+    train = [] if streaming else list(stream(section, "train", kind, seed, task))
     has_validation = section.get("validation") is not None
     validation = list(stream(section, "validation", kind, seed, task)) if has_validation else []
-    if not train:
+    if not train and not streaming:
         raise DataError("data.train: no rows are left for training")
     if has_validation and not validation:
         raise DataError(f"data.validation: no rows ({section['validation']!r} of {len(train)}); raise the fraction")

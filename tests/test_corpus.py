@@ -325,7 +325,7 @@ def test_encoded_rows_are_made_once_and_anew_whenever_anything_they_are_made_of_
     def make():
         made.append(1)
         stage.report["train"] = {"rows": len(made)}
-        return {"train": Dataset.from_dict({"ids": [[len(made)], []], "where": ["a:1", "a:2"]}), "validation": None}
+        return {"train": Dataset.from_dict({"ids": [[len(made)], []], "where": ["a:1", "a:2"]})}
 
     def rows(**settings):
         stage.report = {}

@@ -138,8 +138,9 @@ def run(stage) -> dict:
     def make():
         sides = {"train": train, "validation": validation}
         return {
-            side: _encode(stage, side, rows, names, task, tokenizer, context, too_long) if rows else None
+            side: _encode(stage, side, rows, names, task, tokenizer, context, too_long)
             for side, rows in sides.items()
+            if rows
         }
 
     sets = corpus.encoded_rows(stage, tokenizer, {"names": names, "context": context}, make)

@@ -129,8 +129,7 @@ def run(stage) -> dict:
                 raise data.DataError(f"data.train: no answer has the tag {tag!r} (args.tags), so it cannot be learned")
         sides = {"train": train, "validation": validation}
         return {
-            side: _encode(stage, side, rows, tags, tokenizer, context, too_long) if rows else None
-            for side, rows in sides.items()
+            side: _encode(stage, side, rows, tags, tokenizer, context, too_long) for side, rows in sides.items() if rows
         }
 
     settings = {"context": context, "rank_margin": args.rank_margin, "tags": tags}

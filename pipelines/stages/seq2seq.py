@@ -140,10 +140,7 @@ def run(stage) -> dict:
 
     def make():
         sides = {"train": train, "validation": validation}
-        return {
-            side: _encode(stage, side, rows, tokenizer, args, too_long) if rows else None
-            for side, rows in sides.items()
-        }
+        return {side: _encode(stage, side, rows, tokenizer, args, too_long) for side, rows in sides.items() if rows}
 
     limits = {"source": args.max_source_length, "target": args.max_target_length}
     sets = corpus.encoded_rows(stage, tokenizer, limits, make)

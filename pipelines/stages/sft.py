@@ -76,27 +76,22 @@ def run(stage) -> dict:
         logger.info("tokens added: %s (embeddings start at the mean of the others)", " ".join(added))
     context = models.context_length(model, stage.sections.get("args", {}).get("max_length"))
 
-    section_ = stage.section("data")
-    too_long = section_.too_long
+    too_long, streamed = stage.section("data").too_long, stage.section("data").streaming
 
     def make():
-        if section_.streaming:
-            rows, validation = [], list(data.stream(stage.data, "validation", ROWS, stage.seed))
-        else:
-            rows, validation = data.load(stage.data, ROWS, stage.seed)
-        sets = {"train": None, "validation": None}
-        if validation:
-            sets["validation"] = lm.rows_dataset(_encode(stage, "validation", validation, tokenizer, context, too_long))
-        if rows:
-            rows = _encode(stage, "train", rows, tokenizer, context, too_long)
-            sets["train"] = lm.packed_dataset(rows, context) if args.packing else lm.rows_dataset(rows)
+        sets = {}
+        for side, rows in zip(("train", "validation"), data.load(stage.data, ROWS, stage.seed)):
+            if rows:
+                rows = _encode(stage, side, rows, tokenizer, context, too_long)
+                packed = args.packing and side == "train"
+                sets[side] = lm.packed_dataset(rows, context) if packed else lm.rows_dataset(rows)
         return sets
 
     settings = {"context": context, "packing": args.packing}
     sets = corpus.encoded_rows(stage, tokenizer, settings, make)
     (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
     stream = None
-    if section_.streaming:
+    if streamed:
         encode = _encoder(tokenizer, context, too_long)
         stream = streaming.Stream(stage, ROWS, args, encode, streaming.packs(context, args.packing))
         where = stream.names
