@@ -1,6 +1,7 @@
 """Data under `accelerate launch`: rows are encoded by one process and kept while nothing changes; a stream is dealt out
 to one and to two processes in the same order, encoded once, and goes on in place when it is killed."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -21,14 +22,21 @@ ARGS = {"global_batch_size": 8, "per_device_train_batch_size": 2, "max_steps": 1
 pytestmark = pytest.mark.slow
 
 
-def start(folder, stages, processes, name):
+def start(folder, stages, processes, name, config="cpu_2", script="watched"):
     """`accelerate launch` of these stages, watched; the output goes to `folder/name`."""
     recipe, watched = folder / f"{name}.yaml", folder / f"{name}.watched"
     recipe.write_text(yaml.safe_dump({"output_dir": str(folder / name), "stages": stages}, sort_keys=False))
     watched.mkdir(exist_ok=True)
-    config = ROOT / "accelerate_configs" / ("cpu.yaml" if processes == 1 else "cpu_2.yaml")
-    launcher = str(Path(sys.executable).parent / "accelerate")
-    command = [launcher, "launch", "--config_file", str(config), str(ROOT / "tests/watched.py"), str(recipe)]
+    config = ROOT / "accelerate_configs" / f"{config if processes > 1 else 'cpu'}.yaml"
+    command = [
+        Path(sys.executable).parent / "accelerate",
+        "launch",
+        "--config_file",
+        config,
+        "--num_processes",
+        processes,
+    ]
+    command = [str(word) for word in (*command, ROOT / "tests" / f"{script}.py", recipe)]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "WATCHED": str(watched)}
     return subprocess.Popen(
@@ -36,8 +44,8 @@ def start(folder, stages, processes, name):
     )  # fmt: skip
 
 
-def launch(*args):
-    process = start(*args)
+def launch(*args, **settings):
+    process = start(*args, **settings)
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 0, output[-3000:]
     return output
@@ -151,6 +159,15 @@ def test_each_row_of_a_stream_is_encoded_by_one_process(files, two):
     answers = [[text for text in shares[rank] if text in TEXT] for rank in (0, 1)]
     assert 0.8 < len(answers[0]) / len(answers[1]) < 1.25
     assert {*answers[0]} != {*answers[1]}
+
+
+@pytest.mark.parametrize("config, script", [("fsdp2", "fsdp_on_cpu"), ("zero2", "watched")])
+def test_a_stream_on_sharded_processes(files, two, config, script):
+    if config == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed (the extra `deepspeed`)")
+    folder, streams = files
+    launch(folder, {"base": streams["base"]}, 2, config, config=config, script=script)
+    assert losses(folder / config, "base") == pytest.approx(losses(two, "base"), abs=2e-3)
 
 
 @pytest.mark.parametrize("stage, after", [("base", 2), ("answers", 2), ("answers", 1)])
