@@ -295,3 +295,13 @@ def test_check_reads_only_the_beginning_of_a_stream(recipe, write, tiny_gpt2, mo
     stage["data"]["train"] = write("worse.jsonl", "".join(lines[:4]) + "{\n")
     with pytest.raises(recipes.RecipeError, match="worse.jsonl:5: not JSON"):
         recipes.load(recipe({"s": stage}))
+
+
+def test_plan_reads_a_sample_of_a_stream(recipe, write, tiny_gpt2, monkeypatch):
+    from pipelines import plan
+
+    monkeypatch.setattr(plan, "SAMPLE", 7)
+    loaded = recipes.load(recipe({"s": stage_of("sft", write, tiny_gpt2)}), read_data=False)
+    Path(loaded["s"].data["train"]).write_text("".join(Path(loaded["s"].data["train"]).read_text().splitlines(True)[:7]) + "{")  # fmt: skip
+    rows, count, *_ = plan._texts(loaded["s"])
+    assert len(rows) == 7 and count is None
