@@ -1,4 +1,5 @@
-"""Raw text to a file of token ids that training reads in place, and tokenizers trained on the same text.
+"""Raw text to a file of token ids that training reads in place, tokenizers trained on the same text, and the encoded
+rows of the other stages kept in the same way.
 
 Documents stream through the tokenizer in batches; neither the corpus nor its tokens are ever in memory as a
 whole. Training then maps the file and cuts it into windows, so a corpus may be larger than memory, and starts
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines import SetupError
+from pipelines import SetupError, data
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +70,10 @@ def tokenize_corpus(
         tokens = count = 0
         with _replacing(folder / "tokens.bin") as out, _progress_bar() as bar:
             for batch in _batches(documents):
-                parts = []
-                for ids in encode(batch):
-                    ids.append(separator_id)
-                    parts.append(np.array(ids, dtype))
-                data = np.concatenate(parts)
-                out.write(data)
-                tokens, count = tokens + len(data), count + len(batch)
-                bar.update(len(data))
+                block = np.concatenate([np.array([*ids, separator_id], dtype) for ids in encode(batch)])
+                out.write(block)
+                tokens, count = tokens + len(block), count + len(batch)
+                bar.update(len(block))
             if not count:
                 raise SetupError(f"no text for {folder}: the documents are none or all empty.")
     index = {
@@ -90,6 +87,13 @@ def tokenize_corpus(
         out.write(json.dumps(index, indent=1).encode())
     logger.info("%s: %d tokens of %d documents", folder, tokens, count)
     return index
+
+
+def encoded(documents: Iterable[str], tokenizer, separator_id: int) -> Iterator[np.ndarray]:
+    """Each document's tokens and `separator_id`, as `tokenize_corpus` writes them: uint32 arrays."""
+    with _bare(tokenizer) as encode:
+        for batch in _batches(documents):
+            yield from (np.array([*ids, separator_id], np.uint32) for ids in encode(batch))
 
 
 def read_index(folder: str | Path) -> dict | None:
@@ -258,6 +262,74 @@ def stack_windows(items: list[dict]) -> dict[str, torch.Tensor]:
     labels = ids.clone()
     labels[:, 0] = -100
     return {"input_ids": ids, "labels": labels, "row": torch.tensor([item["row"] for item in items])}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows -> encoded rows on disk
+# ------------------------------------------------------------------------------------------------------------
+
+
+def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
+    """The data sets that `make` encodes: by the first process while the others wait, and mapped from disk by all.
+
+    They stay in `.tokens/STAGE` beside the stage's folder, and are taken from there while nothing changes that they are
+    made of: the files' checksums, the sections `data`, `task` and `model`, the seed, the tokenizer with its template, and
+    `settings`.
+
+    Args:
+        stage: gets in its `report` what `make` put there, now or then.
+        settings: whatever else decides what the rows become (any JSON value).
+        make: () -> {side: `datasets.Dataset` with a column `where`}, called where needed.
+
+    Returns:
+        For "train" and "validation" the data set without `where` and the names of its rows, or (None, None).
+
+    Raises:
+        ValueError: another process than the first finds nothing, because it does not see the same disk.
+    """
+    from accelerate import PartialState
+    from datasets import Dataset
+
+    home = stage.folder.parent / ".tokens" / stage.name / "rows"
+    words = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.model_input_names, tokenizer.padding_side]
+    kept = {**stage.data, "train": None} if stage.data.get("streaming") else stage.data  # nothing is kept of a stream
+    parts = [data.content(kept), stage.seed, *(stage.sections.get(name) for name in ("data", "task", "model"))]
+    key = _digest([FORMAT, *parts, _fingerprint(tokenizer), words, settings])
+    state = PartialState()
+    with state.main_process_first():
+        path = home / "index.json"
+        index = json.loads(path.read_bytes()) if path.is_file() else {}
+        if index.get("key") == key and all(_size(home / f"{side}.arrow") == n for side, n in index["bytes"].items()):
+            logger.info("%s: its rows are already encoded (%s)", stage.name, home)
+        elif not state.is_main_process:
+            raise SetupError(f"{home} is not what the first process has just written: all need one file system.")
+        else:
+            home.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            made = make()
+            for side, rows in made.items():
+                _write_table(rows.data.table, home / f"{side}.arrow")
+            sizes = {side: _size(home / f"{side}.arrow") for side in made}
+            index = {"key": key, "bytes": sizes, "report": stage.report}
+            with _replacing(path) as out:
+                out.write(json.dumps(index, indent=1).encode())
+    stage.report |= index["report"]
+    sets = dict.fromkeys(("train", "validation"), (None, None))
+    for side in index["bytes"]:
+        rows = Dataset.from_file(str(home / f"{side}.arrow"))
+        sets[side] = (rows.remove_columns("where"), rows["where"])
+    return sets
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _write_table(table, path: Path) -> None:
+    import pyarrow
+
+    with _replacing(path) as out, pyarrow.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)  # rows that are read one by one are found faster
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,9 @@ import hashlib
 import io
 import json
 import logging
+import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from pipelines import schema
@@ -44,6 +46,8 @@ NEEDS = {
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 SIDES = ("train", "validation", "ptx")  # the last in ppo only: pretraining text beside the prompts
+STREAMED = ("pretrain", "mlm", "sft")  # the kinds that can read their rows while they train
+TRIED = 1000  # rows of a streamed source that `check` reads; the others are checked when they are read
 SHOWN = 5  # problems shown per source; the rest are counted
 
 
@@ -78,6 +82,7 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
     if isinstance(value, (int, float)) and not 0 < value < 1:
         yield "validation", "a fraction lies between 0 and 1 (or give a source)", value
     known = schema.fields("pipelines.sections:SourceSection")
+    tried = TRIED if section.get("streaming") else None
     for side in SIDES:
         many = isinstance(section.get(side), list)
         for i, source in enumerate(sources(section, side)):
@@ -96,7 +101,44 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
                     yield f"{at}", f"no such file (looked in {Path.cwd()})", source["path"]
                 elif read_rows:
                     rows = "text" if side == "ptx" else kind
-                    yield from ((at, message, None) for message in _wrong_rows(source, rows, task))
+                    limit = tried if side == "train" else None
+                    yield from ((at, message, None) for message in _wrong_rows(source, rows, task, limit))
+
+
+def streaming_problems(kind: str, sections: dict[str, dict]) -> Iterator[tuple[str, str, object]]:
+    """`(key path below the stage, what is wrong, value)` of a stage's `data.streaming` and what goes with it."""
+    section, args, words = (sections.get(name, {}) for name in ("data", "args", "tokenizer"))
+    if not section.get("streaming"):
+        if "buffer_size" in section and "streaming" not in section:
+            yield "data.buffer_size", "is used only with `streaming: true`", section["buffer_size"]
+        return
+    if kind not in STREAMED:
+        message = f"is for {', '.join(STREAMED)}: this stage reads all its rows before it trains; drop the key"
+        yield "data.streaming", message, True
+        return
+    if args.get("max_steps", -1) < 1:
+        yield "args.max_steps", "data.streaming needs it: nobody knows how long a stream is", args.get("max_steps")
+    if fraction(section):
+        message = (
+            "a fraction would need the whole stream beforehand: give a source of its own, as "
+            "`{path: …, rows: 1000}` (hub data sets: with their `split: validation`)"
+        )
+        yield "data.validation", message, section["validation"]
+    if section.get("buffer_size", 1) < 1:
+        yield "data.buffer_size", "must be at least 1", section["buffer_size"]
+    loaded = sections.get("model", {}).get("model_name_or_path")
+    if words.get("train") and not loaded and not words.get("max_documents"):
+        yield "tokenizer.max_documents", "say on how many documents of the stream the tokenizer is trained", None
+    for key, reason in (
+        ("num_train_epochs", "a stream begins again by itself, and args.max_steps says when to stop"),
+        ("dataloader_num_workers", "a stream is read ahead by a thread of its own"),
+        ("train_sampling_strategy", "a stream is shuffled by data.buffer_size"),
+    ):
+        if key in args:
+            yield f"args.{key}", f"not with data.streaming, drop the key: {reason}", args[key]
+    for key in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if args.get(key) == "epoch":
+            yield f"args.{key}", "a stream has no epochs: use steps", "epoch"
 
 
 def _wrong_keys(source: dict, known: dict, at: str) -> Iterator[tuple[str, str, object]]:
@@ -114,11 +156,11 @@ def _wrong_keys(source: dict, known: dict, at: str) -> Iterator[tuple[str, str, 
         yield f"{at}.rows", "must be at least 1", rows
 
 
-def _wrong_rows(source: dict, kind: str, task: dict | None) -> Iterator[str]:
-    """The first `SHOWN` bad rows of a source, and how many more there are."""
+def _wrong_rows(source: dict, kind: str, task: dict | None, limit: int | None) -> Iterator[str]:
+    """The first `SHOWN` bad rows of a source (of its first `limit` rows), and how many more there are."""
     bad = count = 0
     try:
-        for where, row in read(source):
+        for where, row in islice(read(source), limit):
             count += 1
             try:
                 normalise(row, kind, source.get("columns"), task)
@@ -151,42 +193,55 @@ def files(path: str) -> list[Path]:
     return sorted(Path(p) for p in glob.glob(str(Path(path).expanduser()), recursive=True))
 
 
-def read(source: dict) -> Iterator[tuple[str, dict]]:
-    """`(where, row)` for every row of a source as it stands in the file; at most `rows` of them."""
-    limit, count = source.get("rows"), 0
-    path = source["path"]
+def read(source: dict, place: dict | None = None, order: str | None = None) -> Iterator[tuple[str, dict]]:
+    """`(where, row)` for every row of a source as it stands in the file; at most `rows` of them.
+
+    `place` (empty at first, plain values) says where to begin, without reading what lies before it, and always where
+    the row given last ends: keep a copy to go on from there. `order` is the seed of the order of several files (None: by
+    name).
+    """
+    streaming, place = place is not None, {} if place is None else place
+    limit, path = source.get("rows"), source["path"]
     parts = files(path) if is_local(path) else []
     if is_local(path) and not parts:
         raise DataError(f"{path}: no such file (looked in {Path.cwd()})")
-    readers = (_hub(source),) if not parts or parts[0].is_dir() else (_file(p, source) for p in parts)
-    for reader in readers:
-        for item in reader:
-            if limit is not None and count >= limit:
+    on_hub = not parts or parts[0].is_dir()
+    if order is not None:
+        random.Random(order).shuffle(parts)
+    for number in range(place.setdefault("file", 0), 1 if on_hub else len(parts)):
+        for item in _hub(source, place, streaming) if on_hub else _file(parts[number], source, place):
+            place["rows"] = place.get("rows", 0) + 1
+            if limit is not None and place["rows"] > limit:
                 return
-            count += 1
             yield item
+        place |= {"file": number + 1, "line": 0, "byte": 0, "item": 0}
 
 
-def _file(path: Path, source: dict) -> Iterator[tuple[str, dict]]:
+def _file(path: Path, source: dict, place: dict) -> Iterator[tuple[str, dict]]:
+    """The rows of a file from `place` on, which follows them: `line` and `byte` of text, `line` of Parquet rows."""
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix == ".parquet":
-        yield from _parquet(path)
+        yield from _parquet(path, place)
     elif suffix == ".csv":
-        yield from _csv(path)
+        yield from _csv(path, place)
     elif suffix == ".txt":
-        yield from _text(path, source.get("sample_by", "line"))
+        yield from _text(path, source.get("sample_by", "line"), place)
     elif suffix in (".jsonl", ".json"):
-        yield from _json(path)
+        yield from _json(path, place)
     else:
         raise DataError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)} (each also .gz)")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, place: dict) -> Iterator[tuple[int, str]]:
     """`(number from 1, line)`, decoded line by line so that an error names the line."""
-    number = 0
+    number, byte = place.get("line", 0), place.get("byte", 0)
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as stream:
-            for number, line in enumerate(stream, 1):  # noqa: B007  used in the messages below
+            if byte:
+                stream.seek(byte)  # of what is unpacked, where the file is packed
+            for line in stream:
+                number, byte = number + 1, byte + len(line)
+                place["line"], place["byte"] = number, byte
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{number}: not UTF-8 (byte {error.start} of the line); convert the file") from None
@@ -196,18 +251,23 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
-def _json(path: Path) -> Iterator[tuple[str, dict]]:
-    lines = _lines(path)
+def _json(path: Path, place: dict) -> Iterator[tuple[str, dict]]:
+    done = place.get("item", 0)  # of an array, which is read as a whole
+    if done:
+        place |= {"line": 0, "byte": 0}
+    begins = not place.get("line")
+    lines = _lines(path, place)
     first = next(((n, text) for n, text in lines if text.strip()), None)
     if first is None:
         return
-    if first[1].lstrip().startswith("["):
+    if begins and first[1].lstrip().startswith("["):
         text = first[1] + "".join(line for _, line in lines)
         try:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-        for i, row in enumerate(rows, 1):
+        for i, row in enumerate(rows[done:], done + 1):
+            place["item"] = i
             yield f"{path}[{i}]", _mapping(row, f"{path}[{i}]")
         return
     for number, line in [first]:
@@ -230,41 +290,48 @@ def _mapping(row, where: str) -> dict:
     return row
 
 
-def _csv(path: Path) -> Iterator[tuple[str, dict]]:
-    reader = csv.DictReader(line for _, line in _lines(path))
+def _csv(path: Path, place: dict) -> Iterator[tuple[str, dict]]:
+    header = csv.DictReader(line for _, line in _lines(path, {})).fieldnames if place.get("line") else None
+    reader = csv.DictReader((line for _, line in _lines(path, place)), header)
     try:
         for row in reader:
             if None in row:
-                raise DataError(f"{path}:{reader.line_num}: more fields than the header has columns; quote the commas")
-            yield f"{path}:{reader.line_num}", row
+                raise DataError(f"{path}:{place['line']}: more fields than the header has columns; quote the commas")
+            yield f"{path}:{place['line']}", row
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+        raise DataError(f"{path}:{place.get('line', 0)}: not CSV: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
+def _parquet(path: Path, place: dict) -> Iterator[tuple[str, dict]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         raw = gzip.open(path, "rb").read() if path.suffix == ".gz" else None
         table = pyarrow.parquet.ParquetFile(io.BytesIO(raw) if raw is not None else path)
-        number = 0
-        for batch in table.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}[{number}]", row
+        number, done = 0, place.get("line", 0)
+        for group in range(table.num_row_groups):
+            if number + table.metadata.row_group(group).num_rows <= done:
+                number += table.metadata.row_group(group).num_rows
+                continue
+            for batch in table.iter_batches(row_groups=[group]):
+                for row in batch.to_pylist():
+                    number += 1
+                    if number > done:
+                        place["line"] = number
+                        yield f"{path}[{number}]", row
     except (pyarrow.ArrowInvalid, EOFError, OSError) as error:
         raise DataError(f"{path}: not a whole Parquet file: {error}") from None
 
 
-def _text(path: Path, sample_by: str) -> Iterator[tuple[str, dict]]:
+def _text(path: Path, sample_by: str, place: dict) -> Iterator[tuple[str, dict]]:
     if sample_by == "document":
-        text = "".join(line for _, line in _lines(path))
+        text = "".join(line for _, line in _lines(path, place))
         if text.strip():
             yield f"{path}:1", {"text": text}
         return
     start, paragraph = 0, []
-    for number, line in _lines(path):
+    for number, line in _lines(path, place):
         if sample_by == "line":
             if line.strip():
                 yield f"{path}:{number}", {"text": line.rstrip("\r\n")}
@@ -278,7 +345,7 @@ def _text(path: Path, sample_by: str) -> Iterator[tuple[str, dict]]:
         yield f"{path}:{start}", {"text": "".join(paragraph).rstrip("\r\n")}
 
 
-def _hub(source: dict) -> Iterator[tuple[str, dict]]:
+def _hub(source: dict, place: dict, streaming: bool) -> Iterator[tuple[str, dict]]:
     import datasets
 
     path, split = source["path"], source.get("split", "train")
@@ -289,14 +356,26 @@ def _hub(source: dict) -> Iterator[tuple[str, dict]]:
             source.get("name"),
             split=split,
             revision=source.get("revision"),
-            streaming=source.get("rows") is not None,
+            streaming=streaming or source.get("rows") is not None,
         )
+        if place.get("state"):
+            rows.load_state_dict(place["state"])
     except Exception as error:  # whatever the hub client raises becomes one message that names the source
         raise DataError(
             f"{path}: cannot be loaded ({type(error).__name__}: {error}). A hub id needs network access or the hub's "
             "cache; a local file needs a path that exists."
         ) from error
-    for number, row in enumerate(rows, 1):
+    number, stream_ = place.get("line", 0), iter(rows)
+    while True:
+        try:
+            row = next(stream_, None)
+        except Exception as error:  # a broken file, or the network went away in the middle
+            raise DataError(f"{path}[{split}]: after row {number}: {type(error).__name__}: {error}") from error
+        if row is None:
+            return
+        number += 1
+        if streaming:
+            place |= {"line": number, "state": rows.state_dict()}
         yield f"{path}[{split}][{number}]", row
 
 
@@ -533,15 +612,51 @@ def stream(section: dict, side: str, kind: str, seed: int, task: dict | None = N
 
 
 def load(section: dict, kind: str, seed: int, task: dict | None = None) -> tuple[list[dict], list[dict]]:
-    """`(train rows, validation rows)` in memory; the second is empty where the recipe has no validation."""
-    train = list(stream(section, "train", kind, seed, task))
+    """`(train rows, validation rows)` in memory; the second is empty where the recipe has no validation, the first where
+    it streams them."""
+    streaming = section.get("streaming")
+    train = [] if streaming else list(stream(section, "train", kind, seed, task))
     has_validation = section.get("validation") is not None
     validation = list(stream(section, "validation", kind, seed, task)) if has_validation else []
-    if not train:
+    if not train and not streaming:
         raise DataError("data.train: no rows are left for training")
     if has_validation and not validation:
         raise DataError(f"data.validation: no rows ({section['validation']!r} of {len(train)}); raise the fraction")
     return train, validation
+
+
+def endless(section: dict, kind: str, seed: int, places: list[dict]) -> Iterator[dict]:
+    """Normalised training rows without end, with `where`; a source that ends begins again.
+
+    The next row comes from the source that is furthest behind its `weight`'s share of all rows (D'Hondt's method), so
+    that the mixture is the same from beginning to end. `places` (an empty mapping for each source, or a copy of what
+    it held earlier) says where to begin and is kept up to date, as in `read`. Several files of a source come in another
+    order each time.
+    """
+    found = sources(section, "train")
+    readers = [_again(source, kind, seed, place) for source, place in zip(found, places, strict=True)]
+    weights = [float(source.get("weight", 1.0)) for source in found]
+    while True:
+        behind = max(range(len(found)), key=lambda i: weights[i] / (places[i].get("taken", 0) + 1))
+        row = next(readers[behind])
+        places[behind]["taken"] = places[behind].get("taken", 0) + 1
+        yield row
+
+
+def _again(source: dict, kind: str, seed: int, place: dict) -> Iterator[dict]:
+    while True:
+        epoch = place.setdefault("epoch", 0)
+        for where, raw in read(source, place, f"{seed}|{epoch}"):
+            try:
+                row = normalise(raw, kind, source.get("columns"))
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            yield {**row, "where": where}
+        if not place.get("rows"):
+            raise DataError(f"{source['path']}: no rows")
+        taken = place.get("taken", 0)
+        place.clear()
+        place |= {"epoch": epoch + 1, "taken": taken}
 
 
 def _draw(row: dict, seed: int, salt: str) -> float:
@@ -566,6 +681,26 @@ def report_length(stage, side: str, total: int, used: int, long: list[str], limi
     if not used:
         raise DataError(f"{side}: no row fits into {limit}; raise the length, or set data.too_long: truncate")
     stage.report[side] = {"rows": total, "used": used, "too_long": len(long)}
+
+
+def content(section: dict) -> dict[str, dict]:
+    """`fingerprint`, and the commit at which hub data now stand: by this, what is made of the rows may be kept."""
+    out = fingerprint(section)
+    for source in out.values():
+        if "hub" in source:
+            source["commit"] = _commit(source["hub"], source["revision"])
+    return out
+
+
+def _commit(path: str, revision: str | None) -> str | None:
+    """The commit of a hub data set; without network that which lies in the hub's cache and will be read, if any."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        return HfApi().dataset_info(path, revision=revision, timeout=10).sha
+    except Exception:  # no network, or offline by choice: what cannot be read either is said when it is read
+        known = Path(constants.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}" / "refs" / (revision or "main")
+        return known.read_text().strip() if known.is_file() else None
 
 
 def fingerprint(section: dict) -> dict[str, dict]:

@@ -50,12 +50,11 @@ class LanguageModelTrainer:
 
 
 def rows_dataset(rows: list[dict], packs: list[list[int]] | None = None):
-    """`(datasets.Dataset, names)`: each item a row, or the rows of one pack laid end to end with `seq_lengths`.
+    """A `datasets.Dataset` whose items are rows, or the rows of one pack laid end to end with `seq_lengths`.
 
-    `rows` hold `input_ids`, `labels` and `where`; item i carries `row` = i, and `names[i]` lists where its rows come
-    from.
+    `rows` hold `input_ids`, `labels` and `where`; item i carries `row` = i, and in `where` the names of its rows.
     """
-    from datasets import Dataset
+    from datasets import Dataset, Features, List, Value
 
     packs = [[i] for i in range(len(rows))] if packs is None else packs
     columns = {
@@ -63,8 +62,10 @@ def rows_dataset(rows: list[dict], packs: list[list[int]] | None = None):
         "labels": [[t for i in pack for t in rows[i]["labels"]] for pack in packs],
         "seq_lengths": [[len(rows[i]["input_ids"]) for i in pack] for pack in packs],
         "row": list(range(len(packs))),
+        "where": [[rows[i]["where"] for i in pack] for pack in packs],
     }
-    return Dataset.from_dict(columns).with_format("numpy"), [[rows[i]["where"] for i in pack] for pack in packs]
+    kinds = dict.fromkeys(("input_ids", "labels", "seq_lengths"), List(Value("int32")))
+    return Dataset.from_dict(columns, Features({**kinds, "row": Value("int64"), "where": List(Value("string"))}))
 
 
 def packed_dataset(rows: list[dict], capacity: int):

@@ -17,22 +17,20 @@ from pipelines import SetupError
 IGNORED = -100
 
 
-class MaskedWindows(torch.utils.data.Dataset):
-    """Item i: `{"input_ids": (context,), "labels": (context,), "row": i}`, [CLS] window [SEP] with words hidden.
+class Masker:
+    """`masker(window, epoch, row)` -> `{"input_ids": (context,), "labels": (context,), "row": row}`: [CLS] window [SEP]
+    with words hidden.
 
     Labels are the hidden ids and -100 elsewhere. Of the hidden tokens 80 % become [MASK], 10 % a random token and 10 %
     stay (Devlin et al. 2019, https://arxiv.org/abs/1810.04805); whole words all become [MASK].
     """
 
-    def __init__(self, windows, tokenizer, probability: float, whole_words: bool, seed: int, dynamic: bool = True):
-        """`windows` is a `corpus.Windows` of context - 2 tokens. Without `dynamic` every epoch hides the same words.
-
-        Raises ValueError where the tokenizer lacks [MASK], [CLS] or [SEP], or its words cannot be told apart.
-        """
+    def __init__(self, tokenizer, probability: float, whole_words: bool, seed: int):
+        """Raises ValueError where the tokenizer lacks [MASK], [CLS] or [SEP], or its words cannot be told apart."""
         from transformers import DataCollatorForLanguageModeling
 
         self.begin, self.end = edges(tokenizer)
-        self.windows, self.seed, self.dynamic, self.epoch = windows, seed, dynamic, 0
+        self.seed = seed
         self.special = torch.tensor(sorted(tokenizer.all_special_ids))
         self.starts = word_starts(tokenizer) if whole_words else None
         replaced, randomised = (1.0, 0.0) if whole_words else (0.8, 0.1)
@@ -44,6 +42,27 @@ class MaskedWindows(torch.utils.data.Dataset):
             random_replace_prob=randomised,
         )
 
+    def __call__(self, window: torch.Tensor, epoch: int, row: int) -> dict:
+        ids = torch.cat([torch.tensor([self.begin]), window, torch.tensor([self.end])])[None]
+        special = torch.isin(ids, self.special)
+        state = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1, np.uint64)[0]
+        self.collator.generator = torch.Generator().manual_seed(int(state >> 1))
+        offsets = None if self.starts is None else word_offsets(self.starts[ids])
+        ids, labels = self.collator.torch_mask_tokens(ids, special_tokens_mask=special, offset_mapping=offsets)
+        return {"input_ids": ids[0], "labels": labels[0], "row": row}
+
+
+class MaskedWindows(torch.utils.data.Dataset):
+    """Item i: what a `Masker` makes of window i, `{"input_ids": (context,), "labels": (context,), "row": i}`."""
+
+    def __init__(self, windows, tokenizer, probability: float, whole_words: bool, seed: int, dynamic: bool = True):
+        """`windows` is a `corpus.Windows` of context - 2 tokens. Without `dynamic` every epoch hides the same words.
+
+        Raises ValueError as `Masker`.
+        """
+        self.masker = Masker(tokenizer, probability, whole_words, seed)
+        self.windows, self.dynamic, self.epoch = windows, dynamic, 0
+
     def __len__(self) -> int:
         return len(self.windows)
 
@@ -53,14 +72,7 @@ class MaskedWindows(torch.utils.data.Dataset):
             self.epoch = epoch
 
     def __getitem__(self, i: int) -> dict:
-        window = self.windows[i]["input_ids"]
-        ids = torch.cat([torch.tensor([self.begin]), window, torch.tensor([self.end])])[None]
-        special = torch.isin(ids, self.special)
-        state = np.random.SeedSequence([self.seed, self.epoch, i]).generate_state(1, np.uint64)[0]
-        self.collator.generator = torch.Generator().manual_seed(int(state >> 1))
-        offsets = None if self.starts is None else word_offsets(self.starts[ids])
-        ids, labels = self.collator.torch_mask_tokens(ids, special_tokens_mask=special, offset_mapping=offsets)
-        return {"input_ids": ids[0], "labels": labels[0], "row": i}
+        return self.masker(self.windows[i]["input_ids"], self.epoch, i)
 
 
 def edges(tokenizer) -> tuple[int, int]:

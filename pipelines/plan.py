@@ -17,6 +17,7 @@ import math
 import time
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from pipelines import costs, recipe, schema
@@ -143,7 +144,7 @@ def describe(loaded, stage) -> Job:
     fitting = [n for n in lengths if n <= context]
     if drop and rows and fitting:
         rows = rows * len(fitting) // len(lengths)
-    if rows is None:
+    if rows is None and not lengths:
         notes.append("the rows of hub data are not counted: each is taken to fill the context")
     lengths = fitting if drop else [min(n, context) for n in lengths]
     if stage.kind in ("pretrain", "mlm") and rows:
@@ -240,6 +241,9 @@ def _texts(stage) -> tuple[list, int | None, int, set]:
     section = stage.sections["data"]
     if not all(data.is_local(source["path"]) for source in data.sources(section, "train")):
         return [], None, 2, set()
+    if section.get("streaming"):
+        found = data.endless(section, stage.module.ROWS, stage.seed, [{} for _ in data.sources(section, "train")])
+        return list(islice(found, SAMPLE)), None, 1, set()
     rows, answers, labels = [], 1, set()
     count = 0
     for row in data.stream(section, "train", stage.module.ROWS, stage.seed, stage.sections.get("task")):

@@ -274,6 +274,8 @@ def _check_stage(recipe, name, body, kinds, bad, read_data) -> Stage | None:
         rows = data.problems(sections.get("data", {}), module.ROWS, sections.get("task"), read_data)
         for path, message, value in rows:
             bad(f"{at}.data{'.' if path and path[0] != '[' else ''}{path}", message, value)
+        for path, message, value in data.streaming_problems(kind, sections):
+            bad(f"{at}.{path}", message, value)
     return stage
 
 

@@ -113,6 +113,21 @@ class DataSection:
             "choices": ["drop", "truncate", "error"],
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "pretrain, mlm, sft: read and tokenise the training rows while training goes on, for data larger "
+            "than the disk or without end. Needs args.max_steps; a source that ends begins again. A source's `weight` "
+            "is then its share of the rows."
+        },
+    )
+    buffer_size: int = field(
+        default=10000,
+        metadata={
+            "help": "With streaming: so many rows are read at a time and shuffled (as packs or windows) among themselves. "
+            "More: better shuffled, more memory, and as much to encode again when a run is resumed."
+        },
+    )
 
 
 @dataclass

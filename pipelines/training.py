@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -147,9 +147,25 @@ class RowCollator:
 
 
 class ChainTrainer:
-    """Mixin before `Trainer` (or a TRL trainer). `self.where` names the rows: a list of strings or of lists of them."""
+    """Mixin before `Trainer` (or a TRL trainer). `self.where` names the rows: a list of strings or of lists of them.
+
+    `self.stream` (a `pipelines.streaming.Stream`) is trained on instead of `train_dataset`, where there is one.
+    """
 
     where: list | None = None
+    stream = None
+
+    def get_train_dataloader(self):
+        if self.stream is None:
+            return super().get_train_dataloader()
+        # As it is: prepared by Accelerate it would be sharded once more, and read one batch ahead of what is trained on.
+        return DataLoader(
+            self.stream,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # it draws a number when it begins: not from the generator of dropout
+        )
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -161,8 +177,10 @@ class ChainTrainer:
         # Killed between the last checkpoint and the end: nothing is left to train, and no step more is taken.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        if self.stream is not None:  # it is where it was (see `fit`), in the middle of its only epoch
+            kwargs["epoch"] = kwargs["epochs_trained"] = self.state.global_step / self.state.max_steps
+        super()._run_epoch(*args, **kwargs)
 
     def _prepare_inputs(self, inputs):
         if isinstance(inputs, dict) and "row" in inputs:
@@ -208,7 +226,10 @@ class ChainTrainer:
         PartialState().wait_for_everyone()
         if self.args.should_save:
             folder = Path(self.args.output_dir)
-            (folder / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            checkpoint = folder / f"checkpoint-{self.state.global_step}"
+            if self.stream is not None:
+                self.stream.save(checkpoint)
+            (checkpoint / COMPLETE).touch()
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=limit,
@@ -314,6 +335,10 @@ def fit(stage, trainer) -> None:
             logger.warning("%s: resuming from %s", stage.name, resume)
     PartialState().wait_for_everyone()
     models.adapters_in_float32(trainer.model)
+    if trainer.stream is not None:
+        trainer.args.ignore_data_skip = True  # the Trainer would read, and throw away, all that was trained on
+        if resume:
+            trainer.stream.load(Path(resume))
     stopper = _StopOnSignal()
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)

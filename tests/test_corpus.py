@@ -305,3 +305,50 @@ def test_wordpiece_is_the_same_in_every_process():
     )
     found = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(3)}
     assert len(found) == 1 and "otter" in found.pop()
+
+
+# Encoded rows
+
+
+def test_encoded_rows_are_made_once_and_anew_whenever_anything_they_are_made_of_changes(tokenizer, tmp_path, write):
+    import copy
+    from types import SimpleNamespace
+
+    from datasets import Dataset
+
+    tokenizer, made = copy.deepcopy(tokenizer), []
+    section = {"train": write("rows.jsonl", [{"text": "a cat"}])}
+    stage = SimpleNamespace(
+        name="s", folder=tmp_path / "out/s", data=section, sections={"data": section}, seed=1, report={}
+    )
+
+    def make():
+        made.append(1)
+        stage.report["train"] = {"rows": len(made)}
+        return {"train": Dataset.from_dict({"ids": [[len(made)], []], "where": ["a:1", "a:2"]})}
+
+    def rows(**settings):
+        stage.report = {}
+        sets = corpus.encoded_rows(stage, tokenizer, settings, make)
+        assert sets["validation"] == (None, None)
+        train, where = sets["train"]
+        assert train.column_names == ["ids"] and list(where) == ["a:1", "a:2"]
+        assert stage.report == {"train": {"rows": train[0]["ids"][0]}}  # what was said when they were made
+        return train[0]["ids"][0]
+
+    assert rows() == rows() == 1
+    write("rows.jsonl", [{"text": "a dog"}])
+    assert rows() == rows() == 2
+    assert rows(context=8) == rows(context=8) == 3
+    tokenizer.chat_template = "{{ messages }}"
+    assert rows(context=8) == rows(context=8) == 4
+    tokenizer.add_tokens(["zebra"])
+    assert rows(context=8) == rows(context=8) == 5
+    stage.seed = 2
+    assert rows(context=8) == rows(context=8) == 6
+    stage.sections["task"] = {"prefix": "say: "}
+    assert rows(context=8) == rows(context=8) == 7
+    file = tmp_path / "out/.tokens/s/rows/train.arrow"
+    file.write_bytes(file.read_bytes()[:-1])  # cut off by whatever cuts files off
+    assert rows(context=8) == rows(context=8) == 8
+    assert len(made) == 8

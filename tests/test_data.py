@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -176,3 +177,26 @@ def test_fingerprint_changes_with_the_content(write):
     assert before == data.fingerprint(section)
     write("a.jsonl", [{"text": "y"}])
     assert data.fingerprint(section) != before
+
+
+def test_what_is_kept_of_hub_data_is_known_by_the_commit_they_stand_at(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    commits = {"main": "a1", "v2": "b2"}
+
+    def info(self, path, revision=None, **_):
+        if not commits:
+            raise ConnectionError("no network")
+        return SimpleNamespace(sha=commits[revision or "main"])
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = lambda **more: data.content({"train": {"path": "owner/rows", **more}})["owner/rows"]["commit"]
+    assert (commit(), commit(revision="v2")) == ("a1", "b2")
+    commits["main"] = "a2"
+    assert commit() == "a2"
+    commits.clear()
+    assert commit() is None
+    (tmp_path / "datasets--owner--rows/refs").mkdir(parents=True)
+    (tmp_path / "datasets--owner--rows/refs/main").write_text("a1\n")
+    assert commit() == "a1"  # without network: what lies in the cache

@@ -80,7 +80,7 @@ def run(stage) -> dict:
     import torch
     from transformers import DataCollatorWithPadding, Trainer, set_seed
 
-    from pipelines import best, chat, data, metrics, models, training
+    from pipelines import best, chat, corpus, data, metrics, models, training
 
     class ClassifyTrainer(training.ChainTrainer, Trainer):
         """transformers' Trainer; with `class_weights` (a tensor of one weight per class) the loss is weighted."""
@@ -134,11 +134,17 @@ def run(stage) -> dict:
     context = models.context_length(model, args.max_length)
     read_by_model(model, tokenizer)
     too_long = stage.data.get("too_long", "truncate")
-    train_set, where = _encode(stage, "train", train, names, task, tokenizer, context, too_long)
-    validation_set = None
-    if validation:
-        validation_set, _ = _encode(stage, "validation", validation, names, task, tokenizer, context, too_long)
-        validation_set.sort(key=lambda feature: len(feature["input_ids"]))  # little padding; the order means nothing
+
+    def make():
+        sides = {"train": train, "validation": validation}
+        return {
+            side: _encode(stage, side, rows, names, task, tokenizer, context, too_long)
+            for side, rows in sides.items()
+            if rows
+        }
+
+    sets = corpus.encoded_rows(stage, tokenizer, {"names": names, "context": context}, make)
+    (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
 
     model = models.adapt(model, section, "SEQ_CLS")
     measure = Measure(task.problem_type, len(names), metrics)
@@ -156,7 +162,7 @@ def run(stage) -> dict:
     # accumulation steps nor leave the mean over processes alone. All micro-batches are of one size: a mean is exact.
     trainer.model_accepts_loss_kwargs = False
     if task.class_weights == "balanced":
-        trainer.class_weights = balanced_weights([row["labels"] for row in train_set], len(names))
+        trainer.class_weights = balanced_weights(list(train_set["labels"]), len(names))
         trainer.loss_is_scaled_for_ga = True
         stage.report["class_weights"] = dict(zip(names, trainer.class_weights.tolist(), strict=True))
         logger.info("class weights: %s", ", ".join(f"{k} {v:.3g}" for k, v in stage.report["class_weights"].items()))
@@ -246,26 +252,29 @@ def class_id(row: dict, names: list[str]) -> int:
 
 
 def _encode(stage, side: str, rows: list[dict], names: list[str], task, tokenizer, context: int, too_long: str):
-    """`(features with input_ids …, labels, row; names of the rows)`; long rows are counted, said and recorded."""
+    """`Dataset` of input_ids …, labels, row and where; long rows are counted, said and recorded."""
+    from datasets import Dataset
+
     from pipelines import data
 
     encoded, long = encode(tokenizer, rows, context)
-    cut, features, where = set(long), [], []
+    cut, features = set(long), []
     for row, feature in zip(rows, encoded, strict=True):
         if too_long == "drop" and row["where"] in cut:
             continue
         label = row["label"]
         if task.problem_type == MULTI:
             label = [float(c in label) for c in range(len(names))]
-        features.append({**feature, "labels": label, "row": len(where)})
-        where.append(row["where"])
+        features.append({**feature, "labels": label, "where": row["where"]})
+    if side == "validation":
+        features.sort(key=lambda feature: len(feature["input_ids"]))  # little padding; the order means nothing
     data.report_length(stage, side, len(rows), len(features), long, f"{context} tokens", too_long, "cut at their end")
     if task.problem_type == SINGLE:
         counts = [0] * len(names)
         for feature in features:
             counts[feature["labels"]] += 1
         stage.report[side]["labels"] = dict(zip(names, counts, strict=True))
-    return features, where
+    return Dataset.from_list([{**feature, "row": i} for i, feature in enumerate(features)])
 
 
 def balanced_weights(labels: list[int], classes: int):

@@ -10,7 +10,7 @@
 Documents are streamed once into a memory map of token ids, a [SEP] after each, and cut into full windows
 [CLS] … [SEP] without regard to where documents end (RoBERTa's FULL-SENTENCES, https://arxiv.org/abs/1907.11692).
 Other words are hidden in every epoch; validation always hides the same ones, and its `pseudo_perplexity` is exp(loss
-on the hidden words).
+on the hidden words). With `data.streaming` the training text is read while training goes on (pipelines/streaming.py).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run(stage) -> dict:
     from accelerate import PartialState
     from transformers import Trainer, set_seed
 
-    from pipelines import best, chat, corpus, data, masking, models, training
+    from pipelines import best, chat, corpus, data, masking, models, streaming, training
 
     class MlmTrainer(masking.MaskedWordTrainer, training.ChainTrainer, Trainer):
         """transformers' Trainer with the loss and the evaluation on hidden words alone."""
@@ -83,14 +83,18 @@ def run(stage) -> dict:
     set_seed(stage.seed)
     section, words = stage.section("model"), stage.section("tokenizer")
     args = training.build_args(stage, **DEFAULTS, **best.defaults(stage.sections.get("args", {})))
+    streamed = stage.section("data").streaming
 
     def documents(side):
+        if streamed and side == "train":
+            rows = data.endless(stage.data, ROWS, stage.seed, [{} for _ in data.sources(stage.data, side)])
+            return (row["text"] for row in rows)
         return (row["text"] for row in data.stream(stage.data, side, ROWS, stage.seed))
 
     # Beside the stage's folder, keyed by content: kept when the stage is made again.
     folder = stage.folder.parent / ".tokens" / stage.name
-    key = {"data": data.fingerprint(stage.data), "section": stage.data, "seed": stage.seed}
-    sides = ["train"] + (["validation"] if stage.data.get("validation") else [])
+    key = {"data": data.content(stage.data), "section": stage.data, "seed": stage.seed}
+    sides = ([] if streamed else ["train"]) + (["validation"] if stage.data.get("validation") else [])
     with PartialState().main_process_first():
         if words.train and not section.model_name_or_path:
             tokenizer = corpus.trained_tokenizer(folder, words, documents("train"), key)
@@ -114,17 +118,32 @@ def run(stage) -> dict:
         )
         stage.report[side] = {**windows.index, "windows": len(windows), "context": context}
         logger.info("%s: %d tokens in %d windows of %d", side, windows.index["tokens"], len(windows), context)
+    stream = None
+    if streamed:
+        masker = masking.Masker(tokenizer, args.mlm_probability, args.whole_word_mask, stage.seed)
+        stream = streaming.Stream(
+            stage,
+            ROWS,
+            args,
+            streaming.text_encoder(tokenizer, separator),
+            streaming.windows(context - 2),
+            lambda item: masker(streaming.window(item)["input_ids"], 0, item["row"]),
+        )
 
     trainer = MlmTrainer(
         model=model,
         args=args,
-        train_dataset=sets["train"],
+        train_dataset=stream or sets["train"],
         eval_dataset=sets.get("validation"),
         processing_class=tokenizer,
         data_collator=masking.stack,
     )
-    trainer.where = sets["train"].windows.where
+    trainer.stream = stream
+    trainer.where = stream.names if stream else sets["train"].windows.where
     training.fit(stage, trainer)
+    if stream:
+        tokens = trainer.state.global_step * stream.per_step * context
+        stage.report["train"] = {**stream.report(), "context": context, "tokens": tokens}
     metrics = training.final_metrics(trainer)
     training.save(trainer, stage.folder, tokenizer)
     return {"parameters": model.num_parameters(), **metrics}

@@ -224,7 +224,7 @@ def _pretraining_text(stage, tokenizer, context: int):
     if not section.get("ptx"):
         return None
     folder = stage.folder.parent / ".tokens" / stage.name / "ptx"
-    key = {"data": data.fingerprint({"ptx": section["ptx"]}), "sources": section["ptx"]}
+    key = {"data": data.content({"ptx": section["ptx"]}), "sources": section["ptx"]}
     with PartialState().main_process_first():
         texts = (row["text"] for row in data.stream(section, "ptx", "text", stage.seed))
         corpus.tokenize_corpus(texts, tokenizer, folder, separator_id=tokenizer.eos_token_id, key=key)

@@ -8,7 +8,8 @@
       args: {max_length: 256, global_batch_size: 16, learning_rate: 1e-3, max_steps: 800}
 
 Documents are streamed once into a memory map of token ids, an EOS after each, and cut into full windows: no padding,
-no corpus in memory. The map stays in `.tokens/` of the output folder, so that the same text is tokenized once.
+no corpus in memory. The map stays in `.tokens/` of the output folder, so that the same text is tokenized once. With
+`data.streaming` the training text is read while training goes on instead (pipelines/streaming.py).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def run(stage) -> dict:
     from accelerate import PartialState
     from transformers import Trainer, set_seed
 
-    from pipelines import chat, corpus, data, kernels, lm, models, training
+    from pipelines import chat, corpus, data, kernels, lm, models, streaming, training
 
     class Trainer_(lm.LanguageModelTrainer, training.ChainTrainer, Trainer):
         """transformers' Trainer with exact evaluation; the model computes the loss."""
@@ -64,14 +65,18 @@ def run(stage) -> dict:
     section, words = stage.section("model"), stage.section("tokenizer")
     args = training.build_args(stage, **DEFAULTS)
     args.prediction_loss_only = True
+    streamed = stage.section("data").streaming
 
     def documents(side):
+        if streamed and side == "train":
+            rows = data.endless(stage.data, ROWS, stage.seed, [{} for _ in data.sources(stage.data, side)])
+            return (row["text"] for row in rows)
         return (row["text"] for row in data.stream(stage.data, side, ROWS, stage.seed))
 
     # Beside the stage's folder, keyed by content: kept when the stage is made again.
     folder = stage.folder.parent / ".tokens" / stage.name
-    key = {"data": data.fingerprint(stage.data), "section": stage.data, "seed": stage.seed}
-    sides = ["train"] + (["validation"] if stage.data.get("validation") else [])
+    key = {"data": data.content(stage.data), "section": stage.data, "seed": stage.seed}
+    sides = ([] if streamed else ["train"]) + (["validation"] if stage.data.get("validation") else [])
     with PartialState().main_process_first():
         if words.train and not section.model_name_or_path:
             tokenizer = corpus.trained_tokenizer(folder, words, documents("train"), key)
@@ -98,17 +103,25 @@ def run(stage) -> dict:
             "%s: %d tokens in %d windows of %d", side, stage.report[side]["tokens"], len(windows[side]), context
         )
     kernels.fast_model(model)
+    stream = None
+    if streamed:
+        encode = streaming.text_encoder(tokenizer, tokenizer.eos_token_id)
+        stream = streaming.Stream(stage, ROWS, args, encode, streaming.windows(context), streaming.window)
 
     trainer = Trainer_(
         model=model,
         args=args,
-        train_dataset=windows["train"],
+        train_dataset=stream or windows["train"],
         eval_dataset=windows.get("validation"),
         processing_class=tokenizer,
         data_collator=corpus.stack_windows,
     )
-    trainer.where = windows["train"].where
+    trainer.stream = stream
+    trainer.where = stream.names if stream else windows["train"].where
     training.fit(stage, trainer)
+    if stream:
+        tokens = trainer.state.global_step * stream.per_step * context
+        stage.report["train"] = {**stream.report(), "context": context, "tokens": tokens}
     metrics = training.final_metrics(trainer)
     training.save(trainer, stage.folder, tokenizer)
     return {"parameters": model.num_parameters(), **metrics}

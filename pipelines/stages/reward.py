@@ -63,7 +63,7 @@ def run(stage) -> dict:
     from transformers import set_seed
     from trl import RewardTrainer
 
-    from pipelines import chat, data, kernels, models, tag_heads, training
+    from pipelines import chat, corpus, data, kernels, models, tag_heads, training
 
     class Trainer_(training.ChainTrainer, RewardTrainer):
         """TRL's trainer in the chain's order, on rankings."""
@@ -117,18 +117,24 @@ def run(stage) -> dict:
     collate = RankingCollator(tokenizer.pad_token_id, **_packs(model))
     context = models.context_length(model, stage.sections.get("args", {}).get("max_length"))
 
-    train, validation = data.load(stage.data, ROWS, stage.seed)
     too_long = stage.section("data").too_long
-    for row in [*train, *validation]:
-        if "margin" not in row and args.rank_margin:
-            row["margin"] = [-args.rank_margin * rank for rank in row["ranks"]]
-    for tag in tags:
-        if not any(tag in answer for row in train for answer in row.get("tags", [])):
-            raise data.DataError(f"data.train: no answer has the tag {tag!r} (args.tags), so it cannot be learned")
-    train_set, where = _encode(stage, "train", train, tags, tokenizer, context, too_long)
-    validation_set, _ = (
-        _encode(stage, "validation", validation, tags, tokenizer, context, too_long) if validation else (None, [])
-    )
+
+    def make():
+        train, validation = data.load(stage.data, ROWS, stage.seed)
+        for row in [*train, *validation]:
+            if "margin" not in row and args.rank_margin:
+                row["margin"] = [-args.rank_margin * rank for rank in row["ranks"]]
+        for tag in tags:
+            if not any(tag in answer for row in train for answer in row.get("tags", [])):
+                raise data.DataError(f"data.train: no answer has the tag {tag!r} (args.tags), so it cannot be learned")
+        sides = {"train": train, "validation": validation}
+        return {
+            side: _encode(stage, side, rows, tags, tokenizer, context, too_long) for side, rows in sides.items() if rows
+        }
+
+    settings = {"context": context, "rank_margin": args.rank_margin, "tags": tags}
+    sets = corpus.encoded_rows(stage, tokenizer, settings, make)
+    (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
 
     model = models.adapt(model, section, "SEQ_CLS", tokenizer.convert_tokens_to_ids(added))
     args.max_length = None  # rows that are too long are already dealt with, and counted
@@ -166,7 +172,7 @@ def _packs(model) -> dict[str, bool]:
 
 
 def _encode(stage, side: str, rows: list[dict], tags: list[str], tokenizer, context: int, too_long: str):
-    """`(Dataset of ids, ranks, margin, tags, row; names of the rows)`; what is left out is counted, said and recorded.
+    """`Dataset` of ids, ranks, margin, tags, row and where; what is left out is counted, said and recorded.
 
     Of each answer `tags` holds 1 or 0 for each of the tags, or -1 where the row says nothing about tags.
     """
@@ -174,7 +180,7 @@ def _encode(stage, side: str, rows: list[dict], tags: list[str], tokenizer, cont
 
     from pipelines import chat, data
 
-    columns, where, long = {"ids": [], "ranks": [], "margin": [], "tags": [], "row": []}, [], []
+    columns, long = {name: [] for name in ("ids", "ranks", "margin", "tags", "row", "where")}, []
     ranked = [row for row in rows if decided(row["ranks"])]
     for row in ranked:
         encoded = [sum(chat.encode_answer(tokenizer, row["prompt"], c), []) for c in row["completions"]]
@@ -190,19 +196,18 @@ def _encode(stage, side: str, rows: list[dict], tags: list[str], tokenizer, cont
         columns["margin"].append([float(m) for m in row.get("margin", [0] * len(encoded))])
         given = row.get("tags", [None] * len(encoded))
         columns["tags"].append([[-1.0 if g is None else float(tag in g) for tag in tags] for g in given])
-        columns["row"].append(len(where))
-        where.append(row["where"])
-    data.report_length(
-        stage, side, len(rows), len(where), long, f"{context} tokens", too_long, "cut at their beginning"
-    )
+        columns["row"].append(len(columns["row"]))
+        columns["where"].append(row["where"])
+    used = len(columns["row"])
+    data.report_length(stage, side, len(rows), used, long, f"{context} tokens", too_long, "cut at their beginning")
     if len(ranked) < len(rows):
         stage.report[side]["undecided"] = len(rows) - len(ranked)
         logger.warning(
             "%s: %d of %d rankings decide nothing (all ranks equal): left out", side, len(rows) - len(ranked), len(rows)
         )
-    if not where:
+    if not used:
         raise data.DataError(f"{side}: no ranking is left to learn from")
-    return Dataset.from_dict(columns), where
+    return Dataset.from_dict(columns)
 
 
 def decided(ranks: list[float]) -> list[tuple[int, int]]:

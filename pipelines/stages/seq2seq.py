@@ -81,7 +81,7 @@ def run(stage) -> dict:
     from accelerate import PartialState
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, set_seed
 
-    from pipelines import best, data, models, training
+    from pipelines import best, corpus, data, models, training
 
     class TranslationTrainer(training.ChainTrainer, Seq2SeqTrainer):
         """transformers' Seq2SeqTrainer with losses that are means over target tokens, at any batch and world size.
@@ -137,16 +137,23 @@ def run(stage) -> dict:
     model = models.load_model(section, "AutoModelForSeq2SeqLM", tokenizer, **new)
     check(model, tokenizer, args)
     too_long = stage.data.get("too_long", "truncate")
-    train_set, train = _encode(stage, "train", train, tokenizer, args, too_long)
-    validation_set, validation = (
-        _encode(stage, "validation", validation, tokenizer, args, too_long) if validation else (None, [])
-    )
+
+    def make():
+        sides = {"train": train, "validation": validation}
+        return {side: _encode(stage, side, rows, tokenizer, args, too_long) for side, rows in sides.items() if rows}
+
+    limits = {"source": args.max_source_length, "target": args.max_target_length}
+    sets = corpus.encoded_rows(stage, tokenizer, limits, make)
+    (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
+    texts = ["source", "target"]
+    train_set, kept = train_set.remove_columns(texts), None
+    if validation:
+        kept, validation_set = validation_set.select_columns(texts), validation_set.remove_columns(texts)
     args.generation_max_length = args.generation_max_length or args.max_target_length + 1  # and the start token
     model.generation_config.max_length = args.generation_max_length
 
-    measure = (
-        Measure(tokenizer, [row["target"] for row in validation], task.metrics) if args.predict_with_generate else None
-    )
+    references = list(kept["target"]) if kept else []
+    measure = Measure(tokenizer, references, task.metrics) if args.predict_with_generate else None
     trainer = TranslationTrainer(
         model=model,
         args=args,
@@ -157,13 +164,13 @@ def run(stage) -> dict:
         compute_metrics=measure,
         callbacks=best.callbacks(args),
     )
-    trainer.where = [row["where"] for row in train]
-    trainer.validation_tokens = sum(len(feature["labels"]) for feature in validation_set or [])
+    trainer.where = where
+    trainer.validation_tokens = stage.report.get("validation", {}).get("target_tokens", 0)
     training.fit(stage, trainer)
     metrics = training.final_metrics(trainer)
     if measure and measure.generated and PartialState().is_main_process:
         with open(stage.folder / "samples.jsonl", "w", encoding="utf-8") as stream:
-            for row, text in list(zip(validation, measure.generated, strict=True))[:SAMPLES]:
+            for row, text in list(zip(kept, measure.generated, strict=True))[:SAMPLES]:
                 sample = {"source": row["source"], "target": row["target"], "generated": text}
                 stream.write(json.dumps(sample, ensure_ascii=False) + "\n")
     model.config.use_cache = True  # off while training; whoever loads the model wants it
@@ -185,7 +192,7 @@ def load_tokenizer(stage, section, train: list[dict]):
         return models.load_tokenizer(section)
     folder = stage.folder.parent / ".tokens" / stage.name
     sections = {name: stage.sections.get(name) for name in ("data", "task")}
-    key = {"data": data.fingerprint(stage.data), "sections": sections, "seed": stage.seed}
+    key = {"data": data.content(stage.data), "sections": sections, "seed": stage.seed}
     texts = (text for row in train for text in (row["source"], row["target"]))
     tokenizer = corpus.trained_tokenizer(folder, words, texts, key)
     if words.train == "wordpiece":
@@ -243,14 +250,16 @@ def check(model, tokenizer, args) -> None:
             )
 
 
-def _encode(stage, side: str, rows: list[dict], tokenizer, args, too_long: str) -> tuple[list[dict], list[dict]]:
-    """`(features with input_ids, attention_mask, labels, row; rows kept)`; long rows are counted, said and recorded."""
+def _encode(stage, side: str, rows: list[dict], tokenizer, args, too_long: str):
+    """`Dataset` of input_ids, attention_mask, labels, row, source, target, where; long rows are counted and recorded."""
+    from datasets import Dataset
+
     from pipelines import data
 
     sources, targets = [row["source"] for row in rows], [row["target"] for row in rows]
     limits = {"source": args.max_source_length, "target": args.max_target_length}
     encoded, labels = tokenizer(sources)["input_ids"], tokenizer(text_target=targets)["input_ids"]
-    features, kept, long = [], [], []
+    features, long = [], []
     for row, ids, goal in zip(rows, encoded, labels, strict=True):
         if len(ids) > limits["source"] or len(goal) > limits["target"]:
             long.append(row["where"])
@@ -258,13 +267,15 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, args, too_long: str) 
                 continue
             ids = tokenizer(row["source"], truncation=True, max_length=limits["source"])["input_ids"]
             goal = tokenizer(text_target=row["target"], truncation=True, max_length=limits["target"])["input_ids"]
-        features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": goal, "row": len(kept)})
-        kept.append(row)
+        encoding = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": goal}
+        features.append(
+            {**encoding, "row": len(features), **{name: row[name] for name in ("source", "target", "where")}}
+        )
     limit = f"{limits['source']} tokens in the source or {limits['target']} in the target"
-    data.report_length(stage, side, len(rows), len(kept), long, limit, too_long, "cut at their end")
+    data.report_length(stage, side, len(rows), len(features), long, limit, too_long, "cut at their end")
     stage.report[side]["source_tokens"] = sum(len(f["input_ids"]) for f in features)
     stage.report[side]["target_tokens"] = sum(len(f["labels"]) for f in features)
-    return features, kept
+    return Dataset.from_list(features)
 
 
 def read_generated(tokenizer, ids):

@@ -8,7 +8,8 @@
 
 Rows of a batch are laid end to end, never padded; with `packing: true` each row is a pack of short examples that fills
 `max_length`. Examples never see each other (tests/test_packing.py shows packed equals separate). An architecture that
-cannot be packed exactly is found out and padded, and said.
+cannot be packed exactly is found out and padded, and said. Rows are encoded once and kept (`corpus.encoded_rows`), or
+with `data.streaming` read and encoded while training goes on (pipelines/streaming.py).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def run(stage) -> dict:
     from transformers import Trainer, set_seed
     from trl import SFTTrainer
 
-    from pipelines import SetupError, chat, data, kernels, lm, models, packing, training
+    from pipelines import SetupError, chat, corpus, data, kernels, lm, models, packing, streaming, training
 
     class Trainer_(lm.LanguageModelTrainer, training.ChainTrainer, SFTTrainer):
         """TRL's trainer on packed batches, with the model's own (fast, packed) loss."""
@@ -75,16 +76,31 @@ def run(stage) -> dict:
         logger.info("tokens added: %s (embeddings start at the mean of the others)", " ".join(added))
     context = models.context_length(model, stage.sections.get("args", {}).get("max_length"))
 
-    train, validation = data.load(stage.data, ROWS, stage.seed)
-    too_long = stage.section("data").too_long
-    train = _encode(stage, "train", train, tokenizer, context, too_long)
-    validation = _encode(stage, "validation", validation, tokenizer, context, too_long) if validation else []
-    if args.packing:
-        train_set, where = lm.packed_dataset(train, context)
-        logger.info("%d examples in %d packs of up to %d tokens", len(train), len(train_set), context)
+    too_long, streamed = stage.section("data").too_long, stage.section("data").streaming
+
+    def make():
+        sets = {}
+        for side, rows in zip(("train", "validation"), data.load(stage.data, ROWS, stage.seed)):
+            if rows:
+                rows = _encode(stage, side, rows, tokenizer, context, too_long)
+                packed = args.packing and side == "train"
+                sets[side] = lm.packed_dataset(rows, context) if packed else lm.rows_dataset(rows)
+        return sets
+
+    settings = {"context": context, "packing": args.packing}
+    sets = corpus.encoded_rows(stage, tokenizer, settings, make)
+    (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
+    stream = None
+    if streamed:
+        encode = _encoder(tokenizer, context, too_long)
+        stream = streaming.Stream(stage, ROWS, args, encode, streaming.packs(context, args.packing))
+        where = stream.names
+        # TRL looks at a row of the training set, which must be one of `datasets`; the stream takes its place.
+        train_set = lm.rows_dataset([{"input_ids": [0], "labels": [0], "where": ""}])
+    elif args.packing:
         stage.report["packs"] = len(train_set)
-    else:
-        train_set, where = lm.rows_dataset(train)
+        used = stage.report["train"]["used"]
+        logger.info("%d examples in %d packs of up to %d tokens", used, len(train_set), context)
     kernels.fast_model(model)
     collator = packing.PackedCollator()
     try:
@@ -102,13 +118,15 @@ def run(stage) -> dict:
     trainer = Trainer_(
         model=model,
         args=args,
-        train_dataset=train_set,
-        eval_dataset=lm.rows_dataset(validation)[0] if validation else None,
+        train_dataset=train_set.with_format("numpy"),
+        eval_dataset=validation_set.with_format("numpy") if validation_set else None,
         processing_class=tokenizer,
         data_collator=training.RowCollator(collator),
     )
-    trainer.where = where
+    trainer.stream, trainer.where = stream, where
     training.fit(stage, trainer)
+    if stream:
+        stage.report["train"] = stream.report()
     metrics = training.final_metrics(trainer)
     training.save(trainer, stage.folder, tokenizer)
     return metrics
@@ -116,21 +134,15 @@ def run(stage) -> dict:
 
 def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_long: str) -> list[dict]:
     """Rows as `{"input_ids", "labels", "where"}`; what exceeds the context is counted, said and recorded."""
-    from pipelines import chat, data
+    from pipelines import data
 
     out, long = [], []
     for row in rows:
-        if "messages" in row:
-            ids, labels = chat.encode_messages(tokenizer, row["messages"])
-        else:
-            prompt, answer = chat.encode_answer(tokenizer, row["prompt"], row["completion"])
-            ids, labels = prompt + answer, [chat.IGNORED] * len(prompt) + answer
-        if len(ids) > context:
+        ids, labels, is_long = _example(row, tokenizer, context, too_long)
+        if is_long:
             long.append(row["where"])
-            if too_long == "drop" or all(label == chat.IGNORED for label in labels[:context]):
-                continue
-            ids, labels = ids[:context], labels[:context]
-        out.append({"input_ids": ids, "labels": labels, "where": row["where"]})
+        if ids is not None:
+            out.append({"input_ids": ids, "labels": labels, "where": row["where"]})
     data.report_length(
         stage,
         side,
@@ -143,3 +155,52 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_lon
     )
     stage.report[side]["tokens"] = sum(len(row["input_ids"]) for row in out)
     return out
+
+
+def _example(row: dict, tokenizer, context: int, too_long: str) -> tuple[list[int] | None, list[int] | None, bool]:
+    """`(ids, labels, whether it exceeds the context)`; ids and labels are None where nothing of it can be learned."""
+    from pipelines import chat
+
+    if "messages" in row:
+        ids, labels = chat.encode_messages(tokenizer, row["messages"])
+    else:
+        prompt, answer = chat.encode_answer(tokenizer, row["prompt"], row["completion"])
+        ids, labels = prompt + answer, [chat.IGNORED] * len(prompt) + answer
+    if len(ids) <= context:
+        return ids, labels, False
+    if too_long == "drop" or all(label == chat.IGNORED for label in labels[:context]):
+        return None, None, True
+    return ids[:context], labels[:context], True
+
+
+def _encoder(tokenizer, context: int, too_long: str):
+    """`encode` of a `streaming.Stream`: `_example` of each row, as arrays; raises `DataError` where `too_long` says so."""
+    import copy
+
+    import numpy as np
+
+    from pipelines import data
+
+    tokenizer = copy.deepcopy(tokenizer)  # it is used in a thread, while the Trainer may save its own
+
+    said = False
+
+    def encode(rows: list[dict]) -> list[tuple]:
+        nonlocal said
+        out = []
+        for row in rows:
+            ids, labels, is_long = _example(row, tokenizer, context, too_long)
+            if is_long and too_long == "error":
+                raise data.DataError(
+                    f"{row['where']}: longer than {context} tokens; set data.too_long to drop or truncate, or raise the length"
+                )
+            if is_long and not said:
+                said = True
+                logger.warning(
+                    "rows longer than %d tokens: data.too_long %s (first: %s)", context, too_long, row["where"]
+                )
+            arrays = (None, None) if ids is None else (np.array(ids, np.int32), np.array(labels, np.int32))
+            out.append((*arrays, is_long))
+        return out
+
+    return encode
