@@ -256,12 +256,6 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
     from transformers.pytorch_utils import Conv1D
     from trl import get_peft_config
 
-    from pipelines import launch
-
-    if launch.sharded():
-        raise ModelError(
-            "model.use_peft: adapters run on one process or plain data parallelism (ddp.yaml), not on shards"
-        )
     if hasattr(model, "full_precision"):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # args decide about that
     config = get_peft_config(section)
@@ -311,7 +305,9 @@ def merge(model, tokenizer):
 
     base = model.get_base_model()
     if not hasattr(base, "full_precision"):
-        return copy.deepcopy(model).merge_and_unload()
+        plain = copy.deepcopy(model).merge_and_unload()
+        plain.tie_weights()  # each name of a tied weight was gathered from shards by itself
+        return plain
     logger.info("merging into the base at full precision")
     whole = base.full_precision()
     chat.fit_model(whole, tokenizer)
@@ -325,6 +321,23 @@ def merge(model, tokenizer):
     adapted = peft.get_peft_model(whole, config)
     peft.set_peft_model_state_dict(adapted, peft.get_peft_model_state_dict(model))
     return adapted.merge_and_unload()
+
+
+def structure(model):
+    """A copy of a model that is not yet cut into shards, without memory for its weights: they are on the meta device.
+
+    `load_state_dict(gathered, assign=True)` then makes it whole on one process. Shards themselves cannot be copied.
+    """
+    import torch
+
+    empty = {
+        id(weight): torch.nn.Parameter(
+            torch.empty(getattr(weight, "ds_shape", weight.shape), dtype=weight.dtype, device="meta"),
+            requires_grad=weight.requires_grad,
+        )
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
 
 
 def adapters_in_float32(model) -> None:

@@ -59,18 +59,14 @@ def metrics(tags: list, logits: list, names: list[str]) -> dict[str, float]:
 
 def split(folder: Path, names: list[str]) -> None:
     """Turn the model in `folder`, whose head has 1 + T outputs, into a one-score model with the tags beside it."""
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from safetensors.torch import load_file, save_file
 
-    config = AutoConfig.from_pretrained(folder)
-    config.num_labels = 1 + len(names)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, config=config)
-    weight = model.score.weight.detach()
-    save_file({"weight": weight[1:].contiguous()}, folder / FILE, metadata={"tags": json.dumps(names)})
-    model.score = nn.Linear(weight.shape[1], 1, bias=False, dtype=weight.dtype)
-    model.score.weight.data.copy_(weight[:1])
-    model.config.num_labels = model.num_labels = 1
-    model.save_pretrained(folder)
+    for path in folder.glob("model*.safetensors"):
+        weights = load_file(path)
+        if "score.weight" in weights:
+            head = weights["score.weight"]
+            save_file({"weight": head[1:].clone()}, folder / FILE, metadata={"tags": json.dumps(names)})
+            save_file({**weights, "score.weight": head[:1].clone()}, path, metadata={"format": "pt"})
 
 
 class TagPenalty(nn.Module):

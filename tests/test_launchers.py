@@ -18,7 +18,8 @@ from test_launch import kill, wait_for
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 BIN = Path(sys.executable).parent
-STAGES = ("base", "sft", "reward", "classify", "policy")
+STAGES = ("base", "sft", "reward", "classify", "policy", "words", "translate", "best",
+          "sft_lora", "reward_lora", "classify_lora", "policy_lora")  # fmt: skip
 STEPS = 6
 
 
@@ -58,13 +59,21 @@ def chain(tmp_path_factory, tiny_gpt2):
         "a.jsonl", [{"prompt": f"what colour is the {w}", "completion": f"the {w} is {c}"} for w, c in facts]
     )
     pairs = write("r.jsonl", [{"prompt": f"what is {w} {i}", "chosen": f"{w} is {c}", "rejected": f"{c} eats"} for i, (w, c) in enumerate(facts)])  # fmt: skip
+    tagged = write("t.jsonl", [{"prompt": f"what is {w} {i}", "completions": [f"{w} is {c}", f"{c} eats"], "ranks": [1, 2],
+                                "tags": [[], ["wrong"]]} for i, (w, c) in enumerate(facts)])  # fmt: skip
+    targets = write("s.jsonl", [{"source": f"the {w} is {c}" + " ." * (i % 4), "target": f"{c} {w}"} for i, (w, c) in enumerate(facts)])  # fmt: skip
     labelled = write("c.jsonl", [{"text": f"the {w} is {c}", "label": int(c == "red")} for w, c in facts])
     prompts = write("p.jsonl", [{"prompt": f"what colour is the {w} {i}"} for i, (w, _) in enumerate(facts[:20])])
     # Micro-batches of 2 rows: 4 are accumulated on one process, 2 on each of two.
     args = {"global_batch_size": 8, "per_device_train_batch_size": 2, "max_steps": STEPS, "save_steps": 2,
-            "eval_steps": STEPS, "logging_steps": 1, "learning_rate": 1e-3, "report_to": []}  # fmt: skip
+            "logging_steps": 1, "learning_rate": 1e-3, "report_to": []}  # fmt: skip
     short = {**args, "max_length": 32}
     sampled = {**args, "response_length": 6, "allow_no_eos": True, "learning_rate": 1e-4, "num_ppo_epochs": 2}
+    lora = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+    bert = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64,
+            "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+    t5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}  # fmt: skip
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "eval_steps": 2}
     stages = {
         "base": {"kind": "pretrain", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": text, "args": short},
         "sft": {"kind": "sft", "model": {"model_name_or_path": "stage:base"}, "data": answers, "args": short},
@@ -72,13 +81,30 @@ def chain(tmp_path_factory, tiny_gpt2):
         "classify": {"kind": "classify", "model": {"model_name_or_path": "stage:base"}, "data": labelled, "args": short},
         "policy": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "data": prompts, "args": sampled,
                    "reward": {"models": ["stage:reward"], "min_accuracy": 0.0}},
+        "words": {"kind": "mlm", "model": {"config": bert}, "tokenizer": {"train": "wordpiece", "vocab_size": 200},
+                  "data": text, "args": {**args, "max_length": 16}},
+        "translate": {"kind": "seq2seq", "model": {"config": t5}, "tokenizer": {"train": "bpe", "vocab_size": 300},
+                      "data": targets, "args": {**args, "max_source_length": 16, "max_target_length": 16}},
+        "best": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "data": {**prompts, "ptx": text["train"]},
+                 "reward": {"models": ["stage:reward"], "min_accuracy": 0.0, "critic": "shared"},
+                 "args": {**sampled, **best, "ptx_coef": 0.5, "ptx_length": 16, "diagnosis": "warn"}},
+        "sft_lora": {"kind": "sft", "model": {"model_name_or_path": "stage:base", "chat_template": "chatml", **lora},
+                     "data": answers, "args": short},
+        "reward_lora": {"kind": "reward", "model": {"model_name_or_path": "stage:sft_lora", **lora}, "data": tagged,
+                        "args": {**short, "tags": ["wrong"]}},
+        "classify_lora": {"kind": "classify", "model": {"model_name_or_path": "stage:words", **lora}, "data": labelled,
+                          "args": {**short, "max_length": 16, "load_best_model_at_end": True, "eval_steps": 2}},
+        "policy_lora": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft_lora", **lora}, "data": prompts,
+                        "args": sampled, "reward": {"models": ["stage:reward_lora"], "min_accuracy": 0.0}},
     }  # fmt: skip
 
     def chain_(name, steps=STEPS):
-        for stage in stages.values():
-            stage["args"] = {**stage["args"], "max_steps": steps, "eval_steps": steps}
+        of_length = {
+            key: {**stage, "args": {"eval_steps": steps, **stage["args"], "max_steps": steps}}
+            for key, stage in stages.items()
+        }
         path = folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({"output_dir": str(folder / name), "stages": stages}, sort_keys=False))
+        path.write_text(yaml.safe_dump({"output_dir": str(folder / name), "stages": of_length}, sort_keys=False))
         return path, folder / name
 
     return chain_

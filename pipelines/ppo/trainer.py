@@ -272,8 +272,8 @@ class PPOTrainer(_BaseTrainer):
                 values = self.model_wrapped(batch, values_only=True)
             else:
                 sampled, _, values = self.model_wrapped(batch, temperature=args.temperature)
-            with self._reference() as reference, self.accelerator.autocast():
-                ref_logprobs, _ = within(reference, token_logprobs, batch, args.temperature)
+            with self.accelerator.autocast():
+                ref_logprobs = self._reference_logprobs(batch)
             columns = torch.stack([sampled.cpu(), ref_logprobs.cpu(), values.cpu()])
             for i, part in zip(chunk, columns.split([len(responses[i]) for i in chunk], dim=1), strict=True):
                 per_token[i] = part
@@ -787,14 +787,15 @@ class PPOTrainer(_BaseTrainer):
         for weight in self.decoder.parameters():
             weight.data = weight.new_empty(1).expand_as(weight)  # its shape, without its memory
 
-    @contextlib.contextmanager
-    def _reference(self):
-        """The model whose log-probs the policy is held to."""
+    def _reference_logprobs(self, batch: dict) -> Tensor:
+        """Log-probs (N,) of the answer tokens under the model that the policy is held to."""
         if self.ref_model is not None:
-            yield self.ref_model
-        else:
-            with self.policy.disable_adapter():
-                yield self.policy
+            return within(self.ref_model, token_logprobs, batch, self.args.temperature)[0]
+        with self.policy.disable_adapter():
+            logprobs = self.model_wrapped(batch, logprobs_only=True, temperature=self.args.temperature)
+            if self.is_fsdp_enabled:  # else what is whole now would be trained again, and not the shards
+                self.model_wrapped.reshard()
+        return logprobs
 
     def _encode_prompts(self, dataset, name: str) -> list[list[int]]:
         """Token ids of every prompt; all that are empty or too long are reported at once."""
