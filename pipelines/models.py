@@ -362,6 +362,32 @@ def whole(*weights):
         yield
 
 
+@contextlib.contextmanager
+def embeddings_for_fsdp(model):
+    """Within it, a model whose embeddings Accelerate's FSDP2 cannot cut up by themselves seems to have none.
+
+    It expects them to lie beside the blocks, and their weight to be no one's but the output layer's. BERT counts them
+    as a block, T5 and BART give their weight to several modules, PEFT wraps them to train some of their rows. They then
+    are cut up with whatever lies outside of the blocks.
+    """
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if embedding is None:
+        yield
+        return
+    weight, blocks = embedding._parameters.get("weight"), set(getattr(model, "_no_split_modules", None) or ())
+    others = [m for m in model.modules() if m is not embedding and m is not model.get_output_embeddings()]
+    shared = any(weight is theirs for m in others for theirs in m._parameters.values())
+    inside = any(type(m).__name__ in blocks and any(embedding is part for part in m.modules()) for m in others)
+    if weight is not None and not shared and not inside:
+        yield
+        return
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_input_embeddings, model.get_output_embeddings
+
+
 def vocabulary(model) -> int:
     """The number of token ids that a model knows, also where ZeRO-3 has left its embeddings without a shape."""
     weight = model.get_input_embeddings().weight

@@ -7,6 +7,7 @@ that names the rows.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -158,6 +159,10 @@ class ChainTrainer:
         if self.args.train_sampling_strategy == "random" and hasattr(dataset, "__len__"):
             return GlobalOrder(self, len(dataset))
         return super()._get_train_sampler(train_dataset)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        with models.embeddings_for_fsdp(self.model) if self.is_fsdp_enabled else contextlib.nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
         # Killed between the last checkpoint and the end: nothing is left to train, and no step more is taken.
@@ -361,7 +366,8 @@ def fit(stage, trainer) -> None:
 
 def untied(model, weights: dict) -> dict:
     """`weights` without the second names of tied ones, under each of which FSDP and DeepSpeed gather a copy."""
-    return {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
+    tied = getattr(model, "all_tied_weights_keys", ())  # PPO's value head is no transformers model
+    return {name: weight for name, weight in weights.items() if name not in tied}
 
 
 def save(trainer, folder: Path, tokenizer) -> None:
