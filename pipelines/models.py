@@ -374,18 +374,24 @@ def embeddings_for_fsdp(model):
     if embedding is None:
         yield
         return
-    weight, blocks = embedding._parameters.get("weight"), set(getattr(model, "_no_split_modules", None) or ())
+    weight, blocks = embedding._parameters.get("weight"), list(getattr(model, "_no_split_modules", None) or ())
     others = [m for m in model.modules() if m is not embedding and m is not model.get_output_embeddings()]
     shared = any(weight is theirs for m in others for theirs in m._parameters.values())
-    inside = any(type(m).__name__ in blocks and any(embedding is part for part in m.modules()) for m in others)
-    if weight is not None and not shared and not inside:
+    around = {type(m).__name__ for m in others if any(embedding is part for part in m.modules())}.intersection(blocks)
+    if weight is not None and not shared and not around:
         yield
         return
-    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    hidden = {
+        "get_input_embeddings": lambda: None,
+        "get_output_embeddings": lambda: None,
+        "_no_split_modules": [name for name in blocks if name not in around],
+    }
+    vars(model).update(hidden)
     try:
         yield
     finally:
-        del model.get_input_embeddings, model.get_output_embeddings
+        for name in hidden:
+            del vars(model)[name]
 
 
 def vocabulary(model) -> int:
