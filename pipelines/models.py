@@ -206,10 +206,17 @@ def _quantization(section, auto, where: dict) -> dict:
     from transformers import AutoConfig
     from trl import get_quantization_config
 
+    from pipelines import launch
+
     if not (section.load_in_4bit or section.load_in_8bit):
         return {}
     if not section.use_peft:
         raise ModelError("model.load_in_4bit and load_in_8bit: quantized weights cannot be trained; set use_peft: true")
+    if launch.sharded():
+        raise ModelError(
+            "model.load_in_4bit and load_in_8bit: quantized weights are not cut into shards here. Use plain data "
+            "parallelism (ddp.yaml), where each process holds all of them, or LoRA without quantization on shards"
+        )
     gpu = torch.cuda.is_available()
     if section.dtype in (None, "auto"):  # what 4-bit weights are multiplied in
         bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -256,6 +263,12 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
     from transformers.pytorch_utils import Conv1D
     from trl import get_peft_config
 
+    if new_tokens and hasattr(model.get_input_embeddings().weight, "ds_id"):
+        raise ModelError(
+            f"model.use_peft: {len(new_tokens)} tokens are new, and PEFT cannot train single rows of embeddings that ZeRO-3 "
+            "has cut up. Use zero2.yaml or fsdp2.yaml, model.chat_template: plain, or a model that knows its template's "
+            "tokens (any finished sft stage)."
+        )
     if hasattr(model, "full_precision"):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # args decide about that
     config = get_peft_config(section)

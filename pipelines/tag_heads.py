@@ -89,8 +89,9 @@ class TagPenalty(nn.Module):
             known, weight = json.loads(file.metadata()["tags"]), file.get_tensor("weight")
         if missing := [tag for tag in penalties if tag not in known]:
             raise ModelError(f"reward.tag_penalties: {path} tells {', '.join(known)}, not {', '.join(missing)}")
-        self.register_buffer("weight", weight[[known.index(tag) for tag in penalties]])
-        self.register_buffer("penalties", torch.tensor(list(penalties.values())))
+        # not persistent: Accelerate's FSDP2 takes whatever is in a state dict for a shard
+        self.register_buffer("weight", weight[[known.index(tag) for tag in penalties]], persistent=False)
+        self.register_buffer("penalties", torch.tensor(list(penalties.values())), persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
         """What is taken off the scores, (b,) float32."""

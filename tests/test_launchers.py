@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 BIN = Path(sys.executable).parent
 STAGES = ("base", "sft", "reward", "classify", "policy", "words", "translate", "best",
-          "sft_lora", "reward_lora", "classify_lora", "policy_lora")  # fmt: skip
+          "sft_lora", "reward_lora", "classify_lora", "policy_lora", "tokens_lora")  # fmt: skip
 STEPS = 6
 
 
@@ -58,8 +58,7 @@ def chain(tmp_path_factory, tiny_gpt2):
     answers = write(
         "a.jsonl", [{"prompt": f"what colour is the {w}", "completion": f"the {w} is {c}"} for w, c in facts]
     )
-    pairs = write("r.jsonl", [{"prompt": f"what is {w} {i}", "chosen": f"{w} is {c}", "rejected": f"{c} eats"} for i, (w, c) in enumerate(facts)])  # fmt: skip
-    tagged = write("t.jsonl", [{"prompt": f"what is {w} {i}", "completions": [f"{w} is {c}", f"{c} eats"], "ranks": [1, 2],
+    ranked = write("r.jsonl", [{"prompt": f"what is {w} {i}", "completions": [f"{w} is {c}", f"{c} eats"], "ranks": [1, 2],
                                 "tags": [[], ["wrong"]]} for i, (w, c) in enumerate(facts)])  # fmt: skip
     targets = write("s.jsonl", [{"source": f"the {w} is {c}" + " ." * (i % 4), "target": f"{c} {w}"} for i, (w, c) in enumerate(facts)])  # fmt: skip
     labelled = write("c.jsonl", [{"text": f"the {w} is {c}", "label": int(c == "red")} for w, c in facts])
@@ -77,7 +76,7 @@ def chain(tmp_path_factory, tiny_gpt2):
     stages = {
         "base": {"kind": "pretrain", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": text, "args": short},
         "sft": {"kind": "sft", "model": {"model_name_or_path": "stage:base"}, "data": answers, "args": short},
-        "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"}, "data": pairs, "args": short},
+        "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"}, "data": ranked, "args": {**short, "tags": ["wrong"]}},
         "classify": {"kind": "classify", "model": {"model_name_or_path": "stage:base"}, "data": labelled, "args": short},
         "policy": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "data": prompts, "args": sampled,
                    "reward": {"models": ["stage:reward"], "min_accuracy": 0.0}},
@@ -88,14 +87,14 @@ def chain(tmp_path_factory, tiny_gpt2):
         "best": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "data": {**prompts, "ptx": text["train"]},
                  "reward": {"models": ["stage:reward"], "min_accuracy": 0.0, "critic": "shared"},
                  "args": {**sampled, **best, "ptx_coef": 0.5, "ptx_length": 16, "diagnosis": "warn"}},
-        "sft_lora": {"kind": "sft", "model": {"model_name_or_path": "stage:base", "chat_template": "chatml", **lora},
-                     "data": answers, "args": short},
-        "reward_lora": {"kind": "reward", "model": {"model_name_or_path": "stage:sft_lora", **lora}, "data": tagged,
+        "sft_lora": {"kind": "sft", "model": {"model_name_or_path": "stage:sft", **lora}, "data": answers, "args": short},
+        "reward_lora": {"kind": "reward", "model": {"model_name_or_path": "stage:sft_lora", **lora}, "data": ranked,
                         "args": {**short, "tags": ["wrong"]}},
         "classify_lora": {"kind": "classify", "model": {"model_name_or_path": "stage:words", **lora}, "data": labelled,
                           "args": {**short, "max_length": 16, "load_best_model_at_end": True, "eval_steps": 2}},
         "policy_lora": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft_lora", **lora}, "data": prompts,
-                        "args": sampled, "reward": {"models": ["stage:reward_lora"], "min_accuracy": 0.0}},
+                        "args": sampled, "reward": {"models": ["stage:reward_lora"], "min_accuracy": 0.0, "tag_penalties": {"wrong": 0.5}}},
+        "tokens_lora": {"kind": "sft", "model": {"model_name_or_path": "stage:base", **lora}, "data": answers, "args": short},
     }  # fmt: skip
 
     def chain_(name, steps=STEPS):
