@@ -753,6 +753,8 @@ class PPOTrainer(_BaseTrainer):
                 self.model = whole
 
     def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _forget_samples_after(self, step: int) -> None:
