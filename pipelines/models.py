@@ -167,6 +167,9 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
     if new:
         logger.info("new weights to be trained: %s", ", ".join(new))
     model.new_weights = new
+    _materialize(model)
+    # Loading for ZeRO-3 notes old names (LayerNorm.gamma) although none was met; the model would be saved under them.
+    model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or () if c.was_used()]
     if quantized:
         for module in model.modules():  # on a CPU it would repack the weights in place, and lossily, at each evaluation
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -176,6 +179,19 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
             load_model, whole, auto_class, tokenizer, new_head=new_head, **settings
         )
     return model
+
+
+def _materialize(model) -> None:
+    """Give memory to new weights, which transformers leaves without where FSDP will take them from the first process.
+
+    Accelerate tells weights apart by their address: those without would all be one.
+    """
+    import torch
+
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.device.type == "meta":
+                module._parameters[name] = torch.nn.Parameter(torch.zeros_like(weight, device="cpu"))
 
 
 def _in_head(model, key: str) -> bool:
@@ -318,9 +334,7 @@ def merge(model, tokenizer):
 
     base = model.get_base_model()
     if not hasattr(base, "full_precision"):
-        plain = copy.deepcopy(model).merge_and_unload()
-        plain.tie_weights()  # each name of a tied weight was gathered from shards by itself
-        return plain
+        return copy.deepcopy(model).merge_and_unload()
     logger.info("merging into the base at full precision")
     whole = base.full_precision()
     chat.fit_model(whole, tokenizer)
@@ -337,9 +351,9 @@ def merge(model, tokenizer):
 
 
 def structure(model):
-    """A copy of a model that is not yet cut into shards, without memory for its weights: they are on the meta device.
+    """A copy of a model that is not yet cut into shards (which cannot be copied), its weights without memory.
 
-    `load_state_dict(gathered, assign=True)` then makes it whole on one process. Shards themselves cannot be copied.
+    `filled` makes it whole again on one process.
     """
     import torch
 
@@ -351,6 +365,17 @@ def structure(model):
         for weight in model.parameters()
     }
     return copy.deepcopy(model, empty)
+
+
+def filled(model, weights: dict):
+    """A copy of a `structure` with its `weights`, by name; those that are tied take the one under their first name."""
+    import torch
+
+    found = {
+        id(empty): torch.nn.Parameter(weights[name], requires_grad=empty.requires_grad)
+        for name, empty in model.named_parameters()
+    }
+    return copy.deepcopy(model, found)
 
 
 def adapters_in_float32(model) -> None:
@@ -399,6 +424,8 @@ def embeddings_for_fsdp(model):
         "get_output_embeddings": lambda: None,
         "_no_split_modules": [name for name in blocks if name not in around],
     }
+    if weight is None:  # what PEFT wraps, transformers does not find; frozen weights need not stay tied
+        hidden["tie_weights"] = lambda: None
     vars(model).update(hidden)
     try:
         yield

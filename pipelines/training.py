@@ -378,9 +378,8 @@ def save(trainer, folder: Path, tokenizer) -> None:
     """
     model = trainer.model
     if trainer.structure is not None:
-        model, weights = trainer.structure, trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if PartialState().is_main_process:
-            model.load_state_dict(weights, assign=True)
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # by all processes, for the first
+        model = models.filled(trainer.structure, weights) if PartialState().is_main_process else trainer.structure
     parts = {"": getattr(model, "policy", model), "critic": getattr(model, "critic", None)}
     if any(hasattr(model, "peft_config") for model in parts.values()):
         if PartialState().is_main_process:

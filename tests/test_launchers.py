@@ -45,7 +45,11 @@ def run(line, expect=0, **more):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, tiny_gpt2):
-    """`chain(name)` writes a recipe of all five stages on tiny data, with its own output folder; returns both."""
+    """`chain(name)` writes a recipe of all stages on tiny data, with its own output folder; returns both."""
+    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration, set_seed
+
+    from pipelines import corpus
+
     folder = tmp_path_factory.mktemp("launchers")
     rng = random.Random(0)
     facts = [(rng.choice("cat dog bird fish tree".split()), rng.choice("red green blue".split())) for _ in range(96)]
@@ -69,9 +73,18 @@ def chain(tmp_path_factory, tiny_gpt2):
     short = {**args, "max_length": 32}
     sampled = {**args, "response_length": 6, "allow_no_eos": True, "learning_rate": 1e-4, "num_ppo_epochs": 2}
     lora = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
-    bert = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64,
-            "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
-    t5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}  # fmt: skip
+    # Made here: under ZeRO-3 a new model would start from other random weights.
+    words = corpus.train_wordpiece([f"the {w} is {c} and likes a ." for w, c in facts], vocab_size=120)
+    words.bos_token, words.eos_token = words.cls_token, words.sep_token
+    ids = {"vocab_size": len(words), "pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id}
+    bert = BertConfig(**ids, num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64,
+                      max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    t5 = T5Config(**ids, decoder_start_token_id=words.pad_token_id, d_model=32, d_kv=16, d_ff=64, num_layers=1,
+                  num_heads=2, dropout_rate=0.0)  # fmt: skip
+    set_seed(0)
+    for name, model in (("bert", BertForMaskedLM(bert)), ("t5", T5ForConditionalGeneration(t5))):
+        model.save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
     best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "eval_steps": 2}
     stages = {
         "base": {"kind": "pretrain", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": text, "args": short},
@@ -80,10 +93,8 @@ def chain(tmp_path_factory, tiny_gpt2):
         "classify": {"kind": "classify", "model": {"model_name_or_path": "stage:base"}, "data": labelled, "args": short},
         "policy": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "data": prompts, "args": sampled,
                    "reward": {"models": ["stage:reward"], "min_accuracy": 0.0}},
-        "words": {"kind": "mlm", "model": {"config": bert}, "tokenizer": {"train": "wordpiece", "vocab_size": 200},
-                  "data": text, "args": {**args, "max_length": 16}},
-        "translate": {"kind": "seq2seq", "model": {"config": t5}, "tokenizer": {"train": "bpe", "vocab_size": 300},
-                      "data": targets, "args": {**args, "max_source_length": 16, "max_target_length": 16}},
+        "words": {"kind": "mlm", "model": {"model_name_or_path": str(folder / "bert")}, "data": text, "args": {**args, "max_length": 16}},
+        "translate": {"kind": "seq2seq", "model": {"model_name_or_path": str(folder / "t5")}, "data": targets, "args": {**args, "max_source_length": 16, "max_target_length": 16}},
         "best": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "data": {**prompts, "ptx": text["train"]},
                  "reward": {"models": ["stage:reward"], "min_accuracy": 0.0, "critic": "shared"},
                  "args": {**sampled, **best, "ptx_coef": 0.5, "ptx_length": 16, "diagnosis": "warn"}},
