@@ -408,7 +408,7 @@ def test_gathered_weights_make_a_whole_model_again(tiny_gpt2):
     model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
     model = models.adapt(model, ModelSection(use_peft=True), "CAUSAL_LM", [3, 7]).eval()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.requires_grad:
                 weight.add_(0.1)
     bare = models.structure(model)
