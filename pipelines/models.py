@@ -279,7 +279,7 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
     from transformers.pytorch_utils import Conv1D
     from trl import get_peft_config
 
-    if new_tokens and hasattr(model.get_input_embeddings().weight, "ds_id"):
+    if new_tokens and any(hasattr(weight, "ds_id") for weight in model.parameters()):
         raise ModelError(
             f"model.use_peft: {len(new_tokens)} tokens are new, and PEFT cannot train single rows of embeddings that ZeRO-3 "
             "has cut up. Use zero2.yaml or fsdp2.yaml, model.chat_template: plain, or a model that knows its template's "
@@ -426,12 +426,14 @@ def embeddings_for_fsdp(model):
     }
     if weight is None:  # what PEFT wraps, transformers does not find; frozen weights need not stay tied
         hidden["tie_weights"] = lambda: None
+    before = {name: value for name, value in vars(model).items() if name in hidden}
     vars(model).update(hidden)
     try:
         yield
     finally:
         for name in hidden:
             del vars(model)[name]
+        vars(model).update(before)
 
 
 def vocabulary(model) -> int:
