@@ -167,6 +167,9 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
     if new:
         logger.info("new weights to be trained: %s", ", ".join(new))
     model.new_weights = new
+    _materialize(model)
+    # Loading for ZeRO-3 notes old names (LayerNorm.gamma) although none was met; the model would be saved under them.
+    model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or () if c.was_used()]
     if quantized:
         for module in model.modules():  # on a CPU it would repack the weights in place, and lossily, at each evaluation
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -176,6 +179,19 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
             load_model, whole, auto_class, tokenizer, new_head=new_head, **settings
         )
     return model
+
+
+def _materialize(model) -> None:
+    """Give memory to new weights, which transformers leaves without where FSDP will take them from the first process.
+
+    Accelerate tells weights apart by their address: those without would all be one.
+    """
+    import torch
+
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.device.type == "meta":
+                module._parameters[name] = torch.nn.Parameter(torch.zeros_like(weight, device="cpu"))
 
 
 def _in_head(model, key: str) -> bool:
@@ -206,10 +222,17 @@ def _quantization(section, auto, where: dict) -> dict:
     from transformers import AutoConfig
     from trl import get_quantization_config
 
+    from pipelines import launch
+
     if not (section.load_in_4bit or section.load_in_8bit):
         return {}
     if not section.use_peft:
         raise ModelError("model.load_in_4bit and load_in_8bit: quantized weights cannot be trained; set use_peft: true")
+    if launch.sharded():
+        raise ModelError(
+            "model.load_in_4bit and load_in_8bit: quantized weights are not cut into shards here. Use plain data "
+            "parallelism (ddp.yaml), where each process holds all of them, or LoRA without quantization on shards"
+        )
     gpu = torch.cuda.is_available()
     if section.dtype in (None, "auto"):  # what 4-bit weights are multiplied in
         bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -256,11 +279,11 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
     from transformers.pytorch_utils import Conv1D
     from trl import get_peft_config
 
-    from pipelines import launch
-
-    if launch.sharded():
+    if new_tokens and any(hasattr(weight, "ds_id") for weight in model.parameters()):
         raise ModelError(
-            "model.use_peft: adapters run on one process or plain data parallelism (ddp.yaml), not on shards"
+            f"model.use_peft: {len(new_tokens)} tokens are new, and PEFT cannot train single rows of embeddings that ZeRO-3 "
+            "has cut up. Use zero2.yaml or fsdp2.yaml, model.chat_template: plain, or a model that knows its template's "
+            "tokens (any finished sft stage)."
         )
     if hasattr(model, "full_precision"):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # args decide about that
@@ -356,6 +379,34 @@ def merge(model, tokenizer):
     return adapted.merge_and_unload()
 
 
+def structure(model):
+    """A copy of a model that is not yet cut into shards (which cannot be copied), its weights without memory.
+
+    `filled` makes it whole again on one process.
+    """
+    import torch
+
+    empty = {
+        id(weight): torch.nn.Parameter(
+            torch.empty(getattr(weight, "ds_shape", weight.shape), dtype=weight.dtype, device="meta"),
+            requires_grad=weight.requires_grad,
+        )
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
+
+
+def filled(model, weights: dict):
+    """A copy of a `structure` with its `weights`, by name; those that are tied take the one under their first name."""
+    import torch
+
+    found = {
+        id(empty): torch.nn.Parameter(weights[name], requires_grad=empty.requires_grad)
+        for name, empty in model.named_parameters()
+    }
+    return copy.deepcopy(model, found)
+
+
 def adapters_in_float32(model) -> None:
     """Undo TRL's cast of the adapters on quantized weights to bfloat16: Adam's small steps are lost in rounding there."""
     import torch
@@ -376,6 +427,42 @@ def whole(*weights):
 
     with deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0):
         yield
+
+
+@contextlib.contextmanager
+def embeddings_for_fsdp(model):
+    """Within it, a model whose embeddings Accelerate's FSDP2 cannot cut up by themselves seems to have none.
+
+    It expects them to lie beside the blocks, and their weight to be no one's but the output layer's. BERT counts them
+    as a block, T5 and BART give their weight to several modules, PEFT wraps them to train some of their rows. They then
+    are cut up with whatever lies outside of the blocks.
+    """
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if embedding is None:
+        yield
+        return
+    weight, blocks = embedding._parameters.get("weight"), list(getattr(model, "_no_split_modules", None) or ())
+    others = [m for m in model.modules() if m is not embedding and m is not model.get_output_embeddings()]
+    shared = any(weight is theirs for m in others for theirs in m._parameters.values())
+    around = {type(m).__name__ for m in others if any(embedding is part for part in m.modules())}.intersection(blocks)
+    if weight is not None and not shared and not around:
+        yield
+        return
+    hidden = {
+        "get_input_embeddings": lambda: None,
+        "get_output_embeddings": lambda: None,
+        "_no_split_modules": [name for name in blocks if name not in around],
+    }
+    if weight is None:  # what PEFT wraps, transformers does not find; frozen weights need not stay tied
+        hidden["tie_weights"] = lambda: None
+    before = {name: value for name, value in vars(model).items() if name in hidden}
+    vars(model).update(hidden)
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del vars(model)[name]
+        vars(model).update(before)
 
 
 def vocabulary(model) -> int:

@@ -480,7 +480,8 @@ def enable_packed_attention(model) -> None:
 def _why_not_exact(backbone) -> str | None:
     """Whatever else an architecture does between tokens shows on two short sequences, packed and apart; or None."""
     weight = backbone.get_input_embeddings().weight
-    if weight.device.type == "meta" or hasattr(weight, "ds_id"):  # not loaded yet, or ZeRO-3's
+    # not loaded yet, or ZeRO-3's (embeddings that new tokens enlarged are not cut up yet)
+    if any(w.device.type == "meta" or hasattr(w, "ds_id") for w in backbone.parameters()):
         return None
     device, rows = weight.device, weight.size(0)
     ids = [[(7 * i + 3) % rows for i in range(n)] for n in (4, 3)]

@@ -377,7 +377,8 @@ def _ask_hub(stage: Stage, problems: list[Problem]) -> None:
     asked = [("model.model_name_or_path", model.get("model_name_or_path"), "config.json")]
     asked += [("model.tokenizer_name_or_path", model.get("tokenizer_name_or_path"), "tokenizer_config.json")]
     asked += [(f"reward.models[{i}]", path, "config.json") for i, path in enumerate(reward.get("models") or [])]
-    asked += [("reward.critic", reward.get("critic"), "config.json")]
+    critic = None if reward.get("critic") == "shared" else reward.get("critic")
+    asked += [("reward.critic", critic, "config.json")]
     for key, path, file in asked:
         if not isinstance(path, str) or path.startswith("stage:") or Path(path).expanduser().is_dir():
             continue

@@ -59,18 +59,14 @@ def metrics(tags: list, logits: list, names: list[str]) -> dict[str, float]:
 
 def split(folder: Path, names: list[str]) -> None:
     """Turn the model in `folder`, whose head has 1 + T outputs, into a one-score model with the tags beside it."""
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from safetensors.torch import load_file, save_file
 
-    config = AutoConfig.from_pretrained(folder)
-    config.num_labels = 1 + len(names)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, config=config)
-    weight = model.score.weight.detach()
-    save_file({"weight": weight[1:].contiguous()}, folder / FILE, metadata={"tags": json.dumps(names)})
-    model.score = nn.Linear(weight.shape[1], 1, bias=False, dtype=weight.dtype)
-    model.score.weight.data.copy_(weight[:1])
-    model.config.num_labels = model.num_labels = 1
-    model.save_pretrained(folder)
+    for path in folder.glob("model*.safetensors"):
+        weights = load_file(path)
+        if "score.weight" in weights:
+            head = weights["score.weight"]
+            save_file({"weight": head[1:].clone()}, folder / FILE, metadata={"tags": json.dumps(names)})
+            save_file({**weights, "score.weight": head[:1].clone()}, path, metadata={"format": "pt"})
 
 
 class TagPenalty(nn.Module):
@@ -93,8 +89,9 @@ class TagPenalty(nn.Module):
             known, weight = json.loads(file.metadata()["tags"]), file.get_tensor("weight")
         if missing := [tag for tag in penalties if tag not in known]:
             raise ModelError(f"reward.tag_penalties: {path} tells {', '.join(known)}, not {', '.join(missing)}")
-        self.register_buffer("weight", weight[[known.index(tag) for tag in penalties]])
-        self.register_buffer("penalties", torch.tensor(list(penalties.values())))
+        # not persistent: Accelerate's FSDP2 takes whatever is in a state dict for a shard
+        self.register_buffer("weight", weight[[known.index(tag) for tag in penalties]], persistent=False)
+        self.register_buffer("penalties", torch.tensor(list(penalties.values())), persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
         """What is taken off the scores, (b,) float32."""

@@ -7,6 +7,7 @@ that names the rows.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from pipelines import SetupError, artifact, models
+from pipelines import SetupError, artifact, launch, models
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,8 @@ class ChainTrainer:
 
     where: list | None = None
     stream = None
+    structure = None  # of a model with adapters, before it was cut into shards
+    _to_come: int | None = None  # rows of all processes that an evaluation under way has not seen yet
 
     def get_train_dataloader(self):
         if self.stream is None:
@@ -173,6 +176,10 @@ class ChainTrainer:
             return GlobalOrder(self, len(dataset))
         return super()._get_train_sampler(train_dataset)
 
+    def _prepare_for_training(self, *args, **kwargs):
+        with models.embeddings_for_fsdp(self.model) if self.is_fsdp_enabled else contextlib.nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
     def _run_epoch(self, *args, **kwargs):
         # Killed between the last checkpoint and the end: nothing is left to train, and no step more is taken.
         if self.state.global_step >= self.state.max_steps:
@@ -186,7 +193,31 @@ class ChainTrainer:
         if isinstance(inputs, dict) and "row" in inputs:
             self._rows = inputs["row"]
             inputs = {k: v for k, v in inputs.items() if k != "row"}
+            if self._to_come is not None:
+                mine = max(self._to_come - self.args.process_index * self.args.eval_batch_size, 1)
+                inputs = {k: v[:mine] for k, v in inputs.items()}
         return super()._prepare_inputs(inputs)
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """As the parent's, but a row counts once in the loss at any number of processes.
+
+        Accelerate fills up the last batches with the first rows. The parent leaves out what is gathered of those, but
+        not what they add to the mean loss of a batch in which they stand beside others: so they are taken out of it.
+        """
+        self._to_come = len(dataloader.dataset)
+        try:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self._to_come = None
+
+    def prediction_step(self, *args, **kwargs):
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        if self._to_come is not None:
+            self._to_come -= self.args.world_size * self.args.eval_batch_size
+            if self._to_come < 0:  # all give the parent as many rows: it leaves out those at the end
+                pad = self.accelerator.pad_across_processes
+                logits, labels = (None if x is None else pad(x) for x in (logits, labels))
+        return loss, logits, labels
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -339,6 +370,8 @@ def fit(stage, trainer) -> None:
         trainer.args.ignore_data_skip = True  # the Trainer would read, and throw away, all that was trained on
         if resume:
             trainer.stream.load(Path(resume))
+    if launch.sharded() and any(hasattr(module, "peft_config") for module in trainer.model.modules()):
+        trainer.structure = models.structure(trainer.model)  # for `save`
     stopper = _StopOnSignal()
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
@@ -358,16 +391,21 @@ def fit(stage, trainer) -> None:
 
 def untied(model, weights: dict) -> dict:
     """`weights` without the second names of tied ones, under each of which FSDP and DeepSpeed gather a copy."""
-    return {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
+    tied = getattr(model, "all_tied_weights_keys", ())  # PPO's value head is no transformers model
+    return {name: weight for name, weight in weights.items() if name not in tied}
 
 
 def save(trainer, folder: Path, tokenizer) -> None:
     """Write the model as a folder that `from_pretrained` reads, with the tokenizer and chat template beside it.
 
     Adapters are merged (at full precision, see `models.merge`), so that every stage leaves a plain model; as they are they
-    lie in the folder `adapter` beside it.
+    lie in the folder `adapter` beside it. From shards the first process gathers the whole model for that.
     """
-    parts = {"": getattr(trainer, "policy", trainer.model), "critic": getattr(trainer, "critic", None)}
+    model = trainer.model
+    if trainer.structure is not None:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # by all processes, for the first
+        model = models.filled(trainer.structure, weights) if PartialState().is_main_process else trainer.structure
+    parts = {"": getattr(model, "policy", model), "critic": getattr(model, "critic", None)}
     if any(hasattr(model, "peft_config") for model in parts.values()):
         if PartialState().is_main_process:
             for name, model in parts.items():

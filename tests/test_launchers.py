@@ -18,7 +18,8 @@ from test_launch import kill, wait_for
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 BIN = Path(sys.executable).parent
-STAGES = ("base", "sft", "reward", "classify", "policy")
+STAGES = ("base", "sft", "reward", "classify", "policy", "words", "translate", "best",
+          "sft_lora", "reward_lora", "classify_lora", "policy_lora", "tokens_lora")  # fmt: skip
 STEPS = 6
 
 
@@ -44,7 +45,11 @@ def run(line, expect=0, **more):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, tiny_gpt2):
-    """`chain(name)` writes a recipe of all five stages on tiny data, with its own output folder; returns both."""
+    """`chain(name)` writes a recipe of all stages on tiny data, with its own output folder; returns both."""
+    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration, set_seed
+
+    from pipelines import corpus
+
     folder = tmp_path_factory.mktemp("launchers")
     rng = random.Random(0)
     facts = [(rng.choice("cat dog bird fish tree".split()), rng.choice("red green blue".split())) for _ in range(96)]
@@ -57,46 +62,79 @@ def chain(tmp_path_factory, tiny_gpt2):
     answers = write(
         "a.jsonl", [{"prompt": f"what colour is the {w}", "completion": f"the {w} is {c}"} for w, c in facts]
     )
-    pairs = write("r.jsonl", [{"prompt": f"what is {w} {i}", "chosen": f"{w} is {c}", "rejected": f"{c} eats"} for i, (w, c) in enumerate(facts)])  # fmt: skip
+    ranked = write("r.jsonl", [{"prompt": f"what is {w} {i}", "completions": [f"{w} is {c}", f"{c} eats"], "ranks": [1, 2],
+                                "tags": [[], ["wrong"]]} for i, (w, c) in enumerate(facts)])  # fmt: skip
+    targets = write("s.jsonl", [{"source": f"the {w} is {c}" + " ." * (i % 4), "target": f"{c} {w}"} for i, (w, c) in enumerate(facts)])  # fmt: skip
     labelled = write("c.jsonl", [{"text": f"the {w} is {c}", "label": int(c == "red")} for w, c in facts])
     prompts = write("p.jsonl", [{"prompt": f"what colour is the {w} {i}"} for i, (w, _) in enumerate(facts[:20])])
     # Micro-batches of 2 rows: 4 are accumulated on one process, 2 on each of two.
     args = {"global_batch_size": 8, "per_device_train_batch_size": 2, "max_steps": STEPS, "save_steps": 2,
-            "eval_steps": STEPS, "logging_steps": 1, "learning_rate": 1e-3, "report_to": []}  # fmt: skip
+            "logging_steps": 1, "learning_rate": 1e-3, "report_to": []}  # fmt: skip
     short = {**args, "max_length": 32}
     sampled = {**args, "response_length": 6, "allow_no_eos": True, "learning_rate": 1e-4, "num_ppo_epochs": 2}
+    lora = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+    # Made here: under ZeRO-3 a new model would start from other random weights.
+    words = corpus.train_wordpiece([f"the {w} is {c} and likes a ." for w, c in facts], vocab_size=120)
+    words.bos_token, words.eos_token = words.cls_token, words.sep_token
+    ids = {"vocab_size": len(words), "pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id}
+    bert = BertConfig(**ids, num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64,
+                      max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    t5 = T5Config(**ids, decoder_start_token_id=words.pad_token_id, d_model=32, d_kv=16, d_ff=64, num_layers=1,
+                  num_heads=2, dropout_rate=0.0)  # fmt: skip
+    set_seed(0)
+    for name, model in (("bert", BertForMaskedLM(bert)), ("t5", T5ForConditionalGeneration(t5))):
+        model.save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "eval_steps": 2}
     stages = {
         "base": {"kind": "pretrain", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": text, "args": short},
         "sft": {"kind": "sft", "model": {"model_name_or_path": "stage:base"}, "data": answers, "args": short},
-        "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"}, "data": pairs, "args": short},
+        "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"}, "data": ranked, "args": {**short, "tags": ["wrong"]}},
         "classify": {"kind": "classify", "model": {"model_name_or_path": "stage:base"}, "data": labelled, "args": short},
         "policy": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "data": prompts, "args": sampled,
                    "reward": {"models": ["stage:reward"], "min_accuracy": 0.0}},
+        "words": {"kind": "mlm", "model": {"model_name_or_path": str(folder / "bert")}, "data": text, "args": {**args, "max_length": 16}},
+        "translate": {"kind": "seq2seq", "model": {"model_name_or_path": str(folder / "t5")}, "data": targets, "args": {**args, "max_source_length": 16, "max_target_length": 16}},
+        "best": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "data": {**prompts, "ptx": text["train"]},
+                 "reward": {"models": ["stage:reward"], "min_accuracy": 0.0, "critic": "shared"},
+                 "args": {**sampled, **best, "ptx_coef": 0.5, "ptx_length": 16, "diagnosis": "warn"}},
+        "sft_lora": {"kind": "sft", "model": {"model_name_or_path": "stage:sft", **lora}, "data": answers, "args": short},
+        "reward_lora": {"kind": "reward", "model": {"model_name_or_path": "stage:sft_lora", **lora}, "data": ranked,
+                        "args": {**short, "tags": ["wrong"]}},
+        "classify_lora": {"kind": "classify", "model": {"model_name_or_path": "stage:words", **lora}, "data": labelled,
+                          "args": {**short, "max_length": 16, "load_best_model_at_end": True, "eval_steps": 2}},
+        "policy_lora": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft_lora", **lora}, "data": prompts,
+                        "args": sampled, "reward": {"models": ["stage:reward_lora"], "min_accuracy": 0.0, "tag_penalties": {"wrong": 0.5}}},
+        "tokens_lora": {"kind": "sft", "model": {"model_name_or_path": "stage:base", **lora}, "data": answers, "args": short},
     }  # fmt: skip
 
     def chain_(name, steps=STEPS):
-        for stage in stages.values():
-            stage["args"] = {**stage["args"], "max_steps": steps, "eval_steps": steps}
+        of_length = {
+            key: {**stage, "args": {"eval_steps": steps, **stage["args"], "max_steps": steps}}
+            for key, stage in stages.items()
+        }
         path = folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({"output_dir": str(folder / name), "stages": stages}, sort_keys=False))
+        path.write_text(yaml.safe_dump({"output_dir": str(folder / name), "stages": of_length}, sort_keys=False))
         return path, folder / name
 
     return chain_
 
 
-def weights(folder):
-    """Every weight of every model folder of a run, by folder and name."""
+def weights(folder, stages=STAGES):
+    """Every weight that these stages left (models, adapters, critics, tags), by file and name."""
     from safetensors.torch import load_file
 
-    files = [*sorted(folder.glob("*/model.safetensors")), folder / "policy" / "critic" / "model.safetensors"]
-    return {f"{path.parent.name}/{name}": w for path in files for name, w in load_file(path).items()}
+    files = [path for stage in stages for path in sorted((folder / stage).rglob("*.safetensors"))]
+    files = [path for path in files if "checkpoints" not in path.parts]
+    return {f"{path.relative_to(folder)}/{name}": w for path in files for name, w in load_file(path).items()}
 
 
 def losses(folder, stage):
     entries = [json.loads(line) for line in open(folder / stage / "history.jsonl")]
     names = (
         "loss",
-        "eval_perplexity",
+        "eval_loss",
+        "eval_accuracy",
         "eval_score",
         "objective/scores",
         "objective/kl",
@@ -106,16 +144,16 @@ def losses(folder, stage):
     return [e[name] for e in entries for name in names if name in e]
 
 
-def assert_alike(one, two, world=2):
+def assert_alike(one, two, world=2, stages=STAGES):
     """Two runs of the chain logged the same losses and ended with the same weights, up to rounding."""
-    for stage in STAGES:
+    for stage in stages:
         a, b = losses(one, stage), losses(two, stage)
-        assert len(a) >= STEPS and a == pytest.approx(b, rel=2e-3, abs=2e-3), stage
+        assert len(a) >= STEPS and a == pytest.approx(b, rel=1e-4, abs=1e-5), stage
         assert json.loads((two / stage / "stage.json").read_text())["world_size"] == world
-    a, b = weights(one), weights(two)
+    a, b = weights(one, stages), weights(two, stages)
     assert a.keys() == b.keys()
     apart = {name: (a[name] - b[name].float()).abs().max().item() for name in a}
-    assert max(apart.values()) < 1e-3, {k: v for k, v in apart.items() if v >= 1e-3}
+    assert max(apart.values()) < 1e-5, {k: v for k, v in apart.items() if v >= 1e-5}
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +173,20 @@ def test_two_processes_train_as_one(chain, one, config):
     if config.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed (the extra `deepspeed`)")
     recipe, folder = chain(config)
-    run(command(config, recipe, **(FSDP if config.startswith("fsdp") else {})))
-    assert_alike(one, folder)
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    stages = STAGES[:-1] if config == "zero3" else STAGES  # it cannot train new tokens beside adapters
+    run(command(config, recipe, *stages, **(FSDP if config.startswith("fsdp") else {})))
+    assert_alike(one, folder, stages=stages)
+    import transformers
 
-    for stage in STAGES:
-        kind = AutoModelForSequenceClassification if stage in ("reward", "classify") else AutoModelForCausalLM
+    kinds = {"reward": "SequenceClassification", "classify": "SequenceClassification", "words": "MaskedLM",
+             "translate": "Seq2SeqLM"}  # fmt: skip
+    for stage in stages:
+        kind = getattr(transformers, f"AutoModelFor{kinds.get(stage.removesuffix('_lora'), 'CausalLM')}")
         _, info = kind.from_pretrained(folder / stage, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"], (stage, info)
-        AutoTokenizer.from_pretrained(folder / stage)
+        transformers.AutoTokenizer.from_pretrained(folder / stage)
+    for stage in stages:
+        assert (folder / stage / "adapter" / "adapter_model.safetensors").is_file() == stage.endswith("_lora")
 
 
 @pytest.mark.slow
@@ -187,13 +230,13 @@ def test_killed_shards_go_on_to_the_same_weights(chain, one, config):
         pytest.skip("deepspeed is not installed (the extra `deepspeed`)")
     how = FSDP if config.startswith("fsdp") else {}
     recipe, folder = chain(f"{config}_killed")
-    stages = ("base", "sft", "reward", "policy")
-    for stage in ("sft", "policy"):
+    stages = ("base", "sft", "reward", "policy", "sft_lora")
+    for stage in ("sft", "policy", "sft_lora"):
         killed(command(config, recipe, *stages, **how), folder, f"{stage}/checkpoints/*/complete")
     output = run(command(config, recipe, *stages, **how))
-    assert "policy: resuming from" in output or "policy: finished" in output
-    a, b = weights(one), weights(folder)
-    assert max((a[name] - b[name]).abs().max().item() for name in b) < 1e-4
+    assert "sft_lora: resuming from" in output or "sft_lora: finished" in output
+    a, b = weights(one, stages), weights(folder, stages)
+    assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max().item() for name in b) < 1e-4
 
 
 def test_every_config_is_understood_by_accelerate():

@@ -550,3 +550,45 @@ def test_check_says_what_merges_into_what_and_refuses_bits_without_adapters(tiny
     assert "load_in_4bit" in capsys.readouterr().err
     assert main(["check", path, "stages.sft.model.load_in_4bit=false", "stages.sft.model.bnb_4bit_quant_type=nf4"]) == 2
     assert "is used only with `load_in_4bit: true`" in capsys.readouterr().err
+
+
+def test_gathered_weights_make_a_whole_model_again(tiny_gpt2):
+    """As when shards are saved: each name of a tied weight comes by itself, and one weight must come of them."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    model = models.adapt(model, ModelSection(use_peft=True), "CAUSAL_LM", [3, 7]).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1)
+    bare = models.structure(model)
+    assert all(weight.device.type == "meta" for weight in bare.parameters())
+    whole = models.filled(bare, {name: weight.clone() for name, weight in model.state_dict().items()})
+    ids = torch.tensor([[3, 5, 7, 9]])
+    assert torch.equal(whole(ids).logits, model(ids).logits)
+    merged = models.merge(whole, None)
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits)
+
+
+def test_embeddings_that_cannot_be_cut_up_by_themselves_are_found_out(tiny_gpt2):
+    from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+    small = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+        "vocab_size": 20,
+    }
+    plain = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    with models.embeddings_for_fsdp(plain):
+        assert plain.get_input_embeddings() is plain.transformer.wte
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    tokens = models.adapt(plain, ModelSection(use_peft=True), "CAUSAL_LM", [3])
+    for model in (BertForMaskedLM(BertConfig(**small)), t5, tokens):
+        embedding = model.get_input_embeddings()
+        with models.embeddings_for_fsdp(model):
+            assert model.get_input_embeddings() is None and "BertEmbeddings" not in model._no_split_modules
+        assert model.get_input_embeddings() is embedding and model._no_split_modules

@@ -43,7 +43,7 @@ def test_it_learns_and_reports_what_the_saved_model_says(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained)
     assert model.config.num_labels == 1 and tokenizer.pad_token_id != tokenizer.eos_token_id
     _, held_out = data.load(record["record"]["sections"]["data"], "rankings", record["seed"])
-    margins = []
+    margins, losses = [], []
     for row in held_out:
         scores = []
         for answer in row["completions"]:
@@ -51,7 +51,10 @@ def test_it_learns_and_reports_what_the_saved_model_says(trained):
             with torch.no_grad():
                 scores.append(model(torch.tensor([prompt + ids])).logits.item())
         margins.append(scores[0] - scores[1])
+        losses.append(np.log1p(np.exp(-margins[-1])) + 0.01 * sum(scores) ** 2)  # centred, as in training
     assert record["metrics"]["margin"] == pytest.approx(np.mean(margins), rel=1e-3)
+    log = [json.loads(line) for line in open(trained / "history.jsonl")]
+    assert [e["eval_loss"] for e in log if "eval_loss" in e][-1] == pytest.approx(np.mean(losses), rel=1e-3)
     assert record["metrics"]["pairs"] == len(held_out) == record["rows"]["validation"]["used"]
 
 

@@ -204,7 +204,10 @@ def shard_frozen(model: nn.Module, accelerator) -> nn.Module:
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     model.within = types.MethodType(lambda self, function, *args: function(self, *args), model)
+    plugin = accelerator.state.fsdp_plugin
+    policy, blocks = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
     model = fsdp2_prepare_model(accelerator, model)
+    plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy, blocks  # the next one has other blocks
     register_fsdp_forward_method(model, "within")
     return model.eval()
 

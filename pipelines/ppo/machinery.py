@@ -16,7 +16,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from pipelines import SetupError, models
 from pipelines.chat import as_text, encode_prompt
-from pipelines.ppo.forward import ValueHead, plain_model, shard_frozen
+from pipelines.ppo.forward import ValueHead, plain_model, shard_frozen, token_logprobs, within
 from pipelines.training import NotFinite, untied
 
 STATE = "ppo_state.json"
@@ -89,6 +89,8 @@ class Machinery(_BaseTrainer):
                 self.model = whole
 
     def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -144,14 +146,15 @@ class Machinery(_BaseTrainer):
         for weight in self.decoder.parameters():
             weight.data = weight.new_empty(1).expand_as(weight)  # its shape, without its memory
 
-    @contextlib.contextmanager
-    def _reference(self):
-        """The model whose log-probs the policy is held to."""
+    def _reference_logprobs(self, batch: dict) -> Tensor:
+        """Log-probs (N,) of the answer tokens under the model that the policy is held to."""
         if self.ref_model is not None:
-            yield self.ref_model
-        else:
-            with self.policy.disable_adapter():
-                yield self.policy
+            return within(self.ref_model, token_logprobs, batch, self.args.temperature)[0]
+        with self.policy.disable_adapter():
+            logprobs = self.model_wrapped(batch, logprobs_only=True, temperature=self.args.temperature)
+            if self.is_fsdp_enabled:  # else what is whole now would be trained again, and not the shards
+                self.model_wrapped.reshard()
+        return logprobs
 
     def _clip_gradients(self) -> float:
         """Clip the gradients of both models together to `max_grad_norm`; returns their norm before (0: not known)."""

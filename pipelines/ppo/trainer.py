@@ -38,7 +38,6 @@ from pipelines.ppo.forward import (
     collate,
     make_ready,
     sequence_scores,
-    token_logprobs,
     within,
 )
 from pipelines.ppo.machinery import PTX, TRAIN, vllm_engine
@@ -270,8 +269,8 @@ class PPOTrainer(Watching):
                 values = self.model_wrapped(batch, values_only=True)
             else:
                 sampled, _, values = self.model_wrapped(batch, temperature=args.temperature)
-            with self._reference() as reference, self.accelerator.autocast():
-                ref_logprobs, _ = within(reference, token_logprobs, batch, args.temperature)
+            with self.accelerator.autocast():
+                ref_logprobs = self._reference_logprobs(batch)
             columns = torch.stack([sampled.cpu(), ref_logprobs.cpu(), values.cpu()])
             for i, part in zip(chunk, columns.split([len(responses[i]) for i in chunk], dim=1), strict=True):
                 per_token[i] = part

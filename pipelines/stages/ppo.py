@@ -103,7 +103,7 @@ def run(stage) -> dict:
     from datasets import Dataset
     from transformers import set_seed
 
-    from pipelines import SetupError, data, models, tag_heads, training
+    from pipelines import SetupError, data, launch, models, tag_heads, training
     from pipelines.ppo.trainer import PPOTrainer
 
     class Trainer_(training.ChainTrainer, PPOTrainer):
@@ -116,6 +116,12 @@ def run(stage) -> dict:
     policy = models.load_model(section, "AutoModelForCausalLM")
     added = _template(policy, tokenizer, section)
     policy = models.adapt(policy, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
+
+    if reward.share_base and launch.sharded():
+        raise SetupError(
+            "reward.share_base: a reward model's adapter reads the policy's base outside of the policy's own forward, "
+            "where shards are not whole. Drop share_base, or use plain data parallelism (ddp.yaml)."
+        )
 
     funcs, tokenizers = [], []
     for path in reward.models or []:

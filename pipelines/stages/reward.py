@@ -59,6 +59,7 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
 
 def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
+    import numpy as np
     import torch
     from transformers import set_seed
     from trl import RewardTrainer
@@ -74,29 +75,46 @@ def run(stage) -> dict:
         def _set_signature_columns_if_needed(self):
             self._signature_columns = ["ids", "ranks", "margin", "tags"]
 
+        def loss_of(self, logits, wanted):
+            """The loss of logits (answers, 1 + T), given what `RankingCollator.wanted` tells of the answers."""
+            scores = logits[:, 0]
+            better, worse = scores[wanted["better"]], scores[wanted["worse"]]
+            center = self.args.center_rewards_coefficient
+            loss = ranking_loss(better, worse, wanted["weight"], center, wanted["margin"])
+            return loss + tag_heads.loss(logits[:, 1:], wanted["tags"]) if wanted["tags"].numel() else loss
+
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            better, worse, weight, wanted, tags = (
-                inputs.pop(name) for name in ("better", "worse", "weight", "margin", "tags")
-            )
+            wanted = {name: inputs.pop(name) for name in ("better", "worse", "weight", "margin", "tags")}
             outputs = model(**inputs, use_cache=False)
-            scores = outputs.logits[:, 0]
-            loss = ranking_loss(scores[better], scores[worse], weight, self.args.center_rewards_coefficient, wanted)
-            if tags.numel():
-                loss = loss + tag_heads.loss(outputs.logits[:, 1:], tags)
-            mode = "train" if self.model.training else "eval"
-            if mode == "train":
-                tokens = (inputs["attention_mask"] if "attention_mask" in inputs else inputs["position_ids"] >= 0).sum()
-                self._total_train_tokens += self.accelerator.gather(tokens).sum().item()
-            margin = (scores[better] - scores[worse]).detach()
+            loss = self.loss_of(outputs.logits, wanted)
+            tokens = (inputs["attention_mask"] if "attention_mask" in inputs else inputs["position_ids"] >= 0).sum()
+            self._total_train_tokens += self.accelerator.gather(tokens).sum().item()
+            scores = outputs.logits[:, 0].detach()
+            margin = scores[wanted["better"]] - scores[wanted["worse"]]
             batch = {
-                "accuracy": (weight * (margin > 0)).sum(),
-                "margin": (weight * margin).sum(),
-                "mean_reward": scores.detach().mean(),
+                "accuracy": (wanted["weight"] * (margin > 0)).sum(),
+                "margin": (wanted["weight"] * margin).sum(),
+                "mean_reward": scores.mean(),
             }
             for name, value in batch.items():
-                self._metrics[mode][name].append(self.accelerator.gather(value).mean().item())
-            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+                self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             return (loss, outputs) if return_outputs else loss
+
+        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+            """The training loss and the figures of `preference_metrics`, each ranking counted once at any world size."""
+            dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+            was_training = self.model.training
+            self.model.eval()  # TRL logs the figures of training with what is logged in between
+            logits = answer_logits(self, dataset, collate)
+            found = preference_metrics(*pair_scores(dataset, logits))
+            found["loss"] = self.loss_of(torch.from_numpy(np.concatenate(logits)), collate.wanted(list(dataset))).item()
+            shown = ("loss", "accuracy", "margin", "mean_score")
+            metrics = {f"{metric_key_prefix}_{name}": found[name] for name in shown}
+            self.log(dict(metrics))
+            self.model.train(was_training)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
 
     set_seed(stage.seed)
     section = stage.section("model")
@@ -230,6 +248,10 @@ class RankingCollator:
 
     def __call__(self, features: list[dict]) -> dict:
         """One batch; the answers stand in the order of the rankings."""
+        return self.inputs([f["ids"] for f in features]) | self.wanted(features)
+
+    def wanted(self, features: list[dict]) -> dict:
+        """What the loss needs beside the scores of the answers."""
         import torch
 
         better, worse, weight, margin, start = [], [], [], [], 0
@@ -241,7 +263,7 @@ class RankingCollator:
             worth = f.get("margin") or [0.0] * len(f["ids"])
             margin += [worth[i] - worth[j] for i, j in pairs]
             start += len(f["ids"])
-        return self.inputs([f["ids"] for f in features]) | {
+        return {
             "better": torch.tensor(better),
             "worse": torch.tensor(worse),
             "weight": torch.tensor(weight),

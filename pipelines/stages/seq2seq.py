@@ -114,6 +114,8 @@ def run(stage) -> dict:
         def evaluation_loop(self, *args, **kwargs):
             # The parent's `evaluate` also counts the rows that only fill up the last batch.
             self.gather_function = self.accelerator.gather_for_metrics
+            if self.is_fsdp_enabled:  # processes decode for different times, and transformers knows of ZeRO-3 alone
+                self._gen_kwargs["synced_gpus"] = True
             return super().evaluation_loop(*args, **kwargs)
 
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **settings):
