@@ -144,7 +144,10 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
         config = transformers.AutoConfig.for_model(overrides.pop("model_type"), **{**overrides, **special})
         for key, value in settings.items():
             setattr(config, key, value)
-        return auto.from_config(config, dtype=torch.float32 if dtype in (None, "auto") else dtype, **attention)
+        try:
+            return auto.from_config(config, dtype=torch.float32 if dtype in (None, "auto") else dtype, **attention)
+        except (ValueError, ImportError) as error:
+            raise ModelError(f"model.config: {_first_line(error)}") from error
     if "model_type" in overrides:
         logger.warning("model.config describes a new model and is not used: %s is", section.model_name_or_path)
         overrides = {}

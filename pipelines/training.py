@@ -44,7 +44,7 @@ class NotFinite(ArithmeticError):
 def build_args(stage, **defaults):
     """The stage's `args:` as its dataclass, with what the chain sets and what the hardware suggests filled in.
 
-    Order of precedence: the recipe, the stage module's `defaults`, the hardware (`silent_bf16`), the class.
+    Order of precedence: the recipe, the stage module's `defaults`, the hardware (`silent_precision`), the class.
     """
     state = PartialState()
     values = {"report_to": ["tensorboard"], "save_total_limit": 2, "save_steps": 0.1, "logging_steps": 10}
@@ -58,7 +58,8 @@ def build_args(stage, **defaults):
     values |= said
     why = "as the recipe says"
     if said.keys().isdisjoint(("bf16", "fp16")):
-        values["bf16"], why = silent_bf16(stage)
+        chosen, why = silent_precision(stage)
+        values |= {"bf16": chosen == "bf16", "fp16": chosen == "fp16"}
     values |= {"output_dir": str(stage.checkpoints), "seed": stage.seed, "remove_unused_columns": False}
     values |= accumulation(values, state.num_processes)
     _fit_to_cpu(values, state.device.type)
@@ -71,6 +72,7 @@ def build_args(stage, **defaults):
         args = cls(**values)
     except (ValueError, ImportError) as error:  # of settings that exclude each other, or of a package that is missing
         raise error if isinstance(error, SetupError) else SetupError(f"stages.{stage.name}.args: {error}") from error
+    args.mixed_precision = {"fp32": "no"}.get(precision(args), precision(args))  # else the launcher's would win unseen
     stage.resolved = {k: v for k, v in args.to_dict().items() if v is not None}
     if PartialState().is_main_process:
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * state.num_processes
@@ -87,38 +89,27 @@ def precision(args) -> str:
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 
-def silent_bf16(stage) -> tuple[bool, str]:
-    """`(whether to train in bf16, why)` where the recipe says nothing; every process calls it and gets the same.
+def silent_precision(stage) -> tuple[str, str]:
+    """`(bf16, fp16 or fp32, why)` where the recipe says nothing; every process calls it and gets the same.
 
-    bf16 where the GPUs of all processes compute in it themselves, else fp32: fp16 would need loss scaling, which skips
-    steps, and overflows where neither of the others does. A run that goes on stays with what it began in.
+    A run that goes on stays with what it began in. Else the launcher's word counts (`--mixed_precision`), else bf16 is
+    taken where the GPUs of all processes compute in it themselves. fp16 is never taken without a word: it overflows where
+    the others do not, and its loss scaling skips steps.
     """
-    state = PartialState()
-    kind = state.device.type
-    native = kind != "cpu" and all(gather_object([models.native_bf16(kind)]))
-    word = [artifact.begun_in(stage.checkpoints) if state.is_main_process else None]
-    broadcast_object_list(word)
-    if word[0] is not None and (word[0] == "bf16") != native:
-        return not native, f"as the run began, although {_without_word(kind, native)}"
-    return native, _without_word(kind, native)
-
-
-def _without_word(kind: str, native: bool) -> str:
-    if native:
-        return "which these GPUs compute in"
-    return (
-        "the default on CPUs; args.bf16: true is faster where they have it" if kind == "cpu" else "this GPU has no bf16"
-    )
-
-
-def _fit_to_cpu(values: dict, device: str) -> None:
-    """What only a GPU can do is left out on a CPU, and said, so that one recipe runs on both."""
-    if device != "cpu":
-        return
-    for key, instead in (("fp16", "fp32"), ("tf32", "fp32"), ("use_liger_kernel", "our own fused loss, on any device")):
-        if values.get(key):
-            logger.warning("args.%s needs a GPU; on this CPU: %s", key, instead)
-            values[key] = None if key == "tf32" else False
+    state, asked = PartialState(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked in ("bf16", "fp16"):
+        chosen, why = asked, "as the launcher says"
+    elif state.device.type == "cpu":
+        chosen, why = "fp32", "the default on CPUs"
+    elif all(gather_object([models.native_bf16(state.device.type)])):
+        chosen, why = "bf16", "the GPUs compute in it"
+    else:
+        chosen, why = "fp32", "not every GPU here computes in bf16"
+    begun = [artifact.begun_in(stage.checkpoints) if state.is_main_process else None]
+    broadcast_object_list(begun)
+    if begun[0] not in (None, chosen):
+        return begun[0], f"as this run began; from the start it would be {chosen} here: {why}"
+    return chosen, why
 
 
 def _fit_to_cpu(values: dict, device: str) -> None:
