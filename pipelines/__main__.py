@@ -47,7 +47,7 @@ TOOLS: dict[str, str] = {
     "push": "pipelines.push",
 }
 VERBS = ("check", "status", "keys", *TOOLS)
-COMPUTE = ("evaluate", "chat")  # verbs that run models: they get the fast environment too
+COMPUTE = ("evaluate", "chat", "plan")  # verbs that run models, or time this machine: in the fast environment, too
 
 
 def parser(verb: str) -> argparse.ArgumentParser:

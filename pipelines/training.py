@@ -55,14 +55,16 @@ def build_args(stage, **defaults):
         values |= {"dataloader_pin_memory": False} | ({"ddp_backend": "gloo"} if zero else {"use_cpu": True})
     values |= defaults
     said = stage.sections.get("args", {})
-    values |= said
+    values |= {"bf16": False} | said  # TRL's default would be bf16 anywhere
     why = "as the recipe says"
     if said.keys().isdisjoint(("bf16", "fp16")):
         chosen, why = silent_precision(stage)
         values |= {"bf16": chosen == "bf16", "fp16": chosen == "fp16"}
     values |= {"output_dir": str(stage.checkpoints), "seed": stage.seed, "remove_unused_columns": False}
     values |= accumulation(values, state.num_processes)
+    asked = values.get("fp16")
     _fit_to_cpu(values, state.device.type)
+    why = "fp16 needs a GPU" if asked and not values["fp16"] else why
     if zero:  # DeepSpeed divides by the steps of its own config, which `accelerate launch` sets to 1
         os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(values.get("gradient_accumulation_steps", 1))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "logs")
@@ -70,8 +72,10 @@ def build_args(stage, **defaults):
     cls = getattr(__import__(module, fromlist=[name]), name)
     try:
         args = cls(**values)
-    except (ValueError, ImportError) as error:  # of settings that exclude each other, or of a package that is missing
-        raise error if isinstance(error, SetupError) else SetupError(f"stages.{stage.name}.args: {error}") from error
+    except SetupError:
+        raise
+    except (ValueError, ImportError) as error:  # settings that exclude each other, a package that is missing
+        raise SetupError(f"stages.{stage.name}.args: {error}") from error
     args.mixed_precision = {"fp32": "no"}.get(precision(args), precision(args))  # else the launcher's would win unseen
     stage.resolved = {k: v for k, v in args.to_dict().items() if v is not None}
     if PartialState().is_main_process:

@@ -172,7 +172,7 @@ def test_settings_for_gpus_are_left_out_on_a_cpu_and_said(run, stage, monkeypatc
         assert f"args.{key} needs a GPU; on this CPU: " in text
     assert "args.torch_compile needs a C++ compiler" in text and "torch.compile off" in text
     assert "model.attn_implementation: flash_attention_2 needs a GPU; on this CPU" in text
-    assert "x: fp32 (as the recipe says)" in text and "attention sdpa" in text
+    assert "x: fp32 (fp16 needs a GPU)" in text and "attention sdpa" in text
     assert final["metrics"]["train_loss"] == plain
 
 
@@ -217,7 +217,7 @@ def test_settings_that_exclude_each_other_name_the_stage(run, stage, monkeypatch
         run(stage("seq2seq", model={"attn_implementation": "nonsense"}))
 
 
-@pytest.mark.parametrize("verb, expected", [("chat", True), ("evaluate", True), ("recipe.yaml", True), ("rank", False), ("check", False), ("--help", False)])  # fmt: skip
+@pytest.mark.parametrize("verb, expected", [("chat", True), ("evaluate", True), ("plan", True), ("recipe.yaml", True), ("rank", False), ("check", False), ("--help", False)])  # fmt: skip
 def test_what_computes_gets_the_fast_environment(monkeypatch, verb, expected):
     from pipelines import __main__, launch
 
