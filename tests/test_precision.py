@@ -1,5 +1,6 @@
 """What the hardware decides where a recipe is silent, what a CPU makes of settings for GPUs, and that both are said."""
 
+import importlib.util
 import itertools
 import json
 import logging
@@ -131,7 +132,12 @@ def test_silence_means_what_the_hardware_does_by_itself(monkeypatch, tmp_path, d
 def test_the_recipe_comes_before_the_launcher(run, stage, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     asked = []
-    monkeypatch.setattr("torch.autocast.__enter__", lambda self, enter=torch.autocast.__enter__: asked.append(self.fast_dtype) or enter(self))  # fmt: skip
+
+    def enter(self, enter=torch.autocast.__enter__):
+        asked.extend([self.fast_dtype] if self._enabled else [])
+        return enter(self)
+
+    monkeypatch.setattr(torch.autocast, "__enter__", enter)
     text, _ = run(stage("classify", {"bf16": False}))
     assert "x: fp32 (as the recipe says)" in text and torch.bfloat16 not in asked
     text, _ = run(stage("classify"))
@@ -198,7 +204,11 @@ def test_optimizers_with_small_states_train_on_a_cpu(run, stage, optim, kind):
 
 
 def test_what_is_not_installed_is_said_before_anything_starts(recipe, stage, monkeypatch):
-    monkeypatch.setattr(recipes.importlib.util, "find_spec", lambda name: None)
+    absent, find = (
+        ("torchao", "lomo_optim", "bitsandbytes", "flash_attn_interface", "kernels"),
+        importlib.util.find_spec,
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
     for setting, package in (
         ({"optim": "adamw_torch_8bit"}, "torchao"), ({"optim": "lomo"}, "lomo_optim"), ({"optim": "lion_32bit"}, "bitsandbytes"),
     ):  # fmt: skip
@@ -213,7 +223,7 @@ def test_settings_that_exclude_each_other_name_the_stage(run, stage, monkeypatch
     monkeypatch.setattr(training, "_fit_to_cpu", lambda *_: None)
     with pytest.raises(SetupError, match=r"stages\.x\.args: At most one of fp16 and bf16"):
         run(stage("classify", {"bf16": True, "fp16": True}))
-    with pytest.raises(models.ModelError, match='model.config: .*"nonsense" is not supported'):
+    with pytest.raises(models.ModelError, match='model.config: .*"nonsense"` is not supported'):
         run(stage("seq2seq", model={"attn_implementation": "nonsense"}))
 
 
