@@ -198,12 +198,14 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
 
 
 def _attention(section) -> dict:
-    """Keywords for the attention that is asked for. Flash attention is for GPUs: on a CPU it is left out, and said."""
+    """Keywords for the attention that is asked for. What only GPUs train with is left out on a CPU, and said."""
     from accelerate import PartialState
 
     name = section.attn_implementation
-    if name and "flash" in name and PartialState().device.type == "cpu":
-        logger.warning("model.attn_implementation: %s needs a GPU; on this CPU: the model's default", name)
+    if name and re.search("flash|flex", name) and PartialState().device.type == "cpu":
+        logger.warning(
+            "model.attn_implementation: training with %s needs a GPU; on this CPU: the model's default", name
+        )
         return {}
     return {"attn_implementation": name} if name else {}
 

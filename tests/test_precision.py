@@ -101,6 +101,8 @@ def test_what_was_asked_for_is_said_too(run, stage):
     assert "optimizer sgd, activation checkpointing on" in text
     text, _ = run(stage("classify", model={"attn_implementation": "eager", "dtype": "bfloat16"}))
     assert "x: bfloat16 weights, attention eager" in text
+    text, _ = run(stage("reward", model={"attn_implementation": "eager"}))  # whose packs are SDPA's
+    assert "by SDPA, not by eager" in text and "attention sdpa, batches packed" in text
 
 
 def test_models_that_answer_are_described_too(caplog, tiny_gpt2):
@@ -126,7 +128,8 @@ def test_silence_means_what_the_hardware_does_by_itself(monkeypatch, tmp_path, d
     monkeypatch.setattr(training, "PartialState", lambda: state)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: has or including_emulation)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    assert training.silent_precision(types.SimpleNamespace(checkpoints=tmp_path)) == (expected, why)
+    chosen, said = training.silent_precision(types.SimpleNamespace(checkpoints=tmp_path))
+    assert chosen == expected and said.startswith(why)
 
 
 def test_the_recipe_comes_before_the_launcher(run, stage, monkeypatch):
@@ -177,7 +180,7 @@ def test_settings_for_gpus_are_left_out_on_a_cpu_and_said(run, stage, monkeypatc
     for key in args:
         assert f"args.{key} needs a GPU; on this CPU: " in text
     assert "args.torch_compile needs a C++ compiler" in text and "torch.compile off" in text
-    assert "model.attn_implementation: flash_attention_2 needs a GPU; on this CPU" in text
+    assert "training with flash_attention_2 needs a GPU; on this CPU: the model's default" in text
     assert "x: fp32 (fp16 needs a GPU)" in text and "attention sdpa" in text
     assert final["metrics"]["train_loss"] == plain
 
@@ -186,6 +189,12 @@ def test_on_a_gpu_they_stay(caplog):
     values = {"fp16": True, "tf32": True, "use_liger_kernel": True, "torch_compile": True}
     training._fit_to_cpu(kept := dict(values), "cuda")
     assert kept == values and not caplog.text
+
+
+def test_attention_that_no_cpu_trains_with_is_the_models_own(run, stage):
+    """PyTorch's flex attention has no backward there."""
+    text, _ = run(stage("mlm", model={"attn_implementation": "flex_attention"}))
+    assert "training with flex_attention needs a GPU" in text and "attention sdpa" in text
 
 
 def test_bf16_that_a_cpu_emulates_is_warned_of(monkeypatch, caplog):
