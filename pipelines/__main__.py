@@ -47,6 +47,7 @@ TOOLS: dict[str, str] = {
     "push": "pipelines.push",
 }
 VERBS = ("check", "status", "keys", *TOOLS)
+COMPUTE = ("evaluate", "chat", "plan")  # verbs that run models, or time this machine: in the fast environment, too
 
 
 def parser(verb: str) -> argparse.ArgumentParser:
@@ -191,7 +192,7 @@ def _log() -> None:
 
 def entry() -> None:
     """The console command and `python -m pipelines`."""
-    if len(sys.argv) > 1 and sys.argv[1] not in {*VERBS, "-h", "--help"} - {"evaluate"}:
+    if len(sys.argv) > 1 and sys.argv[1] not in {*VERBS, "-h", "--help"} - {*COMPUTE}:
         from pipelines.launch import fast_environment
 
         fast_environment()

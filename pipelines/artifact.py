@@ -88,6 +88,13 @@ def read_log(folder: Path) -> tuple[list[dict], int | None, float]:
     return entries, total, seconds
 
 
+def begun_in(folder: Path) -> str | None:
+    """The precision in which the stage that left its log in `folder` began to train; None where none has."""
+    path = folder / LOG
+    first = path.read_text(encoding="utf-8").splitlines(keepends=True)[:1] if path.is_file() else []
+    return json.loads(first[0]).get("precision") if first and first[0].endswith("\n") else None
+
+
 def record(stage: Stage, parents: dict[str, str]) -> dict:
     """Everything that decides what the stage learns: its settings, seed, data and what it builds on.
 

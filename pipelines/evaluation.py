@@ -435,6 +435,7 @@ def reward_scores(path: str, prompts: list, groups: list[list[tuple[str, bool]]]
     state, section = PartialState(), ModelSection(model_name_or_path=path)
     tokenizer = models.load_tokenizer(section)
     model = models.load_model(section, "AutoModelForSequenceClassification", num_labels=1).to(state.device).eval()
+    logger.info("judge %s: on %s, %s", path, state.device.type, models.described(model))
     encoded = []
     for i, group in enumerate(groups):
         for text, ended in group:

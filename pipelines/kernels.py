@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 import types
 from contextlib import nullcontext
 
@@ -496,23 +495,3 @@ def fast_gelu(model) -> None:
         for name, child in module.named_children():
             if type(child) in (NewGELUActivation, FastGELUActivation):
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
-
-
-def bf16_pays(device: str | torch.device = "cpu") -> bool:
-    """Whether bfloat16 matrix products are faster than float32 ones on this device, by trying (50 ms).
-
-    CPUs differ tenfold either way: those with AMX or avx512_bf16 gain, others emulate it slowly.
-    """
-    a, times = torch.randn(512, 512, device=device), {}
-    if a.device.type != "cpu":
-        return a.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    for dtype in (torch.float32, torch.bfloat16):
-        x = a.to(dtype)
-        x @ x
-        runs = []
-        for _ in range(3):
-            start = time.perf_counter()
-            x @ x
-            runs.append(time.perf_counter() - start)
-        times[dtype] = min(runs)
-    return times[torch.bfloat16] < times[torch.float32]

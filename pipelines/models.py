@@ -77,6 +77,22 @@ def _ask(url: str) -> tuple[int, str] | None:
     return answer[0] if answer else None
 
 
+def native_bf16(device: str) -> bool:
+    """Whether devices of this kind compute in bfloat16 themselves here; others emulate it, slowly."""
+    import torch
+
+    if device == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def described(model) -> str:
+    """In words, the type of a loaded model's weights and what computes its attention, as it really is."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention = getattr(model.config.get_text_config(), "_attn_implementation", None) or "of its own"
+    return f"{str(model.dtype).removeprefix('torch.')} weights, attention {attention.removeprefix('packed_')}"
+
+
 def load_tokenizer(section):
     """The tokenizer of a `model:` section: its own folder, or the model's."""
     from transformers import AutoTokenizer
@@ -114,7 +130,7 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
     auto = getattr(transformers, auto_class)
     overrides = dict(section.config or {})
     dtype = section.dtype if section.dtype in (None, "auto") else getattr(torch, section.dtype)
-    attention = {"attn_implementation": section.attn_implementation} if section.attn_implementation else {}
+    attention = _attention(section)
     if section.model_name_or_path is None:
         special = _special(tokenizer)
         if overrides.get("vocab_size", 0) >= special.get("vocab_size", 0):  # padded to a rounder number, for speed
@@ -128,7 +144,10 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
         config = transformers.AutoConfig.for_model(overrides.pop("model_type"), **{**overrides, **special})
         for key, value in settings.items():
             setattr(config, key, value)
-        return auto.from_config(config, dtype=torch.float32 if dtype in (None, "auto") else dtype, **attention)
+        try:
+            return auto.from_config(config, dtype=torch.float32 if dtype in (None, "auto") else dtype, **attention)
+        except (ValueError, ImportError) as error:
+            raise ModelError(f"model.config: {_first_line(error)}") from error
     if "model_type" in overrides:
         logger.warning("model.config describes a new model and is not used: %s is", section.model_name_or_path)
         overrides = {}
@@ -194,6 +213,19 @@ def _materialize(model) -> None:
                 module._parameters[name] = torch.nn.Parameter(torch.zeros_like(weight, device="cpu"))
 
 
+def _attention(section) -> dict:
+    """Keywords for the attention that is asked for. What only GPUs train with is left out on a CPU, and said."""
+    from accelerate import PartialState
+
+    name = section.attn_implementation
+    if name and re.search("flash|flex", name) and PartialState().device.type == "cpu":
+        logger.warning(
+            "model.attn_implementation: training with %s needs a GPU; on this CPU: the model's default", name
+        )
+        return {}
+    return {"attn_implementation": name} if name else {}
+
+
 def _in_head(model, key: str) -> bool:
     """Whether a weight lies outside the backbone, or in the pooler between backbone and head."""
     prefix = model.base_model_prefix + "."
@@ -235,8 +267,7 @@ def _quantization(section, auto, where: dict) -> dict:
         )
     gpu = torch.cuda.is_available()
     if section.dtype in (None, "auto"):  # what 4-bit weights are multiplied in
-        bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        section = dataclasses.replace(section, dtype="bfloat16" if bf16 else "float32")
+        section = dataclasses.replace(section, dtype="bfloat16" if gpu and native_bf16("cuda") else "float32")
     config = get_quantization_config(section)
     with torch.device("meta"):  # no weights: only to see which modules it has
         plain = auto.from_config(AutoConfig.from_pretrained(section.model_name_or_path, **where))

@@ -475,6 +475,8 @@ def enable_packed_attention(model) -> None:
             hook.remove()
             model.set_attn_implementation(before)
             raise SetupError(f"{kind} cannot be trained on packed sequences: {reason}. Set `packing: false`.")
+        if before != "sdpa":
+            logger.warning("%s: packed sequences are attended to by SDPA, not by %s.", kind, before)
 
 
 def _why_not_exact(backbone) -> str | None:

@@ -340,18 +340,40 @@ def _check_model(at: str, kind: str, model: dict, bad) -> None:
                 )
 
 
+BNB = "pip install -e '.[quantization]'"
+OPTIMIZERS = (  # names of optimizers, the module that they need and where it comes from; the others need none
+    ("torch_(8|4)bit", "torchao", "pip install torchao"),
+    ("galore", "galore_torch", "pip install git+https://github.com/jiaweizzhao/GaLore"),
+    ("lomo", "lomo_optim", "pip install lomo-optim"),
+    ("grokadamw", "grokadamw", "pip install grokadamw"),
+    ("schedule_free", "schedulefree", "pip install schedulefree"),
+    ("apollo", "apollo_torch", "pip install git+https://github.com/zhuhanqing/APOLLO"),
+    ("stable_adamw", "optimi", "pip install torch-optimi"),
+    ("anyprecision", "torchdistx", "take adamw_torch_fused"),
+    ("xla", "torch_xla", "it is for TPUs"),
+    ("npu", "torch_npu", "it is for Ascend NPUs"),
+    ("bnb|8bit|paged|lion|ademamix", "bitsandbytes", BNB),
+)
+
+
 def _check_installed(at: str, model: dict, args: dict, bad) -> None:
     """What a setting needs must be installed: found out here, not after the stages before it have run."""
     installed = importlib.util.find_spec
     quantized = next((key for key in ("load_in_4bit", "load_in_8bit") if model.get(key)), None)
     if quantized and not installed("bitsandbytes"):
-        bad(f"{at}.model.{quantized}", "needs bitsandbytes: pip install -e '.[quantization]'", True)
+        bad(f"{at}.model.{quantized}", f"needs bitsandbytes: {BNB}", True)
     optimizer = str(args.get("optim", ""))
-    if re.search("bnb|8bit|paged", optimizer) and not installed("bitsandbytes"):
-        bad(f"{at}.args.optim", "needs bitsandbytes: pip install -e '.[quantization]'", optimizer)
-    if model.get("attn_implementation") == "flash_attention_2" and not installed("flash_attn"):
-        bad(f"{at}.model.attn_implementation", "needs the package flash-attn; drop the key (packed batches need no flash"
-            " attention)", model["attn_implementation"])  # fmt: skip
+    needed = next(((m, how) for pattern, m, how in OPTIMIZERS if re.search(pattern, optimizer)), None)
+    if needed and not installed(needed[0]):
+        bad(f"{at}.args.optim", f"needs {needed[0]}: {needed[1]}", optimizer)
+    attention = model.get("attn_implementation") or ""
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(attention)
+    package = (
+        "kernels" if "/" in attention else package
+    )  # `kernels` downloads attention from the hub, flash attention too
+    if package and not installed(package) and not installed("kernels"):
+        bad(f"{at}.model.attn_implementation", f"needs the package {package}; drop the key (packed batches need no flash"
+            " attention)", attention)  # fmt: skip
     if args.get("use_liger_kernel") and not installed("liger_kernel"):
         bad(f"{at}.args.use_liger_kernel", "needs the package liger-kernel; drop the key (the loss is fused without it)",
             True)  # fmt: skip

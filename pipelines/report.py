@@ -247,8 +247,8 @@ def _costs(stages: list[Seen], watts: float | None, price: float | None) -> str:
         on_cpu = s.final.get("args", {}).get("use_cpu") or s.final.get("versions", {}).get("torch", "").endswith("+cpu")
         device = "cpu" if on_cpu else "gpu"
         row = [s.name, s.final.get("started", "")[:16].replace("T", " "), _time(s.seconds), processes or "?"]
-        tokens, samples = tokens_trained(s), s.metrics.get("train_samples_per_second")
-        row += [number(round(tokens / s.seconds)) if tokens else "–", number(samples) if samples else "–"]
+        for count in (tokens_trained(s), rows_trained(s)):  # of all sessions, as their seconds
+            row.append(number(count / s.seconds) if count else "–")
         if processes is None:
             row += ["–"] * (2 if price else 1)
         else:
@@ -272,7 +272,8 @@ def _costs(stages: list[Seen], watts: float | None, price: float | None) -> str:
         f"Energy = watts × processes × seconds / 3,600,000, with {assumed}. "
         + (f"Cost = {price:g} per process and hour × processes × hours (--price-per-hour). " if price else "")
         + "Tokens/s = tokens trained on (PPO: sampled), padding not counted, over the stage's whole time, loading and "
-        "evaluation included; – where the stage does not count tokens."
+        "evaluation included; – where the stage does not count tokens. Rows/s likewise: a row is a pack where rows are "
+        "packed, a window of raw text, an answer of PPO."
     )
     return _table(head, [*rows, total + ([number(money)] if price else [])], 2) + f'<p class="note">{text}</p>'
 
@@ -284,11 +285,22 @@ def tokens_trained(stage: Seen) -> float | None:
         lengths = [e["response_length"] for e in stage.history if "response_length" in e]
         return last["episode"] * sum(lengths) / len(lengths)
     if "num_tokens" in last:
-        return last["num_tokens"]
+        counts = [e["num_tokens"] for e in stage.history if "num_tokens" in e]
+        # TRL counts from 0 again when a session resumes: what the one before had counted stands before the drop
+        return last["num_tokens"] + sum(a for a, b in zip(counts, counts[1:]) if b < a)
     counted = stage.final.get("rows", {}).get("train", {})
     if isinstance(counted, dict) and "tokens" in counted and "epoch" in last:
         return counted["tokens"] * last["epoch"]
     return None
+
+
+def rows_trained(stage: Seen) -> int | None:
+    """Rows (packs, windows, answers of PPO) that a finished stage trained on in all its sessions; None for other stages."""
+    args, steps = stage.final.get("args", {}), stage.metrics.get("steps")
+    if not steps or "per_device_train_batch_size" not in args:
+        return None
+    each = args["per_device_train_batch_size"] * args.get("gradient_accumulation_steps", 1)
+    return steps * each * stage.final["world_size"]
 
 
 # --- one stage ---------------------------------------------------------------------------------------------------

@@ -19,11 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 def load(path: str, auto_class: str = "AutoModelForCausalLM"):
-    """`(model, tokenizer)` of a folder or hub id, ready to answer: bf16 where a GPU has it, else float32."""
+    """`(model, tokenizer)` of a folder or hub id, ready to answer: bfloat16 where a GPU has it, else float32."""
     device = PartialState().device
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    half = device.type == "cuda" and models.native_bf16("cuda")
     section = ModelSection(model_name_or_path=path, dtype="bfloat16" if half else None)
-    return models.load_model(section, auto_class).to(device).eval(), models.load_tokenizer(section)
+    model = models.load_model(section, auto_class).to(device).eval()
+    logger.info("%s: on %s, %s", path, device.type, models.described(model))
+    return model, models.load_tokenizer(section)
 
 
 def fitting(model, tokenizer, prompts: list, response_length: int) -> list[int]:

@@ -43,7 +43,7 @@ class ModelSection(ModelConfig):
         default=None,
         metadata={
             "help": "Type in which the weights are loaded; null: float32 (training then runs in bf16 autocast where the "
-            "hardware has it). With load_in_4bit also the type in which they are multiplied; null: bfloat16 where the GPU "
+            "GPUs have it). With load_in_4bit also the type in which they are multiplied; null: bfloat16 where the GPU "
             "has it, else float32.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },

@@ -20,12 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from pipelines import SetupError, artifact, launch, models
+from pipelines import SetupError, artifact, corpus, launch, masking, models
+from pipelines.packing import PackedCollator
 
 logger = logging.getLogger(__name__)
 
@@ -43,55 +45,111 @@ class NotFinite(ArithmeticError):
 def build_args(stage, **defaults):
     """The stage's `args:` as its dataclass, with what the chain sets and what the hardware suggests filled in.
 
-    Order of precedence: the recipe, the stage module's `defaults`, the hardware (bf16 where a GPU has it), the class.
+    Order of precedence: the recipe, the stage module's `defaults`, the hardware (`silent_precision`), the class.
     """
     state = PartialState()
     values = {"report_to": ["tensorboard"], "save_total_limit": 2, "save_steps": 0.1, "logging_steps": 10}
     values |= {"eval_strategy": "steps", "eval_steps": 0.1} if stage.sections.get("data", {}).get("validation") else {}
     values |= {"ddp_find_unused_parameters": False, "gradient_checkpointing": False}
-    values["bf16"] = state.device.type == "cuda" and torch.cuda.is_bf16_supported()
     zero = state.distributed_type.value == "DEEPSPEED"
     if state.device.type == "cpu":
         values |= {"dataloader_pin_memory": False} | ({"ddp_backend": "gloo"} if zero else {"use_cpu": True})
     values |= defaults
-    values |= stage.sections.get("args", {})
-    if values.get("fp16"):
-        values["bf16"] = False
+    said = stage.sections.get("args", {})
+    values |= {"bf16": False} | said  # TRL's default would be bf16 anywhere
+    why = "as the recipe says"
+    if said.keys().isdisjoint(("bf16", "fp16")):
+        chosen, why = silent_precision(stage)
+        values |= {"bf16": chosen == "bf16", "fp16": chosen == "fp16"}
     values |= {"output_dir": str(stage.checkpoints), "seed": stage.seed, "remove_unused_columns": False}
     values |= accumulation(values, state.num_processes)
+    asked = values.get("fp16")
     _fit_to_cpu(values, state.device.type)
+    why = "fp16 needs a GPU" if asked and not values["fp16"] else why
     if zero:  # DeepSpeed divides by the steps of its own config, which `accelerate launch` sets to 1
         os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(values.get("gradient_accumulation_steps", 1))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "logs")
     module, _, name = stage.module.SECTIONS["args"].partition(":")
     cls = getattr(__import__(module, fromlist=[name]), name)
-    args = cls(**values)
+    try:
+        args = cls(**values)
+    except SetupError:
+        raise
+    except (ValueError, ImportError) as error:  # settings that exclude each other, a package that is missing
+        raise SetupError(f"stages.{stage.name}.args: {error}") from error
+    args.mixed_precision = {"fp32": "no"}.get(precision(args), precision(args))  # else the launcher's would win unseen
     stage.resolved = {k: v for k, v in args.to_dict().items() if v is not None}
     if PartialState().is_main_process:
-        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * state.num_processes
         logger.info(
-            "%s: %s on %d x %s, %d rows per step (%d per device x %d accumulated x %d processes)",
-            stage.name, precision, state.num_processes, state.device.type, per_step,
+            "%s: %s (%s) on %d x %s, %d rows per step (%d per device x %d accumulated x %d processes)",
+            stage.name, precision(args), why, state.num_processes, state.device.type, per_step,
             args.per_device_train_batch_size, args.gradient_accumulation_steps, state.num_processes,
         )  # fmt: skip
-        checkpointing = "on" if args.activation_checkpointing else "off"
-        logger.info(
-            "%s: optimizer %s, activation checkpointing %s, torch.compile %s, attention %s",
-            stage.name, getattr(args.optim, "value", args.optim), checkpointing, "on" if args.torch_compile else "off",
-            stage.sections.get("model", {}).get("attn_implementation") or "sdpa where the model has it",
-        )  # fmt: skip
     return args
+
+
+def precision(args) -> str:
+    """What the matrix products of a training are computed in: bf16, fp16 (both by autocast) or fp32."""
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
+def silent_precision(stage) -> tuple[str, str]:
+    """`(bf16, fp16 or fp32, why)` where the recipe says nothing; every process calls it and gets the same.
+
+    A run that goes on stays with what it began in. Else the launcher's word counts (`--mixed_precision`), else bf16 is
+    taken where the GPUs of all processes compute in it themselves. fp16 is never taken without a word: it overflows where
+    the others do not, and its loss scaling skips steps.
+    """
+    state, asked = PartialState(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked in ("bf16", "fp16"):
+        chosen, why = asked, "as the launcher says"
+    elif state.device.type == "cpu":
+        chosen, why = "fp32", "the default on CPUs" + ("; bf16 may be faster here" if models.native_bf16("cpu") else "")
+    elif all(gather_object([models.native_bf16(state.device.type)])):
+        chosen, why = "bf16", "the GPUs compute in it"
+    else:
+        chosen, why = "fp32", "not every GPU here computes in bf16"
+    begun = [artifact.begun_in(stage.checkpoints) if state.is_main_process else None]
+    broadcast_object_list(begun)
+    if begun[0] not in (None, chosen):
+        return begun[0], f"as this run began; from the start it would be {chosen} here: {why}"
+    return chosen, why
 
 
 def _fit_to_cpu(values: dict, device: str) -> None:
     """What only a GPU can do is left out on a CPU, and said, so that one recipe runs on both."""
     if device != "cpu":
         return
-    for key, instead in (("fp16", "fp32"), ("tf32", "fp32"), ("use_liger_kernel", "our own fused loss, on any device")):
+    instead = {
+        "fp16": "fp32",
+        "fp16_full_eval": "evaluation as training",
+        "tf32": "fp32",
+        "use_liger_kernel": "our own fused loss, on any device",
+    }
+    for key, other in instead.items():
         if values.get(key):
-            logger.warning("args.%s needs a GPU; on this CPU: %s", key, instead)
+            logger.warning("args.%s needs a GPU; on this CPU: %s", key, other)
             values[key] = None if key == "tf32" else False
+    compiled = any(values.get(f"torch_compile{key}") for key in ("", "_backend", "_mode"))
+    if compiled and values.get("torch_compile_backend") in (None, "inductor") and not _has_compiler():
+        logger.warning("args.torch_compile needs a C++ compiler and Python's headers; without them here: off")
+        values |= {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
+    if (values.get("bf16") or values.get("bf16_full_eval")) and not models.native_bf16("cpu"):
+        logger.warning("args.bf16: this CPU has no bf16 arithmetic and emulates it, slowly; bf16: false is faster")
+
+
+def _has_compiler() -> bool:
+    """Whether inductor, which writes C++ for a CPU, finds what turns it into code."""
+    import sysconfig
+
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return False
+    return (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
 
 
 def accumulation(values: dict, world: int) -> dict:
@@ -313,7 +371,7 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = None
-        self._note(args, state, {"max_steps": state.max_steps})
+        self._note(args, state, {"max_steps": state.max_steps, "precision": precision(args)})
         if state.is_world_process_zero and not args.disable_tqdm:
             name = Path(args.output_dir).parent.name
             self.bar = tqdm(
@@ -351,6 +409,24 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
 
 
+def _set_up(trainer) -> str:
+    """In words, how a trainer that is ready computes: what was asked for and what became of it on this hardware."""
+    args, model = trainer.args, getattr(trainer, "policy", trainer.model)
+    collator = getattr(trainer.data_collator, "collator", trainer.data_collator)
+    if getattr(trainer, "packed", False) or getattr(collator, "packed", isinstance(collator, PackedCollator)):
+        batches = "packed"
+    else:
+        batches = "full windows" if collator in (corpus.stack_windows, masking.stack) else "padded"
+    fused = getattr(model, "loss_is_fused", None)
+    loss = "" if fused is None else f", loss {'fused with the head' if fused else 'of the model'}"
+    compiled = f"on ({args.torch_compile_backend})" if args.torch_compile else "off"
+    checkpointing = "on" if args.activation_checkpointing else "off"
+    return (
+        f"{models.described(model)}, batches {batches}{loss}, optimizer {getattr(args.optim, 'value', args.optim)}, "
+        f"activation checkpointing {checkpointing}, torch.compile {compiled}"
+    )
+
+
 def fit(stage, trainer) -> None:
     """Train from the last whole checkpoint (or from the start) to the end; raises `Interrupted` on Ctrl-C."""
     folder = stage.checkpoints
@@ -372,6 +448,7 @@ def fit(stage, trainer) -> None:
             trainer.stream.load(Path(resume))
     if launch.sharded() and any(hasattr(module, "peft_config") for module in trainer.model.modules()):
         trainer.structure = models.structure(trainer.model)  # for `save`
+    logger.info("%s: %s", stage.name, _set_up(trainer))
     stopper = _StopOnSignal()
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)

@@ -153,18 +153,6 @@ def test_check_names_the_hub_id_that_cannot_be_had(recipe, write, capsys, monkey
     )
 
 
-def test_what_only_a_gpu_can_do_is_said_and_left_out_on_a_cpu(caplog):
-    from pipelines import training
-
-    values = {"fp16": True, "tf32": True, "use_liger_kernel": True, "bf16": True}
-    training._fit_to_cpu(values, "cpu")
-    assert values == {"fp16": False, "tf32": None, "use_liger_kernel": False, "bf16": True}
-    assert caplog.text.count("needs a GPU") == 3
-    values = {"fp16": True}
-    training._fit_to_cpu(values, "cuda")
-    assert values == {"fp16": True}
-
-
 def test_the_token_that_closes_an_answer_becomes_eos(tokenizer):
     import copy
 

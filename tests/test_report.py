@@ -99,6 +99,19 @@ def test_it_reads_what_each_stage_is_doing(run):
     assert report.headline(stages["policy"]) == (2.5, "score") and report.headline(late) == (None, "")
 
 
+def test_speeds_are_of_all_sessions(tmp_path):
+    """A stage that was stopped at step 30 of 40 and resumed: nothing is divided by the last session's time alone."""
+    history = [{"num_tokens": n, "step": s} for s, n in ((10, 1000), (20, 2000), (30, 3000), (40, 900))]
+    metrics = {"steps": 40, "train_samples_per_second": 99.0}
+    args = {"use_cpu": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    finished(tmp_path / "run" / "reward", "reward", metrics, history=history, args=args)
+    (stage,) = report.read(tmp_path / "run")
+    assert report.rows_trained(stage) == 40 * 4 * 2 * 2  # world_size 2
+    assert report.tokens_trained(stage) == 3900
+    page = report.write(tmp_path / "run").read_text()
+    assert re.search(r"<td[^>]*>39</td><td[^>]*>6.4</td>", page)  # in 100 s
+
+
 def test_the_page_shows_curves_tables_and_samples(run):
     page = report.write(run, price=2.0).read_text()
     assert report.write(run) == run / "report.html"

@@ -148,6 +148,8 @@ def has_plain_head(model: nn.Module) -> bool:
         ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
         near = torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
         model._has_plain_head = type(head) is nn.Linear and near
+        if not model._has_plain_head:
+            logger.warning("%s: log-probs from its own logits (slower, more memory).", type(model).__name__)
     return model._has_plain_head
 
 
