@@ -15,11 +15,14 @@ def healthy(n=60):
         {
             "objective/kl": 8 * i / n + noise.gauss(0, 0.2),
             "objective/kl_sem": 0.2,
-            "objective/scores": i / n + noise.gauss(0, 0.1),
+            "objective/raw_scores": i / n + noise.gauss(0, 0.1),
+            "objective/scores_std": 0.8,
             "policy/entropy_avg": 2.5 - i / n + noise.gauss(0, 0.05),
             "response_length": 40 + 8 * i / n + noise.gauss(0, 1),
             "val/explained_variance": -0.5 if i < 5 else 0.3 + noise.gauss(0, 0.1),
             "val/first_ratio_rms": 1e-6,
+            "val/surprise_gap": noise.gauss(0, 0.03),
+            "val/surprise_sem": 0.03,
         }
         for i in range(n)
     ]
@@ -45,11 +48,14 @@ def test_a_healthy_run_is_left_alone():
     "name, broken",
     [
         ("ratio_not_one", {"val/first_ratio_rms": 0.3}),
+        ("sampled_otherwise", {"val/surprise_gap": -0.3}),
+        ("sampled_otherwise", {"val/surprise_gap": 0.3}),
         ("negative_kl", {"objective/kl": -1.0}),
         ("kl_running_away", {"objective/kl": 60.0}),
         ("entropy_collapse", {"policy/entropy_avg": 0.3}),
         ("length_drift", {"response_length": 90.0}),
         ("length_drift", {"response_length": 12.0}),
+        ("constant_scores", {"objective/scores_std": 0.0}),
         ("critic_explains_nothing", {"val/explained_variance": -0.2}),
     ],
 )
@@ -71,7 +77,8 @@ def test_each_pathology_is_said_once_with_its_remedy(name, broken):
 def test_noise_around_a_kl_of_nothing_is_no_finding():
     noise = random.Random(1)
     still = {"response_length": 40.0, "policy/entropy_avg": 2.5, "val/explained_variance": 0.1}
-    rows = [still | {"objective/kl": noise.gauss(0, 0.2), "objective/kl_sem": 0.2, "objective/scores": 0.0} for _ in range(500)]  # fmt: skip
+    still |= {"objective/kl_sem": 0.2, "objective/raw_scores": 0.0, "objective/scores_std": 1.0}
+    rows = [still | {"objective/kl": noise.gauss(0, 0.2)} for _ in range(500)]
     assert run(rows) == []
 
 
@@ -86,7 +93,7 @@ def test_reward_up_while_held_out_falls():
     assert run(healthy(), falling) == [(50, "held_out_falls")]
     within_noise = {step: (mean, 0.2) for step, (mean, _) in falling.items()}
     assert run(healthy(), within_noise) == []
-    fell_together = [row | {"objective/scores": 1 - row["objective/scores"]} for row in healthy()]
+    fell_together = [row | {"objective/raw_scores": 1 - row["objective/raw_scores"]} for row in healthy()]
     assert run(fell_together, falling) == []
 
 

@@ -15,8 +15,8 @@ from math import sqrt
 WINDOW = 10  # updates over which a run is judged
 KEPT = 30  # updates kept beside the first WINDOW
 USED = (
-    "objective/kl", "objective/kl_sem", "objective/scores", "policy/entropy_avg", "response_length",
-    "val/explained_variance", "val/first_ratio_rms",
+    "objective/kl", "objective/kl_sem", "objective/raw_scores", "objective/scores_std", "policy/entropy_avg", "response_length",
+    "val/explained_variance", "val/first_ratio_rms", "val/surprise_gap", "val/surprise_sem",
 )  # fmt: skip
 
 
@@ -42,6 +42,20 @@ def ratio_not_one(updates: list[dict], evaluations: list[dict]) -> str | None:
     off = updates[-1].get("val/first_ratio_rms", 0.0) if updates else 0.0
     if off > 0.05:
         return f"on the first minibatch, before any step, log-probs differ by {off:.2g} (RMS) from those sampled with"
+
+
+def sampled_otherwise(updates: list[dict], evaluations: list[dict]) -> str | None:
+    """Of tokens sampled from π, −log π is on average the entropy of π. Here it is not, by five standard errors."""
+    rows = [row for row in updates[-WINDOW:] if "val/surprise_gap" in row]
+    if len(rows) >= 3:
+        gap = _mean(rows, "val/surprise_gap")
+        noise = sqrt(sum(row["val/surprise_sem"] ** 2 for row in rows)) / len(rows)
+        if abs(gap) > max(5 * noise, 0.1):
+            kind = "likelier" if gap < 0 else "less likely"
+            return (
+                f"sampled tokens are {kind} than tokens of the policy: −log π is on average {abs(gap):.2g} nats "
+                f"{'below' if gap < 0 else 'above'} its entropy, {abs(gap) / noise if noise else 0:.0f} standard errors"
+            )
 
 
 def negative_kl(updates: list[dict], evaluations: list[dict]) -> str | None:
@@ -104,6 +118,13 @@ def held_out_falls(updates: list[dict], evaluations: list[dict]) -> str | None:
             )
 
 
+def constant_scores(updates: list[dict], evaluations: list[dict]) -> str | None:
+    """All answers of three batches get the same score: nothing to learn from, or nothing left to learn."""
+    last = updates[-3:]
+    if len(last) == 3 and max(row["objective/scores_std"] for row in last) < 1e-6:
+        return f"all answers of three updates got the same score, {last[-1]['objective/raw_scores']:.3g}"
+
+
 def critic_explains_nothing(updates: list[dict], evaluations: list[dict]) -> str | None:
     """Explained variance below 0 (worse than a constant) over WINDOW updates, the first WINDOW left out."""
     if len(updates) >= 2 * WINDOW:
@@ -119,6 +140,11 @@ CHECKS = (
         ratio_not_one,
         "Sampling and training see different models: look for dropout, another temperature, a generation engine with "
         "old weights, or precision too low for this model (bf16: true needs fp32 weights).",
+    ),
+    (
+        sampled_otherwise,
+        "Answers are not sampled from the distribution whose log-probs are used: set top_k: 0 and top_p: 1, give a "
+        "generation engine the same temperature, and do not penalise repetition or suppress EOS while sampling.",
     ),
     (
         negative_kl,
@@ -144,6 +170,11 @@ CHECKS = (
         held_out_falls,
         "The policy exploits the reward: keep the best checkpoint (load_best_model_at_end, best_kl_cap), raise kl_coef, "
         "or train the reward model on answers of this policy.",
+    ),
+    (
+        constant_scores,
+        "If it is the best score, the task is solved: stop, or take harder prompts. Otherwise the reward cannot tell this "
+        "policy's answers apart, and only the KL is being trained on.",
     ),
     (
         critic_explains_nothing,
@@ -172,7 +203,8 @@ class Watch:
         self.updates = self.updates[:WINDOW] + self.updates[WINDOW:][-KEPT:]
 
     def add_evaluation(self, held_out: dict[str, tuple[float, float]]) -> None:
-        score = _mean(self.updates[-WINDOW:], "objective/scores") if self.updates else 0.0
+        """After an update, or before the first one: then the untrained policy's own score stands for training's."""
+        score = _mean(self.updates[-WINDOW:], "objective/raw_scores") if self.updates else held_out["score"][0]
         self.evaluations.append({"train_score": score, "held_out": held_out})
 
     def new_findings(self) -> list[Finding]:

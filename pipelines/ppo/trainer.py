@@ -200,7 +200,7 @@ class PPOTrainer(_BaseTrainer):
 
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         if args.eval_on_start and checkpoint is None:
-            self.evaluate()
+            self.watch.add_evaluation(self._held_out(self.evaluate()))
         first_step = self.state.global_step
         while self.state.global_step < self.max_steps and not self.control.should_training_stop:
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
@@ -411,8 +411,12 @@ class PPOTrainer(_BaseTrainer):
 
         seconds = rollouts.seconds | {"update": time.perf_counter() - began}
         metrics = self._metrics(rollouts, scores, kl, kl_coef, returns, seconds)
-        moved_before_any_step = self.accelerator.reduce(first, "sum")[STATISTICS.index("policy/approxkl_avg")].item()
-        metrics["val/first_ratio_rms"] = math.sqrt(2 * moved_before_any_step)  # of log π/π_old, ideally 0
+        before = dict(zip(STATISTICS, self.accelerator.reduce(first, "sum").tolist(), strict=True))  # any step
+        metrics["val/first_ratio_rms"] = math.sqrt(2 * before["policy/approxkl_avg"])  # of log π/π_old, ideally 0
+        taken = self._order(0)[: self.mini_batch_size]  # if they were sampled from π, −log π is on average its entropy
+        surprise = -rollouts.logprobs[taken][mask[taken]]
+        metrics["val/surprise_gap"] = surprise.mean().item() - before["policy/entropy_avg"]
+        metrics["val/surprise_sem"] = surprise.std(unbiased=False).item() / math.sqrt(len(surprise))
         if ptx_losses:
             metrics["loss/ptx_avg"] = self.accelerator.reduce(torch.stack(ptx_losses).mean(), "sum").item()
         if statistics:
@@ -535,6 +539,7 @@ class PPOTrainer(_BaseTrainer):
             "objective/rlhf_reward": scores.mean().item() - kl_coef * kl_of_answers,
             "objective/scores": scores.mean().item(),
             "objective/scores_std": scores.std(unbiased=False).item(),
+            "objective/raw_scores": rollouts.scores.mean().item(),  # not normalised, clipped or less a penalty
             "val/explained_variance": algorithm.explained_variance(rollouts.values, returns, mask).item(),
             "val/num_eos_tokens": int(rollouts.ended.sum()),
             "eos_rate": rollouts.ended.float().mean().item(),
@@ -759,7 +764,7 @@ class PPOTrainer(_BaseTrainer):
         """Drop samples that an interrupted run wrote after its last checkpoint: they come again."""
         path = Path(self.args.output_dir) / SAMPLES
         if self.is_world_process_zero() and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: text may hold U+0085 or U+2028
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
