@@ -47,7 +47,7 @@ from transformers import (
 )
 
 from pipelines.ppo.config import PPOConfig
-from pipelines.ppo.diagnosis import CHECKS, Watch
+from pipelines.ppo.diagnosis import CHECKS, USED, Watch
 from pipelines.ppo.rollout import generate
 from pipelines.ppo.trainer import PPOTrainer
 
@@ -97,7 +97,7 @@ def speaker(width: int, layers: int, ends: float) -> GPT2LMHeadModel:
         attn_pdrop=0, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD, num_labels=1,
     )  # fmt: skip
     model, draw = GPT2LMHeadModel(config), np.random.default_rng(1)
-    texts = [text(draw, ends, 68 if ends == RARELY else 24) for _ in range(2000)]
+    texts = [text(draw, ends, 68 if ends < 0.08 else 24) for _ in range(2000)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     steps = 250
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
@@ -216,17 +216,17 @@ def engine_behind(trainer: PPOTrainer) -> None:
 class Engine:
     """A generation engine beside the trainer, as vLLM is: its answers count, their log-probs are computed anew."""
 
-    def __init__(self, trainer: PPOTrainer, temperature: float = 1.0, eos_held_back: bool = False):
-        self.trainer, self.temperature, self.calls = trainer, temperature, 0
-        self.tries = 4 if eos_held_back else 1  # of four answers the longest, much as a minimal length does
+    def __init__(self, trainer: PPOTrainer, temperature: float = 1.0, tries: int = 1, old: bool = False):
+        self.args, self.temperature, self.tries, self.calls = trainer.args, temperature, tries, 0
+        self.policy = copy.deepcopy(trainer.policy) if old else trainer.policy
 
     def sync_weights(self) -> None:
         self.calls += 1
 
     def generate(self, prompts, images, n):
-        args, tries = self.trainer.args, self.tries
+        args, tries = self.args, self.tries
         answers, _ = generate(
-            self.trainer.policy, [p for p in prompts for _ in range(tries)], max_new_tokens=args.response_length,
+            self.policy, [p for p in prompts for _ in range(tries)], max_new_tokens=args.response_length,
             eos_token_ids=[EOS], temperature=self.temperature,
             seeds=[(args.seed, self.calls, i) for i in range(len(prompts) * tries)],
         )  # fmt: skip
@@ -238,7 +238,13 @@ def hotter_engine(trainer: PPOTrainer) -> None:
 
 
 def eos_held_back(trainer: PPOTrainer) -> None:
-    trainer.vllm = Engine(trainer, eos_held_back=True)
+    """Of four answers the longest is taken, much as a minimal length does."""
+    trainer.vllm = Engine(trainer, tries=4)
+
+
+def forgotten_engine(trainer: PPOTrainer) -> None:
+    """It never gets the new weights."""
+    trainer.vllm = Engine(trainer, old=True)
 
 
 def frozen_critic(trainer: PPOTrainer) -> None:
@@ -267,42 +273,46 @@ class World:
 
 WORLDS = [
     World("good words"),
-    World("… learned slowly", settings={"learning_rate": 2e-4}),
-    World("… learned fast, held by the KL", settings={"learning_rate": 3e-3, "kl_coef": 0.2}),
+    World("… slowly", settings={"learning_rate": 2e-4}),
+    World("… fast, held by the KL", settings={"learning_rate": 3e-3, "kl_coef": 0.2}),
     World("… four epochs", settings={"num_ppo_epochs": 4}),
     World("… temperature 0.7", settings={"temperature": 0.7}),
     World("… an adaptive KL", settings={"kl_target": 4.0, "kl_horizon": 500}),
-    World("… KL in the loss, k2", settings={"kl_placement": "loss", "kl_estimator": "k2"}),
+    World("… KL in the loss, k2", settings={"kl_placement": "loss", "kl_estimator": "k2", "kl_coef": 0.3}),
     World("… bfloat16", settings={"bf16": True}),
     World("… LoRA", settings={"learning_rate": 1e-2}, lora=True),
-    World("… shared critic", critic="shared"),
+    World("… shared critic", critic="shared", settings={"vf_coef": 1.0}),
     World("… 230,000 parameters", settings={"learning_rate": 5e-4}, model=(96, 2, 0.08)),
-    World("… long answers", settings={"response_length": 64}, model=(48, 2, RARELY)),
+    World("… long answers, cut", settings={"response_length": 48, "allow_no_eos": True}, model=(48, 2, 0.0)),
     World("… scores of ±100, normalised", reward=a_hundredfold, settings={"normalize_scores": True}),
     World("one word somewhere", reward=has_goal, settings={"kl_coef": 0.1}),
     World("the last word counts", reward=last_word, settings={"kl_coef": 0.3}),
     World("noisy reward", reward=noisy, settings={"kl_coef": 0.3}),
-    World(
-        "learns to end, and good words",
-        settings={"missing_eos_penalty": 1.0, "response_length": 24},
-        model=(48, 2, RARELY),
-    ),
     World("dropout left on", "ratio_not_one", spoil=dropout),
     World("sampled colder", "ratio_not_one", spoil=sampled_colder),
     World("engine one update behind", "ratio_not_one", spoil=engine_behind),
     World("top_k 3", "sampled_otherwise", settings={"top_k": 3}),
     World("top_p 0.9", "sampled_otherwise", settings={"top_p": 0.9}),
     World("an engine at temperature 1.4", "sampled_otherwise", spoil=hotter_engine),
-    World("EOS held back", "negative_kl", reward=likes_brevity, spoil=eos_held_back),
+    World("EOS held back", "sampled_otherwise", reward=likes_brevity, spoil=eos_held_back),
+    World("an engine never updated", "negative_kl", spoil=forgotten_engine),
     World("lr times 20, no KL", "kl_running_away", settings={"learning_rate": 2e-2, "kl_coef": 0.0}),
     World("lr times 5, no KL", "kl_running_away", settings={"learning_rate": 5e-3, "kl_coef": 0.0}),
     World("one word only", "entropy_collapse", reward=only_goal, settings={"kl_coef": 0.01}),
     World("the best word only", "entropy_collapse", reward=mean_worth),
     World("length is liked", "length_drift", reward=likes_length, settings={"response_length": 32}),
     World("brevity is liked", "length_drift", reward=likes_brevity),
+    World("stops while it is ahead", "length_drift", settings={"response_length": 64}, model=(48, 2, RARELY)),
+    World(
+        "learns to end, as asked",
+        "length_drift",
+        settings={"missing_eos_penalty": 1.0, "response_length": 24},
+        model=(48, 2, RARELY),
+    ),
     World("a hole in the reward", "held_out_falls", reward=with_a_hole, settings={"learning_rate": 2e-3, "kl_coef": 0.01}),
     World("critic frozen", "critic_explains_nothing", spoil=frozen_critic),
     World("critic not trained", "critic_explains_nothing", settings={"vf_coef": 0.0}),
+    World("shared critic, vf_coef 0.1", "critic_explains_nothing", critic="shared"),
     World("scores of ±100", "critic_explains_nothing", reward=a_hundredfold),
     World("a constant reward", "constant_scores", reward=constant, settings={"allow_constant_scores": True}),
 ]  # fmt: skip
@@ -339,15 +349,15 @@ def run(world: World, seed: int) -> dict:
             world.spoil(trainer)
         trainer.train()
     rows = trainer.state.log_history
-    kept = ("objective/", "policy/", "val/", "loss/", "response_length", "eos_rate", "kl_coef", "grad_norm")
-    updates = [{k: v for k, v in row.items() if k.startswith(kept)} for row in rows if "objective/kl" in row]
+    shown = ("eval_score", "eval_reward/judge", "eval_kl", "eval_length")
+    short = lambda row, names: {name: float(f"{row[name]:.4g}") for name in names}
     return {
         "world": world.name,
         "finds": world.finds,
         "seed": seed,
-        "updates": updates,
+        "updates": [short(row, USED) for row in rows if "objective/kl" in row],
         "evaluations": [e["held_out"] for e in trainer.watch.evaluations],
-        "evaluated": [{k: v for k, v in row.items() if k.startswith("eval_")} for row in rows if "eval_score" in row],
+        "evaluated": [short(row, shown) for row in rows if "eval_score" in row],
     }
 
 
@@ -402,7 +412,7 @@ def main() -> None:
         return table([json.loads(line) for line in open(args.replay)])
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)  # the models are too small for more
-    curves, args.seeds = [], [1, 2, 3]  # TEMP
+    curves = []
     chosen = [w for w in WORLDS if not args.only or args.only in w.name or args.only in (w.finds or "healthy")]
     for seed in args.seeds:
         for world in chosen:

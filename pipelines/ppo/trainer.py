@@ -530,6 +530,8 @@ class PPOTrainer(_BaseTrainer):
         mask, responses = rollouts.mask, len(rollouts.responses)
         each_kl = torch.where(mask, kl, 0.0).sum(1)
         kl_of_answers = each_kl.mean().item()
+        off = algorithm.masked_mean(returns - rollouts.values, mask)
+        spread = algorithm.masked_var(returns, mask).sqrt().clamp(min=1e-8)
         tokens = int(mask.sum())
         metrics = {
             "objective/kl": kl_of_answers,
@@ -541,6 +543,7 @@ class PPOTrainer(_BaseTrainer):
             "objective/scores_std": scores.std(unbiased=False).item(),
             "objective/raw_scores": rollouts.scores.mean().item(),  # not normalised, clipped or less a penalty
             "val/explained_variance": algorithm.explained_variance(rollouts.values, returns, mask).item(),
+            "val/bias": (off / spread).item(),
             "val/num_eos_tokens": int(rollouts.ended.sum()),
             "eos_rate": rollouts.ended.float().mean().item(),
             "response_length": tokens / responses,
