@@ -1,8 +1,8 @@
-"""Does PPO's diagnosis find what is wrong, and keep silent where nothing is? Tiny worlds, each sick one made so on purpose.
+"""PPO's diagnosis in tiny worlds: does it find what was made wrong on purpose, and is it silent where nothing is?
 
-    python benchmarks/ppo_diagnosis.py                                # about 6 CPU minutes
+    python benchmarks/ppo_diagnosis.py                                # 14 CPU minutes
     python benchmarks/ppo_diagnosis.py --seeds 11 12 --only healthy --curves runs/curves.jsonl
-    python benchmarks/ppo_diagnosis.py --replay runs/curves.jsonl     # other limits in diagnosis.py, the same runs: seconds
+    python benchmarks/ppo_diagnosis.py --replay runs/curves.jsonl     # the same runs after a change of diagnosis.py
 
 The language is a Markov chain of 48 words, each with a few usual successors, and a GPT-2 of 60,000 parameters (or a
 larger one) has learned it. Every word has a worth, on average 0, and the usual reward is, as a classifier's, the

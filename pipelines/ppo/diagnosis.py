@@ -41,7 +41,7 @@ def _mean(rows: list[dict], name: str) -> float:
 
 
 def ratio_not_one(updates: list[dict], evaluations: list[dict]) -> str | None:
-    """Before any step the new log-probs must be those sampled with: 4e-7 in fp32, 4e-3 in bfloat16, sick worlds 0.3."""
+    """Before any step the new log-probs must be those sampled with: fp32 4e-7, bfloat16 4e-3, sick worlds 0.3."""
     off = updates[-1].get("val/first_ratio_rms", 0.0) if updates else 0.0
     if off > 0.05:
         return f"on the first minibatch, before any step, log-probs differ by {off:.2g} (RMS) from those sampled with"
@@ -85,11 +85,11 @@ def kl_running_away(updates: list[dict], evaluations: list[dict]) -> str | None:
     if len(last) == 3:
         kl, length = _mean(last, "objective/kl"), _mean(last, "response_length")
         if kl > length:
-            return f"the KL per answer is {kl:.3g} nats on {length:.0f} tokens: more than 1 per token, no longer fluent text"
+            return f"the KL per answer is {kl:.3g} nats on {length:.0f} tokens: more than 1 per token, no fluent text"
 
 
 def entropy_collapse(updates: list[dict], evaluations: list[dict]) -> str | None:
-    """Less than a quarter of the entropy it began with: healthy worlds keep 0.66, the demo 0.32, a collapse 0.13."""
+    """Less than a quarter of the entropy at first: healthy worlds keep 0.66, the demo 0.32, a collapse 0.13."""
     rows = [row for row in updates if "policy/entropy_avg" in row]
     if len(rows) >= 6:
         began, now = _mean(rows[:3], "policy/entropy_avg"), _mean(rows[-3:], "policy/entropy_avg")
@@ -98,7 +98,7 @@ def entropy_collapse(updates: list[dict], evaluations: list[dict]) -> str | None
 
 
 def length_drift(updates: list[dict], evaluations: list[dict]) -> str | None:
-    """Answers twice as long as they were, or 0.4 times: the healthy worlds come to 0.42 and 1.7, drifts to 2.5 and 0.38."""
+    """Answers twice as long as at first, or 0.4 times: healthy worlds come to 1.7 and 0.42, drifts to 2.5 and 0.38."""
     if len(updates) >= 6:
         began, now = _mean(updates[:3], "response_length"), _mean(updates[-3:], "response_length")
         if not 0.4 * began <= now <= 2 * began:
@@ -106,7 +106,7 @@ def length_drift(updates: list[dict], evaluations: list[dict]) -> str | None:
 
 
 def held_out_falls(updates: list[dict], evaluations: list[dict]) -> str | None:
-    """The training score rises while a held-out one stays below its best for two evaluations, by three standard errors."""
+    """The training score rises, a held-out one is below its best by three standard errors in two evaluations."""
     if len(evaluations) < 3:
         return None
     for name in evaluations[-1]["held_out"]:
@@ -183,8 +183,8 @@ CHECKS = (
     ),
     (
         constant_scores,
-        "If it is the best score, the task is solved: stop, or take harder prompts. Otherwise the reward cannot tell this "
-        "policy's answers apart, and only the KL is being trained on.",
+        "If it is the best score, the task is solved: stop, or take harder prompts. Otherwise the reward cannot tell "
+        "the answers apart, and only the KL is being trained on.",
     ),
     (
         critic_explains_nothing,
