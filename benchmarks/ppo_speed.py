@@ -10,9 +10,9 @@ epochs, threads and optimizer are the same for all; dropout and activation check
 latter on by default, which is slower still). GRPO and RLOO have no critic, so they do less.
 
 Candidates are processes that step in turn (see pretrain_speed.py). Reported are the mean CPU and wall seconds of an
-update, sampled tokens per update (the work: equal up to the luck of sampling), and peak memory, in all and above
-what the process held before training. That the quality is the same is what tests/test_ppo_parity.py shows: the same
-answers give the same weights.
+update, sampled tokens per update (the work: equal up to the luck of sampling), the CPU time of a sampled token and
+its ratio (which that luck does not touch), and peak memory, in all and above what the process held before training.
+That the quality is the same is what tests/test_ppo_parity.py shows: the same answers give the same weights.
 """
 
 from __future__ import annotations
@@ -238,7 +238,10 @@ def main() -> None:
         for candidate in candidates:
             candidate.close()
 
-    print(f"{'':26}{'CPU s':>8}{'wall s':>8}{'tokens':>8}{'x CPU':>8}{'peak MB':>9}{'above':>8}{'x peak':>8}")
+    print(
+        f"{'':26}{'CPU s':>8}{'wall s':>8}{'tokens':>8}{'x CPU':>8}{'ms/token':>10}{'x':>6}{'peak MB':>9}{'above':>8}"
+        f"{'x peak':>8}"
+    )
     rows = []
     for c, before in zip(candidates, held, strict=True):
         wall, cpu, _, tokens = (sum(column) / len(c.times) for column in zip(*c.times, strict=True))
@@ -246,9 +249,10 @@ def main() -> None:
         rows.append((c.name, cpu, wall, tokens, peak, peak - before))
     first = next((r for r in rows if r[0] == "TRL 1.12 PPO"), rows[0])  # the peer, in our environment
     for name, cpu, wall, tokens, peak, above in rows:
+        each, of_first = cpu / tokens, first[1] / first[3]
         print(
-            f"{name:26}{cpu:8.2f}{wall:8.2f}{tokens:8.0f}{first[1] / cpu:8.2f}{peak:9.0f}{above:8.0f}"
-            f"{peak / first[4]:8.2f}"
+            f"{name:26}{cpu:8.2f}{wall:8.2f}{tokens:8.0f}{first[1] / cpu:8.2f}{1000 * each:10.3f}{of_first / each:6.2f}"
+            f"{peak:9.0f}{above:8.0f}{peak / first[4]:8.2f}"
         )
 
 

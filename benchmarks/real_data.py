@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,8 @@ def main() -> None:
     launcher = str(Path(sys.executable).parent / "accelerate")
     config = ["--config_file", args.config_file] if args.config_file else []
     command = [launcher, "launch", *config, "-m", "pipelines", str(recipe), f"output_dir={args.output}", *words]
-    code = subprocess.run(command, cwd=HERE.parent).returncode
+    data = {"REAL_DATA": str(args.data.resolve())}  # for film_judge.py
+    code = subprocess.run(command, cwd=HERE.parent, env=os.environ | data).returncode
     for path in sorted(args.output.glob("*/stage.json"), key=lambda p: p.stat().st_mtime):
         record = json.loads(path.read_text())
         metrics = record["metrics"]

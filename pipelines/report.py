@@ -129,8 +129,8 @@ def _touched(folder: Path) -> float:
 
 def _lines(path: Path) -> list[dict]:
     """The rows of a JSON lines file, without a last one that is still being written; none where there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # U+0085 ends no line in JSON
+    return [json.loads(line) for line in lines]
 
 
 # --- the page ----------------------------------------------------------------------------------------------------

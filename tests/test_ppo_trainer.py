@@ -617,6 +617,34 @@ def test_sampling_that_does_not_match_the_log_probs_is_noticed(tmp_path, monkeyp
     assert [finding["name"] for finding in broken.watch.said] == ["ratio_not_one"]
 
 
+@pytest.mark.parametrize("top_k, found", [(0, []), (8, ["sampled_otherwise"])])
+def test_sampling_from_another_distribution_than_the_measured_one_is_noticed(tmp_path, top_k, found):
+    settings = dict(max_steps=3, per_device_train_batch_size=64, temperature=0.3, learning_rate=1e-4)
+    trainer = make(tmp_path, top_k=top_k, **settings)
+    trainer.train()
+    assert [finding["name"] for finding in trainer.watch.said] == found
+    gaps = [abs(r["val/surprise_gap"] / r["val/surprise_sem"]) for r in trainer.state.log_history if "val/ratio" in r]
+    assert all(gap > 5 for gap in gaps) if found else all(gap < 4 for gap in gaps)
+
+
+def test_the_score_before_training_counts_as_an_evaluation(tmp_path):
+    settings = dict(eval_data=prompts(16), eval_strategy="steps", eval_steps=2, eval_on_start=True)
+    trainer = make(tmp_path, normalize_scores=True, **settings)
+    trainer.train()
+    evaluated = [row["eval_score"] for row in trainer.state.log_history if "eval_score" in row]
+    assert [e["held_out"]["score"][0] for e in trainer.watch.evaluations] == evaluated and len(evaluated) == 3
+    raw = [row["reward/count_goal"] for row in trainer.state.log_history if "reward/count_goal" in row]
+    trained = [e["train_score"] for e in trainer.watch.evaluations]  # as they came, not as they were normalised
+    assert trained == pytest.approx([evaluated[0], sum(raw[:2]) / 2, sum(raw) / 4])
+
+
+def test_samples_survive_an_interruption_whatever_characters_they_hold(tmp_path):
+    rows = [json.dumps({"step": step, "completion": "a\x85b\u2028c"}, ensure_ascii=False) for step in (1, 2, 3)]
+    (tmp_path / "samples.jsonl").write_text("\n".join(rows) + '\n{"step": 3, "compl')
+    make(tmp_path)._forget_samples_after(2)
+    assert (tmp_path / "samples.jsonl").read_text() == "\n".join(rows[:2]) + "\n"
+
+
 def test_samples_are_shown_with_their_scores(tmp_path, caplog):
     with caplog.at_level("INFO", logger="pipelines"):
         make(tmp_path, max_steps=1, num_sample_generations=1).train()

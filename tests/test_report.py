@@ -297,3 +297,10 @@ def test_the_histogram_of_a_reward_stage_counts_every_answer():
     assert sum(histogram["chosen"]) == sum(histogram["rejected"]) == 50 and len(histogram["edges"]) == 25
     assert histogram["edges"][0] == min(chosen.min(), rejected.min())
     assert preference_metrics(np.zeros(3), np.zeros(3))["histogram"]["chosen"]
+
+
+def test_answers_may_hold_what_python_takes_for_line_ends(tmp_path):
+    row = {"completion": "a\x85b\u2028c"}
+    path = tmp_path / "samples.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + '\n{"complet')
+    assert report._lines(path) == [row] and report._lines(tmp_path / "none") == []

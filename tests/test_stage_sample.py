@@ -161,3 +161,13 @@ def test_long_prompts_can_be_an_error(recipe, stages):
     stages = {name: stages[name] for name in ("other", "samples")}
     with pytest.raises(DataError, match="1 of 19 rows are longer than .*prompts.jsonl:20"):
         chain.run(recipes.load(recipe(stages)))
+
+
+def test_an_interrupted_log_may_hold_what_python_takes_for_line_ends(tmp_path):
+    from pipelines.stages.sample import _read
+
+    rows = [{"model": 0, "prompt": i, "answers": ["a\x85b\u2028c"]} for i in range(2)]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"model": 0, "pr')
+    assert _read(log) == {(0, 0): ["a\x85b\u2028c"], (0, 1): ["a\x85b\u2028c"]}
+    assert len(_read(log)) == 2  # what was cut off is gone

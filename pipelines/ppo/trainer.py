@@ -188,7 +188,7 @@ class PPOTrainer(Watching):
 
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         if args.eval_on_start and checkpoint is None:
-            self.evaluate()
+            self.watch.add_evaluation(self._held_out(self.evaluate()))
         first_step = self.state.global_step
         while self.state.global_step < self.max_steps and not self.control.should_training_stop:
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
@@ -392,8 +392,12 @@ class PPOTrainer(Watching):
 
         seconds = rollouts.seconds | {"update": time.perf_counter() - began}
         metrics = self._metrics(rollouts, scores, kl, kl_coef, returns, seconds)
-        moved_before_any_step = self.accelerator.reduce(first, "sum")[STATISTICS.index("policy/approxkl_avg")].item()
-        metrics["val/first_ratio_rms"] = math.sqrt(2 * moved_before_any_step)  # of log π/π_old, ideally 0
+        before = dict(zip(STATISTICS, self.accelerator.reduce(first, "sum").tolist(), strict=True))  # any step
+        metrics["val/first_ratio_rms"] = math.sqrt(2 * before["policy/approxkl_avg"])  # of log π/π_old, ideally 0
+        taken = self._order(0)[: self.mini_batch_size]  # if they were sampled from π, −log π is on average its entropy
+        surprise = -rollouts.logprobs[taken][mask[taken]]
+        metrics["val/surprise_gap"] = surprise.mean().item() - before["policy/entropy_avg"]
+        metrics["val/surprise_sem"] = surprise.std(unbiased=False).item() / math.sqrt(len(surprise))
         if ptx_losses:
             metrics["loss/ptx_avg"] = self.accelerator.reduce(torch.stack(ptx_losses).mean(), "sum").item()
         if statistics:

@@ -46,6 +46,8 @@ class Watching(Machinery):
         mask, responses = rollouts.mask, len(rollouts.responses)
         each_kl = torch.where(mask, kl, 0.0).sum(1)
         kl_of_answers = each_kl.mean().item()
+        off = algorithm.masked_mean(returns - rollouts.values, mask)
+        spread = algorithm.masked_var(returns, mask).sqrt().clamp(min=1e-8)
         tokens = int(mask.sum())
         metrics = {
             "objective/kl": kl_of_answers,
@@ -55,7 +57,9 @@ class Watching(Machinery):
             "objective/rlhf_reward": scores.mean().item() - kl_coef * kl_of_answers,
             "objective/scores": scores.mean().item(),
             "objective/scores_std": scores.std(unbiased=False).item(),
+            "objective/raw_scores": rollouts.scores.mean().item(),  # not normalised, clipped or less a penalty
             "val/explained_variance": algorithm.explained_variance(rollouts.values, returns, mask).item(),
+            "val/bias": (off / spread).item(),
             "val/num_eos_tokens": int(rollouts.ended.sum()),
             "eos_rate": rollouts.ended.float().mean().item(),
             "response_length": tokens / responses,
@@ -155,7 +159,7 @@ class Watching(Machinery):
         """Drop samples that an interrupted run wrote after its last checkpoint: they come again."""
         path = Path(self.args.output_dir) / SAMPLES
         if self.is_world_process_zero() and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: text may hold U+0085 or U+2028
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 

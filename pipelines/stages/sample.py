@@ -133,7 +133,7 @@ def _read(log: Path) -> dict[tuple[int, int], list]:
     from pipelines import artifact
 
     found = []
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+    for line in log.read_text(encoding="utf-8").split("\n") if log.is_file() else []:  # U+0085 ends no line in JSON
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:
