@@ -129,7 +129,7 @@ def prepare(work: Path) -> None:
 
     from pipelines import chat
     from pipelines.corpus import train_bpe, train_wordpiece
-    from pipelines.plan import AUTO
+    from pipelines.job import AUTO
 
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=4)) for _ in range(60)]

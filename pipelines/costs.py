@@ -139,15 +139,16 @@ def states(
     outside: int = 0,
     quantized: int = 0,
     offload: str = "none",
+    compute: int = 2,
 ) -> States:
     """Weights, gradients and optimizer of one model on one device of `world` (Rajbhandari 2020, figure 1).
 
     `size`: bytes of a stored weight. Plain and data-parallel training keeps what is stored and casts on the fly
     (autocast); DDP holds each gradient twice, in its own tensor and in the bucket that is reduced. FSDP2 cuts stored
-    weights, gradients and states into `world` parts and gathers bf16 copies of two blocks (`largest` parameters each,
-    one computing, one on its way) and of what lies `outside` the blocks, with the gradients of one block and of that.
-    DeepSpeed in bf16 trains a bf16 copy (2 bytes) from float32 weights and moments
-    (12 bytes with Adam): ZeRO-1 cuts up those 12, ZeRO-2 the gradients too, ZeRO-3 the weights too.
+    weights, gradients and states into `world` parts and gathers copies of two blocks (`largest` parameters each, one
+    computing, one on its way) and of what lies `outside` the blocks, with the gradients of one block and of that, in
+    `compute` bytes a number. DeepSpeed trains a copy of so many bytes from float32 weights and moments (12 bytes with
+    Adam): ZeRO-1 cuts up those 12, ZeRO-2 the gradients too, ZeRO-3 the weights too.
     `quantized` of the parameters lie there as NF4. `offload`: what is on the host, "none", "optimizer" or "all".
     """
     part = 1 / world
@@ -157,14 +158,14 @@ def states(
         copies = 2 if strategy == "ddp" and world > 1 else 1
         return States(weights, trainable * trained * copies, trainable * trained * optim)
     if strategy == "fsdp2":
-        gathered = 2 * (2 * largest + outside) + (2 * (largest + outside) if trainable else 0)
+        gathered = compute * (2 * largest + outside + (largest + outside if trainable else 0))
         held = States(parameters * size * part, trainable * size * part, trainable * size * optim * part, gathered)
         return States(0.0, 0.0, 0.0, gathered) if offload == "all" else held
     stage = {"zero1": 1, "zero2": 2, "zero3": 3}[strategy]
-    weights = parameters * 2 * (part if stage == 3 else 1)
-    gradients = trainable * 2 * (part if stage >= 2 else 1)
+    weights = parameters * compute * (part if stage == 3 else 1)
+    gradients = trainable * compute * (part if stage >= 2 else 1)
     optimizer = trainable * 4 * (1 + optim) * part
-    buffers = (ZERO_BUCKET * 2 if trainable else 0) + (min(parameters, ZERO_LIVE) * 2 if stage == 3 else 0)
+    buffers = compute * ((ZERO_BUCKET if trainable else 0) + (min(parameters, ZERO_LIVE) if stage == 3 else 0))
     if offload == "all":
         weights = 0.0
     return States(weights, gradients, optimizer if offload == "none" else 0.0, buffers)
@@ -246,18 +247,21 @@ def train_flops(forward: float, frozen: bool = False, checkpointing: bool = Fals
 # --- traffic and time --------------------------------------------------------------------------------------------
 
 
-def traffic(parameters: int, trainable: int, strategy: str, world: int, micro_batches: int = 1) -> float:
+def traffic(
+    parameters: int, trainable: int, strategy: str, world: int, micro_batches: int = 1, compute: int = 2, size: int = 4
+) -> float:
     """Bytes that each device sends in an optimizer step (ring collectives, Patarasuk 2009; ZeRO, section 7).
 
-    DDP reduces float32 gradients once: 2 (n-1)/n of them. ZeRO-1 and 2 move as much, in bf16. ZeRO-3 and FSDP2 gather
-    bf16 weights for every forward and again for every backward, and scatter the gradients of every micro-batch.
+    DDP reduces gradients of `size` bytes once: 2 (n-1)/n of them. ZeRO-1 and 2 move as much, in `compute` bytes a number.
+    ZeRO-3 and FSDP2 gather such weights for every forward and again for every backward, and scatter the gradients of
+    every micro-batch.
     """
     ring = (world - 1) / world
     if strategy in ("single", "ddp"):
-        return 2 * ring * trainable * 4
+        return 2 * ring * trainable * size
     if strategy in ("zero1", "zero2"):
-        return 2 * ring * trainable * 2 * (micro_batches if strategy == "zero2" else 1)
-    return ring * micro_batches * (2 * parameters * 2 + trainable * 2)
+        return 2 * ring * trainable * compute * (micro_batches if strategy == "zero2" else 1)
+    return ring * micro_batches * (2 * parameters + trainable) * compute
 
 
 def bus(hardware: Device, world: int) -> float:

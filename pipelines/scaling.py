@@ -11,7 +11,8 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 from pipelines import costs
-from pipelines.plan import AUTO, Job, Model, Planner, Setup
+from pipelines.job import AUTO, Job, Model
+from pipelines.planner import Planner, Setup
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 SHAPES = {
@@ -102,9 +103,7 @@ def traffic() -> None:
             for world in WORLDS[1:]:
                 planned = planner(shape, "sft")
                 where = setup(strategy, world)
-                a = planned.anatomy("model")
-                sent = costs.traffic(a.parameters, a.trainable, strategy, world)
-                hardware = costs.DEVICES[GPU]
+                sent, hardware = planned.traffic(where), costs.DEVICES[GPU]
                 parts = planned.seconds_per_step(where, hardware.bf16 * costs.MFU, hardware.bandwidth)
                 cells.append(f"{sent / 1e9:.1f} GB, {parts['traffic'] / parts['compute']:.2f}x")
             rows.append([shape, strategy, *cells])
