@@ -22,12 +22,8 @@ from pipelines.costs import Memory, PlanError
 from pipelines.job import Job, describe
 from pipelines.planner import Planner, Setup, micro_batch
 
-LAUNCHERS = {  # strategy -> its file, for suggestions
-    "ddp": "accelerate_configs/ddp.yaml",
-    "zero2": "accelerate_configs/zero2.yaml",
-    "fsdp2": "accelerate_configs/fsdp2.yaml",
-    "zero3": "accelerate_configs/zero3.yaml",
-}
+MICRO = "args.per_device_train_batch_size={micro}"  # suggested with the largest number that fits
+SHARDS = ("zero2", "fsdp2", "zero3")  # accelerate_configs/NAME.yaml, for suggestions
 
 
 # --- what would fit ----------------------------------------------------------------------------------------------
@@ -38,8 +34,7 @@ def suggestions(planner: Planner, setup: Setup, room: float) -> list[tuple[str, 
 
     Each change is tried alone; where none suffices, on top of those before it.
     """
-    kind = planner.job.kind
-    tried = [c for c in _changes(kind, setup)]
+    tried = _changes(planner.job, setup)
     alone = _fitting(planner, [[change] for change in tried], setup, room)
     if alone:
         return alone
@@ -49,31 +44,39 @@ def suggestions(planner: Planner, setup: Setup, room: float) -> list[tuple[str, 
     return _fitting(planner, [[*shrunk, change] for change in tried if change not in shrunk] + [shrunk], setup, room)
 
 
-def _changes(kind: str, setup: Setup) -> list[tuple[str, dict]]:
+def _changes(job: Job, setup: Setup) -> list[tuple[str, dict]]:
     """`(what to set, the fields of the setup that it changes)`."""
+    from pipelines import SetupError
+    from pipelines.training import accumulation
+
     out: list[tuple[str, dict]] = []
     if setup.micro > 1:
-        out.append(("args.per_device_train_batch_size={micro}", {"micro": 1}))
+        out.append((MICRO, {}))
     if not setup.checkpointing:
         out.append(("args.activation_checkpointing=true", {"checkpointing": True}))
-    if kind in recipe.ADAPTED and not setup.lora and not setup.sharded:
+    adapts = job.kind in recipe.ADAPTED and not setup.sharded
+    if adapts and not setup.lora:
         out.append(("model.use_peft=true", {"lora": True}))
-    if kind in recipe.ADAPTED and not setup.sharded and not setup.quantize:
-        out.append(("model.use_peft=true and model.load_in_4bit=true", {"lora": True, "quantize": True}))
-    if not setup.gpu:
+    if adapts and not setup.quantize:
+        words = "model.load_in_4bit=true" if setup.lora else "model.use_peft=true and model.load_in_4bit=true"
+        out.append((words, {"lora": True, "quantize": True}))
+    if not setup.gpu or setup.lora:
         return out
-    shards = {} if setup.lora else {k: v for k, v in LAUNCHERS.items() if k not in ("ddp", setup.strategy)}
+    file = "--config_file accelerate_configs/{}.yaml".format
     if setup.world > 1:
-        out += [(f"--config_file {file}", {"strategy": name, "quantize": False}) for name, file in shards.items()]
-    if setup.world > 1 and not setup.lora:
-        for what in ("optimizer", "all"):
-            keys = "offload_optimizer_device: cpu" + (" and offload_param_device: cpu" if what == "all" else "")
-            out.append((f"{LAUNCHERS['zero3']} with {keys}", {"strategy": "zero3", "offload": what}))
-    if not setup.lora:
-        for factor in (2, 4, 8, 16, 32, 64):
-            more = setup.world * factor
-            strategy = setup.strategy if setup.strategy in costs.SHARDED else "fsdp2"
-            out.append((f"--gpus {more} with {LAUNCHERS[strategy]}", {"strategy": strategy, "world": more}))
+        out += [(file(name), {"strategy": name}) for name in SHARDS if name != setup.strategy]
+    if setup.offload != "all":
+        out.append((file("zero3_offload"), {"strategy": "zero3", "offload": "all"}))
+    strategy = setup.strategy if setup.strategy in costs.SHARDED else "fsdp2"
+    for factor in (2, 4, 8, 16, 32, 64):
+        more = setup.world * factor
+        try:  # as many rows in all: a device has fewer at once
+            micro = accumulation({**job.values, "per_device_train_batch_size": setup.micro}, more)
+        except SetupError:  # the global batch cannot be split so far
+            break
+        fewer = {"micro": micro.get("per_device_train_batch_size", setup.micro)}
+        name = strategy if more <= costs.PER_MACHINE else f"{strategy}_multi"
+        out.append((f"--gpus {more} {file(name)}", {"strategy": strategy, "world": more, **fewer}))
     return out
 
 
@@ -84,8 +87,8 @@ def _fitting(planner: Planner, combinations: list, setup: Setup, room: float) ->
             continue  # the fewest that suffice are enough
         fields_ = {k: v for _, change in combination for k, v in change.items()}
         changed = replace(setup, **fields_)
-        if "micro" in fields_:  # the largest micro-batch that fits, not the smallest
-            changed = replace(changed, micro=max(1, setup.micro // 2))
+        if any(words == MICRO for words, _ in combination):
+            changed = replace(changed, micro=max(1, changed.micro // 2))
             while planner.memory(changed).total > room and changed.micro > 1:
                 changed = replace(changed, micro=changed.micro // 2)
         memory = planner.memory(changed)
@@ -132,7 +135,8 @@ def setup_of(job: Job, args: argparse.Namespace) -> Setup:
     from pipelines.training import accumulation
 
     told = launcher(args.config_file) if args.config_file else {}
-    gpu = costs.device(args.gpu or "h100").name if args.gpu or args.gpus else None
+    on_gpus = args.gpu or args.gpus or (told and not told["cpu"] and not args.processes)
+    gpu = costs.device(args.gpu or "h100").name if on_gpus else None
     world = args.gpus or args.processes or told.get("world") or 1
     strategy = told.get("strategy", "ddp")
     if strategy in ("single", "ddp"):
@@ -145,6 +149,9 @@ def setup_of(job: Job, args: argparse.Namespace) -> Setup:
     if checkpointing is None:
         checkpointing = values.get("gradient_checkpointing")
     lora = bool(section.get("use_peft"))
+    stored = section.get("dtype")
+    if stored == "auto":
+        stored = str(job.models["model"].config.dtype).removeprefix("torch.")
     setup = Setup(
         gpu=gpu,
         strategy=strategy,
@@ -154,8 +161,9 @@ def setup_of(job: Job, args: argparse.Namespace) -> Setup:
         checkpointing=bool(checkpointing),
         lora=lora,
         quantize=bool(section.get("load_in_4bit")),
-        size=2 if section.get("dtype") in ("bfloat16", "float16") else 4,
-        bf16=values.get("fp16") or values.get("bf16", bool(gpu and costs.DEVICES[gpu].bf16) or told.get("bf16", False)),
+        size=2 if stored in ("bfloat16", "float16") else 4,
+        bf16=bool(gpu and values.get("fp16"))
+        or values.get("bf16", bool(gpu and costs.DEVICES[gpu].bf16) or told.get("bf16", False)),
         optim=str(values.get("optim", "adamw_torch_fused")),
     )
     if setup.lora and setup.sharded:
@@ -302,6 +310,7 @@ def _report_time(planner: Planner, setup: Setup, args, machine, steps: int | Non
     parts = planner.seconds_per_step(setup, flops, bandwidth)
     step = parts["compute"] + parts["decode"] + parts["traffic"]
     detail = ", ".join(f"{name} {_time(value)}" for name, value in parts.items() if value)
+    detail += f"; {_si(planner.tokens_per_step(setup) / step)}tokens/s"
     if steps is None:
         line("time", f"{_time(step)} a step ({detail}), {basis}; how many steps is not known")
         return None

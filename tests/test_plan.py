@@ -212,6 +212,30 @@ def test_a_model_too_large_for_its_gpus_is_sharded_or_given_more_of_them():
     assert any("--gpus 16" in text for text in words) and not any("--gpus 32" in text for text in words)
 
 
+def test_more_gpus_are_suggested_only_as_far_as_the_global_batch_can_be_split():
+    planner = Planner(a_job(global_batch_size=16))
+    asked = Setup(gpu="h100", strategy="fsdp2", world=4, micro=4, bf16=True)
+    found = plan.suggestions(planner, asked, planner.memory(Setup(**{**vars(asked), "world": 16, "micro": 1})).total)
+    (words, changed, _), *others = [one for one in found if "--gpus" in one[0]]
+    assert "--gpus 16 --config_file accelerate_configs/fsdp2_multi.yaml" in words and not others
+    assert (changed.world, changed.micro) == (16, 1)
+    planner = Planner(a_job(global_batch_size=8))
+    found = plan.suggestions(planner, asked, planner.memory(Setup(**{**vars(asked), "world": 16, "micro": 1})).total)
+    assert not any("--gpus" in words for words, *_ in found)
+
+
+@pytest.mark.parametrize("words, gpu, world", [
+    (["--config_file", "accelerate_configs/fsdp2.yaml"], "h100", 8),
+    (["--config_file", "accelerate_configs/fsdp2.yaml", "--gpu", "a100", "--gpus", "4"], "a100", 4),
+    (["--config_file", "accelerate_configs/fsdp2.yaml", "--processes", "2"], None, 2),
+    (["--config_file", "accelerate_configs/cpu_2.yaml"], None, 2),
+    ([], None, 1),
+])  # fmt: skip
+def test_where_a_stage_runs(words, gpu, world):
+    setup = plan.setup_of(a_job(), plan.parser().parse_args(["recipe", *words]))
+    assert (setup.gpu, setup.world, setup.bf16) == (gpu, world, gpu is not None)
+
+
 def test_ppo_holds_reference_critic_reward_model_and_cache():
     planner, setup = Planner(a_job("ppo")), Setup(micro=2)
     memory, n = planner.memory(setup), planner.anatomy("model").parameters
