@@ -105,20 +105,21 @@ def describe(loaded, stage) -> Job:
 
         layout = anatomy.layout(config, models["model"].auto_class)
     sequences = _sequences(stage, texts, tokenizer)
-    lengths = [max(map(len, row)) for row in sequences]
-    drop = stage.sections.get("data", {}).get("too_long", "drop") == "drop" and stage.kind in ("sft", "reward")
-    fitting = [n for n in lengths if n <= context]
-    laid = []
-    if stage.kind == "reward":
-        cut = [[answer[-context:] for answer in row] for row in sequences if not drop or max(map(len, row)) <= context]
-        laid = [_laid(row, layout) for row in cut]
-    if drop and rows and fitting:
-        rows = rows * len(fitting) // len(lengths)
+    if stage.kind == "seq2seq":
+        target = min(target, max((len(goal) for _, goal in sequences), default=target))
+        sequences = [[source] for source, _ in sequences]
     if rows is None:
         notes.append("the rows of hub data are not counted: each is taken to fill the context")
-    lengths = fitting if drop else [min(n, context) for n in lengths]
-    if stage.kind in ("pretrain", "mlm") and rows:
-        rows = max(1, round(rows * (sum(lengths) / len(lengths) + 1) / context))  # windows of the text laid end to end
+    elif stage.kind in ("pretrain", "mlm"):  # windows of the text laid end to end, something between the documents
+        window = context - 2 if stage.kind == "mlm" else context
+        rows = max(1, round(rows * (sum(len(text) + 1 for [text] in sequences) / len(sequences)) / window))
+    drop = stage.sections.get("data", {}).get("too_long", "drop") == "drop" and stage.kind in ("sft", "reward")
+    fitting = [row for row in sequences if max(map(len, row)) <= context]
+    if drop and rows and fitting:
+        rows = rows * len(fitting) // len(sequences)
+    sequences = fitting if drop else [[ids[-context:] for ids in row] for row in sequences]
+    lengths = [max(map(len, row)) for row in sequences]
+    laid = [_laid(row, layout) for row in sequences] if stage.kind == "reward" else []
     return Job(stage, stage.kind, values, models, rows, lengths, context, count, target, layout, laid, notes)
 
 
@@ -225,9 +226,9 @@ def _texts(stage) -> tuple[list, int | None, int, set]:
 
 
 def _sequences(stage, rows: list[dict], tokenizer) -> list[list[list[int]]]:
-    """The ids of each row's sequences, one but for rankings (ppo: of the prompt); without a tokenizer as many made up.
+    """The ids of each row's sequences: of a ranking all answers, of a translation both sides, else one (ppo: the prompt).
 
-    What is made up for a text is the same wherever that text stands, so that shared beginnings show.
+    Without a tokenizer as many ids are made up, the same for the same text, so that shared beginnings show.
     """
     from pipelines import chat
 
@@ -262,7 +263,9 @@ def _sequences(stage, rows: list[dict], tokenizer) -> list[list[list[int]]]:
                 [chat.encode_prompt(tokenizer, prompt) if known else tokens(chat.as_text(prompt)) + [-1] * TEMPLATE]
             )
         elif "source" in row:
-            out.append([tokens(row["source"])])
+            out.append(
+                [tokens(stage.sections.get("task", {}).get("prefix", "") + row["source"]), tokens(row["target"])]
+            )
         else:
             out.append([tokens(row["text"]) + (tokens(row["text_pair"]) if row.get("text_pair") else [])])
     return out

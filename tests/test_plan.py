@@ -293,7 +293,7 @@ def test_a_whole_chain_is_planned_before_any_of_it_exists(recipe, write, capsys)
 
     assert main(["plan", str(path), "--gpus", "2", "--gpu", "a100", "--price-per-hour", "2"]) == 0
     said = capsys.readouterr().out
-    for words in ("base (pretrain)", "16 steps of 8 rows", "10 updates of 16 rows", "critic", "fits", "costs", "all:"):
+    for words in ("base (pretrain)", "30 steps of 8 rows", "16 steps of 8 rows", "10 updates of 16 rows", "critic", "fits", "costs", "all:"):
         assert words in said, said
     assert main(["plan", str(path), "sft", "stages.sft.args.max_steps=7"]) == 0
     assert "7 steps" in capsys.readouterr().out
