@@ -7,7 +7,8 @@ checkpoint and saving included: random models of the usual shapes on random word
 memory of a process (ru_maxrss) less what it held when everything was imported and no model was there, `predicted`
 what `plan` says of the same recipe without its process row; of several processes the largest is compared and the
 smallest named. Several processes run in a network namespace of their own (`unshare --net`, needs root), whose loopback
-then carries nothing but what they send: the bytes of a step, all processes together, beside `costs.traffic`.
+then carries nothing but what they send: the bytes of a step, all processes together, beside `costs.traffic` (and for
+FSDP2 and ZeRO-3 half as much more as their scattered gradients: gloo knows no reduce-scatter).
 `--again` predicts anew for runs measured before. ZeRO needs DeepSpeed; FSDP2 runs on the CPU as in tests/fsdp_on_cpu.py.
 """
 
@@ -317,7 +318,7 @@ def table(work: Path, chosen: list[int]) -> None:
     """Print predicted beside measured, one row per case, and the parts that the prediction is made of."""
     from dataclasses import fields
 
-    from pipelines import plan
+    from pipelines import costs, plan
     from pipelines import recipe as recipes
 
     head = "| stage | model | parameters | rows x tokens | predicted MB | measured MB | ratio | with process |"
@@ -350,6 +351,8 @@ def table(work: Path, chosen: list[int]) -> None:
         if setup.world > 1 and found[0]["steps"]:
             steps = len(found[0]["steps"])
             told = planner.traffic(setup) * setup.world
+            if setup.strategy in costs.SHARDED:  # PyTorch's gloo reduces everywhere where a scatter is asked for
+                told += (setup.world - 1) * anatomy.trainable * setup.compute
             real = sum(step[0] for step in found[0]["steps"]) / steps
             seconds = sum(step[1] for one in found for step in one["steps"]) / steps
             sent.append(f"| {kind} | {told / MB:.1f} | {real / MB:.1f} | {told / real:.3f} | {seconds:.2f} |")

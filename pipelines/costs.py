@@ -248,20 +248,31 @@ def train_flops(forward: float, frozen: bool = False, checkpointing: bool = Fals
 
 
 def traffic(
-    parameters: int, trainable: int, strategy: str, world: int, micro_batches: int = 1, compute: int = 2, size: int = 4
+    parameters: int,
+    trainable: int,
+    strategy: str,
+    world: int,
+    micro_batches: int = 1,
+    compute: int = 2,
+    size: int = 4,
+    outside: int = 0,
 ) -> float:
     """Bytes that each device sends in an optimizer step (ring collectives, Patarasuk 2009; ZeRO, section 7).
 
-    DDP reduces gradients of `size` bytes once: 2 (n-1)/n of them. ZeRO-1 and 2 move as much, in `compute` bytes a number.
-    ZeRO-3 and FSDP2 gather such weights for every forward and again for every backward, and scatter the gradients of
-    every micro-batch.
+    DDP reduces gradients of `size` bytes once: 2 (n-1)/n of them. ZeRO-1 and 2 gather the trained weights, of `compute`
+    bytes a number, once; their gradients DeepSpeed reduces everywhere (its default `use_multi_rank_bucket_allreduce`; to
+    scatter them, as in the paper, is half of that), ZeRO-2 those of every micro-batch. ZeRO-3 and FSDP2 gather weights
+    for every forward and again for every backward, and scatter the gradients of every micro-batch. What stays gathered
+    from the forward to the backward goes once: in FSDP2 all that lies `outside` the blocks, in ZeRO-3 as much as
+    `ZERO_LIVE`. Checked in runs: docs/scaling.md.
     """
     ring = (world - 1) / world
     if strategy in ("single", "ddp"):
         return 2 * ring * trainable * size
     if strategy in ("zero1", "zero2"):
-        return 2 * ring * trainable * compute * (micro_batches if strategy == "zero2" else 1)
-    return ring * micro_batches * (2 * parameters + trainable) * compute
+        return ring * trainable * compute * (2 * (micro_batches if strategy == "zero2" else 1) + 1)
+    again = max(0, parameters - (outside if strategy == "fsdp2" else ZERO_LIVE))
+    return ring * micro_batches * (parameters + again + trainable) * compute
 
 
 def bus(hardware: Device, world: int) -> float:

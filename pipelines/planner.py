@@ -325,5 +325,6 @@ class Planner:
         for name in trained:
             a = self.anatomy(name, setup.lora)
             size = 4 if setup.lora else setup.size
-            sent += costs.traffic(a.parameters, a.trainable, setup.strategy, setup.world, micro, setup.compute, size)
+            how = (setup.strategy, setup.world, micro, setup.compute, size, a.outside)
+            sent += costs.traffic(a.parameters, a.trainable, *how)
         return sent * updates

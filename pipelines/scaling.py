@@ -118,7 +118,7 @@ def enough() -> None:
         planned = planner(shape, "sft")
         a, cells = planned.anatomy("model"), []
         for strategy in STRATEGIES:
-            seconds = costs.traffic(a.parameters, a.trainable, strategy, 64) / costs.NETWORK
+            seconds = planned.traffic(setup(strategy, 64)) / costs.NETWORK
             forward = costs.forward_flops(1, a.products, a.layers, a.attention, LENGTH / 2)
             each = costs.train_flops(forward, checkpointing=True) / (hardware.bf16 * costs.MFU)
             cells.append(f"{seconds / (0.1 * each):,.0f}")

@@ -164,8 +164,13 @@ def test_flops_and_traffic_worked_out_by_hand():
     assert costs.train_flops(3.0, frozen=True) == 6.0 and costs.train_flops(3.0, checkpointing=True) == 12.0
     assert costs.traffic(1000, 1000, "ddp", 4) == 2 * 3 / 4 * 1000 * 4
     ddp_in_bf16 = 2 * 3 / 4 * 1000 * 2
-    assert costs.traffic(1000, 1000, "zero3", 4, micro_batches=2, compute=4) == 6 * ddp_in_bf16
-    assert costs.traffic(1000, 1000, "zero3", 4) == 1.5 * ddp_in_bf16  # the ZeRO paper, section 7.2
+    assert costs.traffic(1000, 1000, "zero1", 4) == costs.traffic(1000, 1000, "zero2", 4) == 1.5 * ddp_in_bf16
+    assert costs.traffic(1000, 1000, "zero2", 4, micro_batches=3) == 3.5 * ddp_in_bf16  # the weights travel once
+    assert costs.traffic(1000, 1000, "fsdp2", 4, outside=400) == 1.3 * ddp_in_bf16
+    assert costs.traffic(1000, 1000, "fsdp2", 4, micro_batches=2, compute=4) == 6 * ddp_in_bf16
+    assert costs.traffic(1000, 1000, "fsdp2", 4) == 1.5 * ddp_in_bf16  # as ZeRO-3 in its paper, section 7.2
+    assert costs.traffic(1000, 1000, "zero3", 4) == ddp_in_bf16  # gathered once: a billion weights may stay
+    assert costs.traffic(10**10, 10**10, "zero3", 4) == 1.45 * 10**7 * ddp_in_bf16
     assert costs.korthikanti(128 * 4, 64, 3) == 34 * 128 * 4 * 64 * 3
     assert costs.kv_cache(10, 2, 64, 2) == 10 * 2 * 64 * 2 * 2
 
@@ -293,7 +298,16 @@ def test_a_whole_chain_is_planned_before_any_of_it_exists(recipe, write, capsys)
 
     assert main(["plan", str(path), "--gpus", "2", "--gpu", "a100", "--price-per-hour", "2"]) == 0
     said = capsys.readouterr().out
-    for words in ("base (pretrain)", "30 steps of 8 rows", "16 steps of 8 rows", "10 updates of 16 rows", "critic", "fits", "costs", "all:"):
+    for words in (
+        "base (pretrain)",
+        "30 steps of 8 rows",
+        "16 steps of 8 rows",
+        "10 updates of 16 rows",
+        "critic",
+        "fits",
+        "costs",
+        "all:",
+    ):
         assert words in said, said
     assert main(["plan", str(path), "sft", "stages.sft.args.max_steps=7"]) == 0
     assert "7 steps" in capsys.readouterr().out
