@@ -119,6 +119,7 @@ CASES = [
     Case("sft", gpt2(8, 512, 32768), 4, 120, world=4, launcher="zero2"),
     Case("sft", gpt2(8, 512, 32768), 4, 120, world=2, launcher="zero3"),
     Case("sft", gpt2(8, 512, 32768), 4, 120, world=4, launcher="zero3"),
+    Case("pretrain", gpt2(8, 512, 32768), 8, 128),  # as many rows a step as on two and on four processes
 ]
 STEPS, SAVED = 5, 4  # optimizer steps of a case, and after which of them a checkpoint is written
 
@@ -308,7 +309,7 @@ def main() -> None:
             except subprocess.CalledProcessError:  # said; the other cases go on
                 continue
             found = [json.JSONDecoder().raw_decode(part.lstrip())[0] for part in printed.split("MEASURED")[1:]]
-            if not alone:
+            if not alone and case.world > 1:
                 found = [{**process, "steps": []} for process in found]
             (work / str(n) / "measured.json").write_text(json.dumps(found))
         table(work, [n for n in chosen if (work / str(n) / "measured.json").is_file()])
@@ -348,18 +349,21 @@ def table(work: Path, chosen: list[int]) -> None:
         )
         parts = {f.name: round(getattr(memory, f.name) / MB) for f in fields(memory) if getattr(memory, f.name)}
         apart.append(f"{n} {kind}: before {before / MB:.0f}, " + ", ".join(f"{k} {v}" for k, v in parts.items()))
-        if setup.world > 1 and found[0]["steps"]:
+        if found[0]["steps"]:
             steps = len(found[0]["steps"])
             told = planner.traffic(setup) * setup.world
             if setup.strategy in costs.SHARDED:  # PyTorch's gloo reduces everywhere where a scatter is asked for
                 told += (setup.world - 1) * anatomy.trainable * setup.compute
             real = sum(step[0] for step in found[0]["steps"]) / steps
             seconds = sum(step[1] for one in found for step in one["steps"]) / steps
-            sent.append(f"| {kind} | {told / MB:.1f} | {real / MB:.1f} | {told / real:.3f} | {seconds:.2f} |")
+            ratio = f"{told / real:.3f}" if real else ""
+            where = f"{kind} | {case.rows * case.world} x {length}"
+            sent.append(f"| {where} | {told / MB:.1f} | {real / MB:.1f} | {ratio} | {seconds:.2f} |")
     inside = sum(abs(ratio - 1) <= 0.15 for ratio in ratios)
     print(f"\n{inside} of {len(ratios)} within 15 %; ratios from {min(ratios):.2f} to {max(ratios):.2f}")
     if sent:
-        print("\n| a step, all processes | predicted MB sent | measured | ratio | CPU seconds |\n|" + " --- |" * 5)
+        print("\n| a step, all processes | rows x tokens | predicted MB sent | measured | ratio | CPU seconds |")
+        print("|" + " --- |" * 6)
         print(*sent, sep="\n")
     print("\nparts predicted, MB:", *apart, sep="\n  ")
 
