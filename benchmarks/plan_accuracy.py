@@ -201,9 +201,10 @@ def ending(tokenizer):
 
 
 def measure(recipe: str) -> None:
-    """Run the recipe in this process as the command line does; prints what was held before any model, the peak, and of
+    """Run the recipe in this process as the command line does; prints what it held and what it did.
 
-    each step but the last the bytes that went over the loopback and this process's CPU seconds.
+    Held: before any model was there, at most until training began, until the last step before the checkpoint, and in
+    all. Done, in each step before the checkpoint but the first: bytes over the loopback, CPU seconds of this process.
     """
     import resource
 
@@ -236,14 +237,20 @@ def measure(recipe: str) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed  # noqa: F401
 
-    class Steps(transformers.TrainerCallback):
-        """Bytes sent in this network and CPU seconds of this process, at the end of every step."""
+    def peak_so_far() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-        seen = []
+    class Steps(transformers.TrainerCallback):
+        """Bytes sent in this network, CPU seconds and peak of this process, at the end of every step; the peak before."""
+
+        seen, loaded = [], 0
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            Steps.loaded = peak_so_far()
 
         def on_step_end(self, args, state, control, **kwargs):
             line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if "lo:" in line)
-            self.seen.append((int(line.split(":")[1].split()[8]), time.process_time()))
+            self.seen.append((int(line.split(":")[1].split()[8]), time.process_time(), peak_so_far()))
 
     transformers.trainer.DEFAULT_CALLBACKS.append(Steps)
     small = torch.nn.Linear(512, 512)
@@ -251,10 +258,10 @@ def measure(recipe: str) -> None:
     torch.optim.AdamW(small.parameters(), fused=True).step()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     chain.run(loaded)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     counted = Steps.seen[: SAVED - 1]  # none of these is followed by a checkpoint
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(counted, counted[1:])]
-    print("MEASURED", json.dumps({"before": before, "peak": peak, "steps": steps}), flush=True)
+    found = {"before": before, "loaded": Steps.loaded, "trained": counted[-1][2], "peak": peak_so_far(), "steps": steps}
+    print("MEASURED", json.dumps({"rank": int(os.environ.get("RANK", "0")), **found}), flush=True)
 
 
 def run(command: list[str], env: dict) -> str:

@@ -226,7 +226,7 @@ def test_more_gpus_are_suggested_only_as_far_as_the_global_batch_can_be_split():
     assert (changed.world, changed.micro) == (16, 1)
     planner = Planner(a_job(global_batch_size=8))
     found = plan.suggestions(planner, asked, planner.memory(Setup(**{**vars(asked), "world": 16, "micro": 1})).total)
-    assert not any("--gpus" in words for words, *_ in found)
+    assert found and not any("--gpus 16" in words for words, *_ in found)
 
 
 @pytest.mark.parametrize("words, gpu, world", [
