@@ -354,9 +354,13 @@ def table(work: Path, chosen: list[int]) -> None:
             f"| {measured / MB:.0f}{f' (least {least / MB:.0f})' if setup.world > 1 else ''} "
             f"| {ratios[-1]:.2f} | {memory.total / peak:.2f} |"
         )
+        held = {
+            key: max(one[key] - one["before"] for one in found) / MB for key in ("loaded", "trained") if key in found[0]
+        }
         parts = {f.name: round(getattr(memory, f.name) / MB) for f in fields(memory) if getattr(memory, f.name)}
-        apart.append(f"{n} {kind}: before {before / MB:.0f}, " + ", ".join(f"{k} {v}" for k, v in parts.items()))
-        if found[0]["steps"]:
+        measured = f"before {before / MB:.0f}" + "".join(f", {key} {size:.0f}" for key, size in held.items())
+        apart.append(f"{n} {kind}: measured {measured}; " + ", ".join(f"{k} {v}" for k, v in parts.items()))
+        if found[0]["steps"] and job.kind == "pretrain" or setup.world > 1:
             steps = len(found[0]["steps"])
             told = planner.traffic(setup) * setup.world
             if setup.strategy in costs.SHARDED:  # PyTorch's gloo reduces everywhere where a scatter is asked for

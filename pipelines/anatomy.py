@@ -44,6 +44,7 @@ class Anatomy:
     outside: int  # parameters outside the layers: embeddings and head
     widest: int  # most outputs of a linear map in the layers
     linear: int  # weights in the layers' linear maps: what 4 bits can hold
+    tied: bool  # whether the head is the input embeddings
     fusable: bool  # whether `kernels.fuse_loss` takes its head
 
 
@@ -104,6 +105,7 @@ def examine(config, auto_class: str, adapt=None) -> Anatomy:
             outside=count - in_blocks,
             widest=max(outputs, default=0),
             linear=sum(m.weight.numel() for m in maps),
+            tied=bool(tied),
             fusable=type(head) is nn.Linear and not text.is_encoder_decoder
             and all(getattr(text, key, None) in (None, off) for key, off in kernels.LOGIT_CHANGES.items()),
         )  # fmt: skip

@@ -166,6 +166,7 @@ class Planner:
             a.linear if setup.quantize and trained else 0,
             setup.offload,
             setup.compute,
+            setup.gpu is None,
         )
 
     def memory(self, setup: Setup) -> Memory:
@@ -182,10 +183,10 @@ class Planner:
             buffers=model.buffers,
         )
         if kind != "ppo":
-            return out
+            return replace(out, saving=self.saving(setup, out))
         critic = self.states("critic", setup)
         scorers = [name for name in job.models if name.startswith("reward")]
-        return replace(
+        out = replace(
             out,
             activations=out.activations + self.traced("critic", setup),
             critic=critic.total - critic.buffers,
@@ -194,6 +195,19 @@ class Planner:
             kv_cache=self.cache(setup),
             rollouts=self.rollouts(setup),
         )
+        return replace(out, saving=self.saving(setup, out))
+
+    def saving(self, setup: Setup, held: Memory) -> float:
+        """What the first process holds beside `held` when it writes the model: a merged copy, or on a CPU what it gathers.
+
+        A GPU's allocator gives it what the steps leave free; on the heap of a CPU only rollouts leave large pieces.
+        """
+        a = self.anatomy("model")
+        if setup.lora:  # quantized weights are loaded anew for it, on the CPU
+            copy = 0 if setup.quantize and setup.gpu else a.parameters * setup.size
+            free = held.kv_cache + held.rollouts + (held.activations + held.head if setup.gpu else 0)
+            return max(0.0, copy - free)
+        return a.parameters * 4 if setup.sharded and not setup.gpu else 0.0
 
     def decoded(self, setup: Setup) -> int:
         """Answers that one process of PPO decodes and scores at once; 64 prompts are tried before the first update."""
@@ -232,20 +246,21 @@ class Planner:
         tokens, size = rows * length, setup.compute
         if not a.vocabulary or kind in ("reward", "classify"):
             return 0.0
+        tied = a.hidden if a.tied and not setup.lora else 0
         if kind == "seq2seq":
-            return costs.full_logits(rows * self.job.target, a.vocabulary, size)
+            return costs.full_logits(rows * self.job.target, a.vocabulary, size, tied)
         if kind == "mlm":
             hidden = math.ceil(tokens * self.job.values.get("mlm_probability", 0.15))
-            return costs.full_logits(hidden, a.vocabulary, size)
+            return costs.full_logits(hidden, a.vocabulary, size, tied)
         if kind == "ppo":
             tokens = rows * self.job.target
         if setup.strategy in costs.SHARDED or not a.fusable:
-            return costs.full_logits(tokens, a.vocabulary, size)
+            return costs.full_logits(tokens, a.vocabulary, size, tied)
         chunk = self.chunk(setup)
         wide = chunk if setup.gpu else kernels.CPU_WIDE_ROWS
         if kind == "ppo" and tokens * a.vocabulary <= KEPT:  # `ppo.forward` then keeps the probabilities of all
             chunk = wide = tokens
-        return costs.fused_head(tokens, a.vocabulary, a.hidden, chunk, size, wide)
+        return costs.fused_head(tokens, a.vocabulary, a.hidden, chunk, size, wide, not setup.lora)
 
     # --- work ---
 

@@ -43,7 +43,7 @@ def planner(shape: str, kind: str) -> Planner:
     values = {"num_train_epochs": 1, "packing": True} | ({"global_batch_size": BATCH} if answer else {})
     stage = SimpleNamespace(name=kind, seed=0, sections={})
     prompt = LENGTH - answer
-    return Planner(Job(stage, kind, values, models, 10**6, [prompt], prompt, target=answer))
+    return Planner(Job(stage, kind, values, models, 10**6, [prompt], prompt, target=answer, layout="packed"))
 
 
 def setup(strategy: str, world: int, **changes) -> Setup:

@@ -252,6 +252,17 @@ def test_ppo_holds_reference_critic_reward_model_and_cache():
     assert lora.reference == 0 and lora.optimizer < 0.05 * memory.optimizer and lora.weights < 1.05 * memory.weights
 
 
+def test_writing_the_model_takes_a_copy():
+    """A merged one with adapters, in the room that a GPU's allocator has free; on a CPU the one gathered from shards."""
+    planner = Planner(a_job())
+    n = planner.anatomy("model").parameters
+    assert planner.memory(Setup()).saving == 0 and planner.memory(Setup(lora=True)).saving == 4 * n
+    assert planner.memory(Setup(strategy="fsdp2", world=2)).saving == 4 * n
+    assert planner.memory(Setup(gpu="h100", strategy="fsdp2", world=2)).saving == 0
+    memory = planner.memory(Setup(gpu="h100", lora=True, bf16=True, size=2, micro=1))
+    assert memory.saving == max(0, 2 * n - memory.activations - memory.head)
+
+
 @pytest.mark.parametrize(
     "file, strategy",
     [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero2", "zero2"), ("zero3", "zero3"), ("cpu", "single"), ("cpu_2", "ddp")],
