@@ -1,6 +1,6 @@
 """What training costs, as formulae: bytes, operations, traffic, seconds. Pure functions; no torch, no files.
 
-`pipelines.plan` fills them in with a recipe's numbers. Sizes are bytes, FLOPs count a multiply-add as two. Sources:
+`pipelines.planner` fills them in with a recipe's numbers. Sizes are bytes, FLOPs count a multiply-add as two. Sources:
 
     Kaplan 2020      https://arxiv.org/abs/2001.08361    section 2.1: 2N FLOPs a token forward, 6N with backward
     Hoffmann 2022    https://arxiv.org/abs/2203.15556    appendix F: attention's own FLOPs (Chinchilla)
