@@ -140,7 +140,7 @@ def prepare(work: Path) -> None:
     word_tokenizer = train_wordpiece([" ".join(words)] * 50, vocab_size=300)
     for number, case in enumerate(CASES):
         folder, kind, length = work / str(number), case.kind, case.words
-        if not folder.is_dir():
+        if not folder.is_dir() or (folder / "recipe.yaml").is_file():
             continue
         count = case.rows * case.world * STEPS * 2
         model = {"model_name_or_path": str(folder / "model"), **case.model}
@@ -301,7 +301,8 @@ def main() -> None:
         chosen = [n for n, case in enumerate(CASES) if not args.only or case.kind in args.only or str(n) in args.only]
         missing = [n for n in chosen if not (args.again and (work / str(n) / "measured.json").is_file())]
         for n in missing:
-            (work / str(n)).mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(work / str(n), ignore_errors=True)
+            (work / str(n)).mkdir(parents=True)
         me = [sys.executable, str(Path(__file__).resolve())]
         if missing:
             run([*me, "--prepare", str(work)], env)

@@ -237,7 +237,7 @@ def test_more_gpus_are_suggested_only_as_far_as_the_global_batch_can_be_split():
     ([], None, 1),
 ])  # fmt: skip
 def test_where_a_stage_runs(words, gpu, world):
-    setup = plan.setup_of(a_job(), plan.parser().parse_args(["recipe", *words]))
+    setup = plan.setup_of(a_job(per_device_train_batch_size=8), plan.parser().parse_args(["recipe", *words]))
     assert (setup.gpu, setup.world, setup.bf16) == (gpu, world, gpu is not None)
 
 

@@ -172,7 +172,7 @@ def test_an_override_does_not_reach_a_stage_that_shares_the_section_by_an_alias(
     assert loaded["a"].sections["args"] == {"max_steps": 5} and loaded["b"].sections["args"] == {"max_steps": 3}
 
 
-@pytest.mark.parametrize("words", [["--help"], ["status"], ["keys", "rank"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["status"], ["keys", "rank"]], ids=" ".join)
 def test_a_reader_that_has_had_enough_is_no_error(words, recipe, write):
     """`| head`: the pipe is closed before anything is written into it."""
     words = [*words, recipe(stages(write("a.jsonl", ROWS)))] if words == ["status"] else words
