@@ -21,6 +21,7 @@ from pipelines import costs, recipe, schema
 from pipelines.costs import Memory, PlanError
 from pipelines.job import Job, describe
 from pipelines.planner import Planner, Setup, micro_batch
+from pipelines.stages import NO_MODEL
 
 MICRO = "args.per_device_train_batch_size={micro}"  # suggested with the largest number that fits
 SHARDS = ("zero2", "fsdp2", "zero3")  # accelerate_configs/NAME.yaml, for suggestions
@@ -36,11 +37,11 @@ def suggestions(planner: Planner, setup: Setup, room: float) -> list[tuple[str, 
     """
     tried = _changes(planner.job, setup)
     alone = _fitting(planner, [[change] for change in tried], setup, room)
+    if any(words.startswith("args.") for words, *_ in alone):  # then no more GPUs are needed
+        return [found for found in alone if "--gpus" not in found[0]]
     if alone:
         return alone
-    shrunk = [tried[0]] if setup.micro > 1 else []
-    if not setup.checkpointing:
-        shrunk.append(next(c for c in tried if "checkpointing" in c[0]))
+    shrunk = [change for change in tried if change[0].startswith("args.")]
     return _fitting(planner, [[*shrunk, change] for change in tried if change not in shrunk] + [shrunk], setup, room)
 
 
@@ -54,6 +55,8 @@ def _changes(job: Job, setup: Setup) -> list[tuple[str, dict]]:
         out.append((MICRO, {}))
     if not setup.checkpointing:
         out.append(("args.activation_checkpointing=true", {"checkpointing": True}))
+    if job.kind == "ppo" and setup.rollout > 16:
+        out.append(("args.local_rollout_forward_batch_size=16", {"rollout": 16}))
     adapts = job.kind in recipe.ADAPTED and not setup.sharded
     if adapts and not setup.lora:
         out.append(("model.use_peft=true", {"lora": True}))
@@ -158,6 +161,7 @@ def setup_of(job: Job, args: argparse.Namespace) -> Setup:
         world=world,
         offload=told.get("offload", "none"),
         micro=batch.get("per_device_train_batch_size", values["per_device_train_batch_size"]),
+        rollout=values.get("local_rollout_forward_batch_size", 64),
         checkpointing=bool(checkpointing),
         lora=lora,
         quantize=bool(section.get("load_in_4bit")),
@@ -233,6 +237,9 @@ def main(argv: list[str]) -> int:
     total_seconds, unknown, too_big = 0.0, False, False
     for stage in loaded.stages:
         if names and stage.name not in names:
+            continue
+        if stage.kind in NO_MODEL:
+            print(f"{stage.name} ({stage.kind}) trains nothing: not planned")
             continue
         job = describe(loaded, stage)
         fits, seconds = report(Planner(job), setup_of(job, args), args, machine)

@@ -19,6 +19,7 @@ class Setup:
     world: int = 1
     offload: str = "none"  # "optimizer" or "all" (weights too) on the host
     micro: int = 8
+    rollout: int = 64  # answers that PPO decodes at once
     checkpointing: bool = False
     lora: bool = False
     quantize: bool = False
@@ -212,7 +213,7 @@ class Planner:
     def decoded(self, setup: Setup) -> int:
         """Answers that one process of PPO decodes and scores at once; 64 prompts are tried before the first update."""
         share = math.ceil(max(self.per_step(setup), 64) / setup.world)
-        return min(self.job.values.get("local_rollout_forward_batch_size", 64), share)
+        return min(setup.rollout, share)
 
     def cache(self, setup: Setup) -> float:
         """KV cache of the answers that are decoded at once."""
@@ -316,9 +317,9 @@ class Planner:
         train, decoding = self.flops_per_step(setup)
         out = {"compute": train / (flops * setup.world), "decode": 0.0, "traffic": 0.0}
         if decoding:
-            a, values = self.anatomy("model"), self.job.values
+            a = self.anatomy("model")
             share = math.ceil(self.per_step(setup) / setup.world)
-            batches = math.ceil(share / values.get("local_rollout_forward_batch_size", 64))
+            batches = math.ceil(share / setup.rollout)
             size = setup.compute
             reading = costs.decode_seconds(a.products * size, self.cache(setup), self.job.target, bandwidth) * batches
             out["decode"] = max(reading, decoding / (flops * setup.world))

@@ -229,6 +229,13 @@ def test_more_gpus_are_suggested_only_as_far_as_the_global_batch_can_be_split():
     assert found and not any("--gpus 16" in words for words, *_ in found)
 
 
+def test_what_ppo_decodes_at_once_is_made_smaller():
+    planner, asked = Planner(a_job("ppo")), Setup(gpu="h100", micro=1, checkpointing=True, bf16=True)
+    room = planner.memory(asked).total - planner.cache(asked) / 2
+    (words, changed, memory), *_ = plan.suggestions(planner, asked, room)
+    assert words == "args.local_rollout_forward_batch_size=16" and memory.kv_cache == planner.cache(asked) / 4
+
+
 @pytest.mark.parametrize("words, gpu, world", [
     (["--config_file", "accelerate_configs/fsdp2.yaml"], "h100", 8),
     (["--config_file", "accelerate_configs/fsdp2.yaml", "--gpu", "a100", "--gpus", "4"], "a100", 4),
