@@ -196,7 +196,15 @@ def entry() -> None:
         from pipelines.launch import fast_environment
 
         fast_environment()
-    sys.exit(main())
+    try:
+        try:
+            code = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read our output has had enough (`| head`): Python's `signal` docs, "Note on SIGPIPE"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when the interpreter ends
+        code = 1
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
-from pipelines import costs, kernels
+from pipelines import SetupError, costs, kernels, packing
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Anatomy:
     outside: int  # parameters outside the layers: embeddings and head
     widest: int  # most outputs of a linear map in the layers
     linear: int  # weights in the layers' linear maps: what 4 bits can hold
+    tied: bool  # whether the head is the input embeddings
     fusable: bool  # whether `kernels.fuse_loss` takes its head
 
 
@@ -104,9 +105,26 @@ def examine(config, auto_class: str, adapt=None) -> Anatomy:
             outside=count - in_blocks,
             widest=max(outputs, default=0),
             linear=sum(m.weight.numel() for m in maps),
+            tied=bool(tied),
             fusable=type(head) is nn.Linear and not text.is_encoder_decoder
             and all(getattr(text, key, None) in (None, off) for key, off in kernels.LOGIT_CHANGES.items()),
         )  # fmt: skip
+
+
+def layout(config, auto_class: str) -> str:
+    """How our trainers lay the sequences of a batch of this architecture: "padded", "packed" end to end, or "shared".
+
+    Shared: packed, and answers to one prompt stand behind one copy of it (`packing.pack_branches`).
+    """
+    with torch.device("meta"):
+        model = _build(config, auto_class)
+    try:
+        if auto_class == "AutoModelForSequenceClassification":
+            return "shared" if packing.enable_packed_scores(model) else "packed"
+        packing.enable_packed_attention(model)
+    except SetupError:
+        return "padded"
+    return "packed"
 
 
 def activations(
@@ -116,7 +134,7 @@ def activations(
     length: int,
     *,
     precision: str = "fp32",
-    padded: bool = False,
+    mask: str | None = None,
     decoder_length: int = 0,
     dropout: bool = True,
     fast_gelu: bool = True,
@@ -128,12 +146,13 @@ def activations(
         rows, length: the batch; `decoder_length` the targets' length of an encoder-decoder.
         precision: "fp32", "autocast" (float32 weights, bf16 products: the casts of the weights are kept too) or
             "bf16" (bf16 weights).
-        padded: an attention mask is kept with it.
+        mask: what of it is kept too: "padding" (rows, length), "branches" (rows, length, length; see
+            `packing.pack_branches`) or None.
 
     Models that cannot be run without numbers get `costs.korthikanti`.
     """
     try:
-        kept = _trace(config, auto_class, rows, length, precision, padded, decoder_length, dropout, fast_gelu, adapt)
+        kept = _trace(config, auto_class, rows, length, precision, mask, decoder_length, dropout, fast_gelu, adapt)
         return kept, True
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         anatomy = examine(config, auto_class)
@@ -144,11 +163,11 @@ def activations(
         return costs.korthikanti(tokens, anatomy.hidden, anatomy.layers, size) + casts, False
 
 
-def _trace(config, auto_class, rows, length, precision, padded, decoder_length, dropout, fast_gelu, adapt) -> float:
+def _trace(config, auto_class, rows, length, precision, mask, decoder_length, dropout, fast_gelu, adapt) -> float:
     with _fake():
         model = _build(config, auto_class, adapt, torch.bfloat16 if precision == "bf16" else torch.float32)
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if not padded and plain._can_set_attn_implementation():
+        if mask != "padding" and plain._can_set_attn_implementation():
             # Traced, transformers makes a causal mask even where a run needs none.
             AttentionInterface.register(MASKLESS, sdpa_attention_forward)
             AttentionMaskInterface.register(MASKLESS, lambda *args, **kwargs: None)
@@ -170,8 +189,10 @@ def _trace(config, auto_class, rows, length, precision, padded, decoder_length, 
             return tensor
 
         inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.int64)}
-        if padded:
+        if mask == "padding":
             inputs["attention_mask"] = torch.ones(rows, length, dtype=torch.int64)
+        elif mask == "branches":
+            inputs["attention_mask"] = torch.ones(rows, 1, length, length, dtype=torch.bool)
         if config.is_encoder_decoder:
             inputs["decoder_input_ids"] = torch.zeros(rows, decoder_length, dtype=torch.int64)
         with (

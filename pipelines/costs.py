@@ -1,6 +1,6 @@
 """What training costs, as formulae: bytes, operations, traffic, seconds. Pure functions; no torch, no files.
 
-`pipelines.plan` fills them in with a recipe's numbers. Sizes are bytes, FLOPs count a multiply-add as two. Sources:
+`pipelines.planner` fills them in with a recipe's numbers. Sizes are bytes, FLOPs count a multiply-add as two. Sources:
 
     Kaplan 2020      https://arxiv.org/abs/2001.08361    section 2.1: 2N FLOPs a token forward, 6N with backward
     Hoffmann 2022    https://arxiv.org/abs/2203.15556    appendix F: attention's own FLOPs (Chinchilla)
@@ -139,15 +139,19 @@ def states(
     outside: int = 0,
     quantized: int = 0,
     offload: str = "none",
+    compute: int = 2,
+    on_cpu: bool = False,
 ) -> States:
     """Weights, gradients and optimizer of one model on one device of `world` (Rajbhandari 2020, figure 1).
 
     `size`: bytes of a stored weight. Plain and data-parallel training keeps what is stored and casts on the fly
     (autocast); DDP holds each gradient twice, in its own tensor and in the bucket that is reduced. FSDP2 cuts stored
-    weights, gradients and states into `world` parts and gathers bf16 copies of two blocks (`largest` parameters each,
-    one computing, one on its way) and of what lies `outside` the blocks, with the gradients of one block and of that.
-    DeepSpeed in bf16 trains a bf16 copy (2 bytes) from float32 weights and moments
-    (12 bytes with Adam): ZeRO-1 cuts up those 12, ZeRO-2 the gradients too, ZeRO-3 the weights too.
+    weights, gradients and states into `world` parts and gathers copies of two blocks (`largest` parameters each, one
+    computing, one on its way) and of what lies `outside` the blocks, with the gradients of one block and of that, in
+    `compute` bytes a number; gradients pass through a flat buffer of their size. DeepSpeed trains a copy of so many bytes
+    from float32 weights and moments (12 bytes with Adam): ZeRO-1 cuts up those 12, ZeRO-2 the gradients too, ZeRO-3 the
+    weights too; gradients lie flat in its bucket, and once more to be sent. `on_cpu`: only the used part of a bucket takes
+    memory, gloo (no reduce-scatter) sends a copy, and the buffer that weights were gathered in is not used again.
     `quantized` of the parameters lie there as NF4. `offload`: what is on the host, "none", "optimizer" or "all".
     """
     part = 1 / world
@@ -157,14 +161,18 @@ def states(
         copies = 2 if strategy == "ddp" and world > 1 else 1
         return States(weights, trainable * trained * copies, trainable * trained * optim)
     if strategy == "fsdp2":
-        gathered = 2 * (2 * largest + outside) + (2 * (largest + outside) if trainable else 0)
+        whole = largest + outside  # at work at once, beside the block that is on its way
+        copies = (3 if trainable else 1) + ((2 if trainable else 1) if on_cpu else 0)
+        gathered = compute * (largest + copies * whole)
         held = States(parameters * size * part, trainable * size * part, trainable * size * optim * part, gathered)
         return States(0.0, 0.0, 0.0, gathered) if offload == "all" else held
     stage = {"zero1": 1, "zero2": 2, "zero3": 3}[strategy]
-    weights = parameters * 2 * (part if stage == 3 else 1)
-    gradients = trainable * 2 * (part if stage >= 2 else 1)
+    weights = parameters * compute * (part if stage == 3 else 1)
+    gradients = trainable * compute * (part if stage >= 2 else 1)
     optimizer = trainable * 4 * (1 + optim) * part
-    buffers = (ZERO_BUCKET * 2 if trainable else 0) + (min(parameters, ZERO_LIVE) * 2 if stage == 3 else 0)
+    used = min(ZERO_BUCKET, trainable)
+    bucket = (used if on_cpu else ZERO_BUCKET if trainable else 0) + used + (used if on_cpu and stage == 3 else 0)
+    buffers = compute * (bucket + (min(parameters, ZERO_LIVE) if stage == 3 else 0))
     if offload == "all":
         weights = 0.0
     return States(weights, gradients, optimizer if offload == "none" else 0.0, buffers)
@@ -192,21 +200,27 @@ def checkpointed(activations: float, tokens: int, hidden: int, layers: int, size
     return min(activations, layers * tokens * hidden * size + activations / layers)
 
 
-def fused_head(tokens: int, vocabulary: int, hidden: int, rows: int, size: int = 4, wide_rows: int = 0) -> float:
+def fused_head(
+    tokens: int, vocabulary: int, hidden: int, rows: int, size: int = 4, wide_rows: int = 0, trained: bool = True
+) -> float:
     """Buffers of `kernels.linear_cross_entropy`, which never holds the logits of a batch.
 
     One chunk of `rows` logits (half precision: `wide_rows` of it in float32 beside), the gradient of the hidden states
-    and that of the head (float32, and for half precision one product before it is summed).
+    and, where it is `trained`, that of the head (float32, and for half precision one product before it is summed).
     """
     rows = min(rows, tokens)
     chunk = rows * vocabulary * size + (min(wide_rows, rows) * vocabulary * 4 if size < 4 else 0)
-    gradient = vocabulary * hidden * (4 + (size if size < 4 else 0))
+    gradient = vocabulary * hidden * (4 + (size if size < 4 else 0)) if trained else 0
     return chunk + tokens * hidden * size + gradient
 
 
-def full_logits(tokens: int, vocabulary: int, size: int = 4) -> float:
-    """Logits, their float32 copy (half precision), log-softmax and gradient, of a head that is not fused."""
-    return tokens * vocabulary * (size + 4 + 4 + (4 if size < 4 else 0))
+def full_logits(tokens: int, vocabulary: int, size: int = 4, tied: int = 0) -> float:
+    """Logits, their float32 copy (half precision), log-softmax and gradient, of a head that is not fused.
+
+    `tied`: the width of a head that is the input embeddings and trained. Its gradients of both uses lie there before they
+    are summed (found by measuring, benchmarks/plan_accuracy.py).
+    """
+    return tokens * vocabulary * (size + 4 + 4 + (4 if size < 4 else 0)) + 2 * vocabulary * tied * size
 
 
 def kv_cache(tokens: int, layers: int, width: int, size: int = 4) -> float:
@@ -246,18 +260,32 @@ def train_flops(forward: float, frozen: bool = False, checkpointing: bool = Fals
 # --- traffic and time --------------------------------------------------------------------------------------------
 
 
-def traffic(parameters: int, trainable: int, strategy: str, world: int, micro_batches: int = 1) -> float:
+def traffic(
+    parameters: int,
+    trainable: int,
+    strategy: str,
+    world: int,
+    micro_batches: int = 1,
+    compute: int = 2,
+    size: int = 4,
+    outside: int = 0,
+) -> float:
     """Bytes that each device sends in an optimizer step (ring collectives, Patarasuk 2009; ZeRO, section 7).
 
-    DDP reduces float32 gradients once: 2 (n-1)/n of them. ZeRO-1 and 2 move as much, in bf16. ZeRO-3 and FSDP2 gather
-    bf16 weights for every forward and again for every backward, and scatter the gradients of every micro-batch.
+    DDP reduces gradients of `size` bytes once: 2 (n-1)/n of them. ZeRO-1 and 2 gather the trained weights, of `compute`
+    bytes a number, once; their gradients DeepSpeed reduces everywhere (its default `use_multi_rank_bucket_allreduce`; to
+    scatter them, as in the paper, is half of that), ZeRO-2 those of every micro-batch. ZeRO-3 and FSDP2 gather weights
+    for every forward and again for every backward, and scatter the gradients of every micro-batch. What stays gathered
+    from the forward to the backward goes once: in FSDP2 all that lies `outside` the blocks, in ZeRO-3 as much as
+    `ZERO_LIVE`. Checked in runs: docs/scaling.md.
     """
     ring = (world - 1) / world
     if strategy in ("single", "ddp"):
-        return 2 * ring * trainable * 4
+        return 2 * ring * trainable * size
     if strategy in ("zero1", "zero2"):
-        return 2 * ring * trainable * 2 * (micro_batches if strategy == "zero2" else 1)
-    return ring * micro_batches * (2 * parameters * 2 + trainable * 2)
+        return ring * trainable * compute * (2 * (micro_batches if strategy == "zero2" else 1) + 1)
+    again = max(0, parameters - (outside if strategy == "fsdp2" else ZERO_LIVE))
+    return ring * micro_batches * (parameters + again + trainable) * compute
 
 
 def bus(hardware: Device, world: int) -> float:
@@ -292,6 +320,7 @@ class Memory:
     reference: float = 0.0
     rewards: float = 0.0
     buffers: float = 0.0
+    saving: float = 0.0
 
     @property
     def total(self) -> float:

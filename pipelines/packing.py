@@ -120,7 +120,7 @@ def pack_branches(groups: list[list[list[int]]], share: bool = True) -> dict[str
     for group in groups:
         start = len(ids)
         # of a member at least the last token stands in its own branch
-        common = _alike(group) if len(group) > 1 else 0
+        common = alike(group) if len(group) > 1 else 0
         ids += group[0][:common]
         positions += range(common)
         branches += [0] * common
@@ -136,7 +136,7 @@ def pack_branches(groups: list[list[list[int]]], share: bool = True) -> dict[str
     return out | ({"branches": torch.tensor(branches)} if share else {})
 
 
-def _alike(group: list[list[int]]) -> int:
+def alike(group: list[list[int]]) -> int:
     """With how many tokens all members begin, at most all but the last one of the shortest."""
     most = min(map(len, group)) - 1
     first = group[0]

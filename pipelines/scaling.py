@@ -11,7 +11,8 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 from pipelines import costs
-from pipelines.plan import AUTO, Job, Model, Planner, Setup
+from pipelines.job import AUTO, Job, Model
+from pipelines.planner import Planner, Setup
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 SHAPES = {
@@ -42,7 +43,7 @@ def planner(shape: str, kind: str) -> Planner:
     values = {"num_train_epochs": 1, "packing": True} | ({"global_batch_size": BATCH} if answer else {})
     stage = SimpleNamespace(name=kind, seed=0, sections={})
     prompt = LENGTH - answer
-    return Planner(Job(stage, kind, values, models, 10**6, [prompt], prompt, target=answer))
+    return Planner(Job(stage, kind, values, models, 10**6, [prompt], prompt, target=answer, layout="packed"))
 
 
 def setup(strategy: str, world: int, **changes) -> Setup:
@@ -102,9 +103,7 @@ def traffic() -> None:
             for world in WORLDS[1:]:
                 planned = planner(shape, "sft")
                 where = setup(strategy, world)
-                a = planned.anatomy("model")
-                sent = costs.traffic(a.parameters, a.trainable, strategy, world)
-                hardware = costs.DEVICES[GPU]
+                sent, hardware = planned.traffic(where), costs.DEVICES[GPU]
                 parts = planned.seconds_per_step(where, hardware.bf16 * costs.MFU, hardware.bandwidth)
                 cells.append(f"{sent / 1e9:.1f} GB, {parts['traffic'] / parts['compute']:.2f}x")
             rows.append([shape, strategy, *cells])
@@ -119,7 +118,7 @@ def enough() -> None:
         planned = planner(shape, "sft")
         a, cells = planned.anatomy("model"), []
         for strategy in STRATEGIES:
-            seconds = costs.traffic(a.parameters, a.trainable, strategy, 64) / costs.NETWORK
+            seconds = planned.traffic(setup(strategy, 64)) / costs.NETWORK
             forward = costs.forward_flops(1, a.products, a.layers, a.attention, LENGTH / 2)
             each = costs.train_flops(forward, checkpointing=True) / (hardware.bf16 * costs.MFU)
             cells.append(f"{seconds / (0.1 * each):,.0f}")

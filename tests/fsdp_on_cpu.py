@@ -29,6 +29,11 @@ class GPUs(AcceleratorState):
         super().__init__(*args, **kwargs)
 
 
-if __name__ == "__main__":
+def allow() -> None:
+    """Let this process run FSDP2 on the CPU; before `launch.start`."""
     launch.start, accelerate.accelerator.AcceleratorState = start_on_cpu, GPUs
+
+
+if __name__ == "__main__":
+    allow()
     entry()

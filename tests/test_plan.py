@@ -9,7 +9,8 @@ import transformers
 from transformers import AutoConfig
 
 from pipelines import anatomy, costs, plan
-from pipelines.plan import Job, Model, Planner, Setup
+from pipelines.job import AUTO, Job, Model, describe
+from pipelines.planner import Planner, Setup, micro_batch
 
 SMALL = {
     "gpt2": ("AutoModelForCausalLM", {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 100}),
@@ -71,6 +72,61 @@ def test_activations_grow_with_rows_and_shrink_in_bf16():
     assert 0.45 * one < half < 0.75 * one
 
 
+def test_activations_of_answers_behind_one_copy_of_their_prompt():
+    """Each layer keeps the mask of who sees whom, as the real forward of such a batch does."""
+    from pipelines import packing
+
+    model = transformers.AutoModelForSequenceClassification.from_config(config("llama"), dtype=torch.float32)
+    assert packing.enable_packed_scores(model)
+    prompt = list(range(20))
+    batch = packing.pack_branches([[prompt + [i] * 10 for i in (50, 60, 70)]] * 2)
+    found, traced = anatomy.activations(config("llama"), AUTO["reward"], 2, 50, mask="branches", dropout=False)
+    own, kept = {p.data_ptr() for p in [*model.parameters(), *model.buffers()]}, {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(**batch)
+    assert traced and batch["input_ids"].shape == (1, 100)
+    assert found == pytest.approx(sum(t.untyped_storage().nbytes() for t in kept.values()), rel=0.03)
+
+
+@pytest.mark.parametrize("auto, kind, layout", [
+    ("AutoModelForCausalLM", "llama", "packed"),
+    ("AutoModelForSequenceClassification", "llama", "shared"),
+    ("AutoModelForSequenceClassification", "bert", "padded"),
+])  # fmt: skip
+def test_layout_is_that_of_our_trainers(auto, kind, layout):
+    assert anatomy.layout(config(kind), auto) == layout
+
+
+def test_rankings_share_their_prompt_as_the_collator_lays_them(tiny_gpt2, recipe, write):
+    from pipelines import chat
+    from pipelines import recipe as recipes
+    from pipelines.stages.reward import RankingCollator
+
+    rows = [{"prompt": "the cat sees " * n, "completions": ["a dog", "a big dog " * n, "a bird"], "ranks": [1, 2, 3]} for n in (2, 3, 30)]  # fmt: skip
+    stage = {"kind": "reward", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": {"train": write("r.jsonl", rows)},
+             "args": {"per_device_train_batch_size": 2}}  # fmt: skip
+    loaded = recipes.load(recipe({"judge": stage}))
+    found = describe(loaded, loaded.stages[0])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_gpt2)
+    chat.dress(tokenizer, None)
+    collate = RankingCollator(tokenizer.pad_token_id, packed=True)
+    encoded = [
+        [sum(chat.encode_answer(tokenizer, row["prompt"], c), []) for c in row["completions"]] for row in rows[:2]
+    ]
+    real = [collate.inputs([answers])["input_ids"].shape[1] for answers in encoded]
+    assert found.laid == real and found.rows == 2  # the third ranking is longer than the context, and dropped
+    planner, setup = Planner(found), Setup(micro=2)
+    assert planner.tokens_per_step(setup) == sum(real) < sum(len(a) for answers in encoded for a in answers)
+    rows_, length = micro_batch(found, setup)
+    assert length == max(real) and sum(real) <= rows_ * length < sum(real) + length
+
+
 def test_states_worked_out_by_hand():
     n = 1_000_000_000
     plain = costs.states(n, n)
@@ -92,6 +148,8 @@ def test_sharding_divides_weights_gradients_and_optimizer(strategy):
     one, eight = (costs.states(8_000_000, 8_000_000, strategy, world) for world in (1, 8))
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(eight, part) == pytest.approx(getattr(one, part) / 8)
+    whole = costs.states(8_000_000, 8_000_000, strategy, 2, compute=4)
+    assert (whole.weights, whole.gradients) == (4 * 8_000_000 / 2, 4 * 8_000_000 / 2)
     zero2 = costs.states(8_000_000, 8_000_000, "zero2", 8)
     assert zero2.weights == 2 * 8_000_000 and zero2.gradients == eight_th(2) and zero2.optimizer == eight_th(12)
 
@@ -106,7 +164,13 @@ def test_flops_and_traffic_worked_out_by_hand():
     assert costs.train_flops(3.0, frozen=True) == 6.0 and costs.train_flops(3.0, checkpointing=True) == 12.0
     assert costs.traffic(1000, 1000, "ddp", 4) == 2 * 3 / 4 * 1000 * 4
     ddp_in_bf16 = 2 * 3 / 4 * 1000 * 2
-    assert costs.traffic(1000, 1000, "zero3", 4) == 1.5 * ddp_in_bf16  # the ZeRO paper, section 7.2
+    assert costs.traffic(1000, 1000, "zero1", 4) == costs.traffic(1000, 1000, "zero2", 4) == 1.5 * ddp_in_bf16
+    assert costs.traffic(1000, 1000, "zero2", 4, micro_batches=3) == 3.5 * ddp_in_bf16  # the weights travel once
+    assert costs.traffic(1000, 1000, "fsdp2", 4, outside=400) == 1.3 * ddp_in_bf16
+    assert costs.traffic(1000, 1000, "fsdp2", 4, micro_batches=2, compute=4) == 6 * ddp_in_bf16
+    assert costs.traffic(1000, 1000, "fsdp2", 4) == 1.5 * ddp_in_bf16  # as ZeRO-3 in its paper, section 7.2
+    assert costs.traffic(1000, 1000, "zero3", 4) == ddp_in_bf16  # gathered once: a billion weights may stay
+    assert costs.traffic(10**10, 10**10, "zero3", 4) == 1.45 * 10**7 * ddp_in_bf16
     assert costs.korthikanti(128 * 4, 64, 3) == 34 * 128 * 4 * 64 * 3
     assert costs.kv_cache(10, 2, 64, 2) == 10 * 2 * 64 * 2 * 2
 
@@ -121,9 +185,9 @@ def test_the_fused_head_is_smaller_than_its_logits():
 def a_job(kind="sft", **values):
     shape = {"num_hidden_layers": 8, "hidden_size": 1024, "num_attention_heads": 8, "intermediate_size": 4096}
     made = AutoConfig.for_model("llama", **shape, vocab_size=32000, num_labels=1)
-    models = {"model": Model(made, plan.AUTO.get(kind, "AutoModelForCausalLM"))}
+    models = {"model": Model(made, AUTO.get(kind, "AutoModelForCausalLM"))}
     if kind == "ppo":
-        models |= {name: Model(made, plan.AUTO["reward"]) for name in ("critic", "reward 0")}
+        models |= {name: Model(made, AUTO["reward"]) for name in ("critic", "reward 0")}
     stage = SimpleNamespace(name="stage", seed=0, sections={})
     values = {"num_train_epochs": 1, "global_batch_size": 64, **values}
     return Job(stage, kind, values, models, 1000, [512], 512, 1, 64 if kind == "ppo" else 0)
@@ -153,6 +217,37 @@ def test_a_model_too_large_for_its_gpus_is_sharded_or_given_more_of_them():
     assert any("--gpus 16" in text for text in words) and not any("--gpus 32" in text for text in words)
 
 
+def test_more_gpus_are_suggested_only_as_far_as_the_global_batch_can_be_split():
+    planner = Planner(a_job(global_batch_size=16))
+    asked = Setup(gpu="h100", strategy="fsdp2", world=4, micro=4, bf16=True)
+    found = plan.suggestions(planner, asked, planner.memory(Setup(**{**vars(asked), "world": 16, "micro": 1})).total)
+    (words, changed, _), *others = [one for one in found if "--gpus" in one[0]]
+    assert "--gpus 16 --config_file accelerate_configs/fsdp2_multi.yaml" in words and not others
+    assert (changed.world, changed.micro) == (16, 1)
+    planner = Planner(a_job(global_batch_size=8))
+    found = plan.suggestions(planner, asked, planner.memory(Setup(**{**vars(asked), "world": 16, "micro": 1})).total)
+    assert found and not any("--gpus 16" in words for words, *_ in found)
+
+
+def test_what_ppo_decodes_at_once_is_made_smaller():
+    planner, asked = Planner(a_job("ppo")), Setup(gpu="h100", micro=1, checkpointing=True, bf16=True)
+    room = planner.memory(asked).total - planner.cache(asked) / 2
+    (words, changed, memory), *_ = plan.suggestions(planner, asked, room)
+    assert words == "args.local_rollout_forward_batch_size=16" and memory.kv_cache == planner.cache(asked) / 4
+
+
+@pytest.mark.parametrize("words, gpu, world", [
+    (["--config_file", "accelerate_configs/fsdp2.yaml"], "h100", 8),
+    (["--config_file", "accelerate_configs/fsdp2.yaml", "--gpu", "a100", "--gpus", "4"], "a100", 4),
+    (["--config_file", "accelerate_configs/fsdp2.yaml", "--processes", "2"], None, 2),
+    (["--config_file", "accelerate_configs/cpu_2.yaml"], None, 2),
+    ([], None, 1),
+])  # fmt: skip
+def test_where_a_stage_runs(words, gpu, world):
+    setup = plan.setup_of(a_job(per_device_train_batch_size=8), plan.parser().parse_args(["recipe", *words]))
+    assert (setup.gpu, setup.world, setup.bf16) == (gpu, world, gpu is not None)
+
+
 def test_ppo_holds_reference_critic_reward_model_and_cache():
     planner, setup = Planner(a_job("ppo")), Setup(micro=2)
     memory, n = planner.memory(setup), planner.anatomy("model").parameters
@@ -176,6 +271,17 @@ def test_ppo_on_one_base_holds_adapters_and_a_value_head_weighs_nothing():
     del job.models["critic"]  # `critic: shared`
     head = planner.memory(setup)
     assert head.critic == 0 and head.activations < apart.activations and planner.flops_per_step(setup) < work
+
+
+def test_writing_the_model_takes_a_copy():
+    """A merged one with adapters, in the room that a GPU's allocator has free; on a CPU the one gathered from shards."""
+    planner = Planner(a_job())
+    n = planner.anatomy("model").parameters
+    assert planner.memory(Setup()).saving == 0 and planner.memory(Setup(lora=True)).saving == 4 * n
+    assert planner.memory(Setup(strategy="fsdp2", world=2)).saving == 4 * n
+    assert planner.memory(Setup(gpu="h100", strategy="fsdp2", world=2)).saving == 0
+    memory = planner.memory(Setup(gpu="h100", lora=True, bf16=True, size=2, micro=1))
+    assert memory.saving == max(0, 2 * n - memory.activations - memory.head)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +330,16 @@ def test_a_whole_chain_is_planned_before_any_of_it_exists(recipe, write, capsys)
 
     assert main(["plan", str(path), "--gpus", "2", "--gpu", "a100", "--price-per-hour", "2"]) == 0
     said = capsys.readouterr().out
-    for words in ("base (pretrain)", "16 steps of 8 rows", "10 updates of 16 rows", "critic", "fits", "costs", "all:"):
+    for words in (
+        "base (pretrain)",
+        "30 steps of 8 rows",
+        "16 steps of 8 rows",
+        "10 updates of 16 rows",
+        "critic",
+        "fits",
+        "costs",
+        "all:",
+    ):
         assert words in said, said
     assert main(["plan", str(path), "sft", "stages.sft.args.max_steps=7"]) == 0
     assert "7 steps" in capsys.readouterr().out

@@ -170,3 +170,13 @@ def test_an_override_does_not_reach_a_stage_that_shares_the_section_by_an_alias(
     )
     loaded = load(path, "stages.a.args.max_steps=5")
     assert loaded["a"].sections["args"] == {"max_steps": 5} and loaded["b"].sections["args"] == {"max_steps": 3}
+
+
+@pytest.mark.parametrize("words", [["status"], ["keys", "rank"]], ids=" ".join)
+def test_a_reader_that_has_had_enough_is_no_error(words, recipe, write):
+    """`| head`: the pipe is closed before anything is written into it."""
+    words = [*words, recipe(stages(write("a.jsonl", ROWS)))] if words == ["status"] else words
+    command, root = [sys.executable, "-m", "pipelines", *words], Path(__file__).parents[1]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
