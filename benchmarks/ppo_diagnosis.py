@@ -1,6 +1,6 @@
 """PPO's diagnosis in tiny worlds: does it find what was made wrong on purpose, and is it silent where nothing is?
 
-    python benchmarks/ppo_diagnosis.py                                # 14 CPU minutes
+    python benchmarks/ppo_diagnosis.py                                # 15 CPU minutes
     python benchmarks/ppo_diagnosis.py --seeds 11 12 --only healthy --curves runs/curves.jsonl
     python benchmarks/ppo_diagnosis.py --replay runs/curves.jsonl     # the same runs after a change of diagnosis.py
 

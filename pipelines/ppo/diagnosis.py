@@ -65,7 +65,10 @@ def sampled_otherwise(updates: list[dict], evaluations: list[dict]) -> str | Non
 
 
 def negative_kl(updates: list[dict], evaluations: list[dict]) -> str | None:
-    """A KL is never negative; its estimate may be, but not by four standard errors over three updates."""
+    """A KL is never negative; its estimate may be, but not by four standard errors over three updates.
+
+    In healthy worlds it never is below noise; an engine that is never updated brings it 30 standard errors below 0.
+    """
     last = updates[-3:]
     if len(last) == 3:
         kl = _mean(last, "objective/kl")
@@ -129,15 +132,16 @@ def constant_scores(updates: list[dict], evaluations: list[dict]) -> str | None:
 
 
 def critic_explains_nothing(updates: list[dict], evaluations: list[dict]) -> str | None:
-    """Explained variance below -0.3, or wrong by more than a deviation of the returns, over the last WINDOW updates.
+    """Explained variance below -0.5, or wrong by more than a deviation of the returns, over the last WINDOW updates.
 
-    The first WINDOW are left out. Of a critic that learns slowly the explained variance came to -0.12, of one that does
-    not learn to -0.7; around 0 it may be the best there is, where the reward is noise.
+    The first WINDOW are left out. The explained variance came to -0.37 at the worst in healthy worlds, to -0.7 or less
+    where the critic does not learn; around 0 it may be the best there is, where the reward is noise. The mean error came
+    to 0.22 deviations in healthy worlds, to 3.5 where cliprange_value is too small for the scores.
     """
     if len(updates) >= 2 * WINDOW:
         last = updates[-WINDOW:]
         explained, bias = _mean(last, "val/explained_variance"), sum(row.get("val/bias", 0.0) for row in last) / WINDOW
-        if explained < -0.3:
+        if explained < -0.5:
             return (
                 f"the critic's explained variance is {explained:.2g} over {WINDOW} updates: a constant would do better"
             )
