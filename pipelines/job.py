@@ -77,7 +77,7 @@ def describe(loaded, stage) -> Job:
     tokenizer = _tokenizer(loaded, stage)
     notes = [] if tokenizer else [f"no tokenizer at hand yet: {CHARACTERS} characters are taken for a token"]
     section = stage.sections.get("model", {})
-    texts, rows, count, labels = _texts(stage)
+    texts, rows, count, labels = _texts(stage, notes)
     settings = {}
     if stage.kind == "classify":
         settings["num_labels"] = len(stage.sections.get("task", {}).get("labels") or labels) or 2
@@ -110,9 +110,7 @@ def describe(loaded, stage) -> Job:
     if stage.kind == "seq2seq":
         target = min(target, max((len(goal) for _, goal in sequences), default=target))
         sequences = [[source] for source, _ in sequences]
-    if rows is None and not sequences:
-        notes.append("the rows of hub data are not counted: each is taken to fill the context")
-    elif rows and stage.kind in (
+    if rows and stage.kind in (
         "pretrain",
         "mlm",
     ):  # windows of the text laid end to end, something between the documents
@@ -210,16 +208,26 @@ def _tokenizer(loaded, stage):
     return tokenizer
 
 
-def _texts(stage) -> tuple[list, int | None, int, set]:
+def _texts(stage, notes: list[str]) -> tuple[list, int | None, int, set]:
     """`(a sample of rows, rows in all, answers to a ranking at most, labels seen)` of the training data."""
     from pipelines import data
 
-    section = stage.sections["data"]
-    if not all(data.is_local(source["path"]) for source in data.sources(section, "train")):
+    said, found = stage.sections["data"], data.sources(stage.data, "train")
+    ours = [source["path"].startswith("stage:") for source in data.sources(said, "train")]
+    here = [source for source, made in zip(found, ours) if not made or Path(source["path"]).exists()]
+    if len(here) < len(found):
+        notes.append("rows that an earlier stage will write are not counted")
+    if not here or not all(data.is_local(source["path"]) for source in here):
+        notes.append("rows that are not here are taken to fill the context")
         return [], None, 2, set()
+    section = {**stage.data, "train": here}
     if section.get("streaming"):
-        found = data.endless(section, stage.module.ROWS, stage.seed, [{} for _ in data.sources(section, "train")])
-        return list(islice(found, SAMPLE)), None, 1, set()
+        return (
+            list(islice(data.endless(section, stage.module.ROWS, stage.seed, [{} for _ in here]), SAMPLE)),
+            None,
+            1,
+            set(),
+        )
     rows, answers, labels = [], 1, set()
     count = 0
     for row in data.stream(section, "train", stage.module.ROWS, stage.seed, stage.sections.get("task")):

@@ -345,6 +345,23 @@ def test_a_whole_chain_is_planned_before_any_of_it_exists(recipe, write, capsys)
     assert "7 steps" in capsys.readouterr().out
 
 
+def test_rows_that_an_earlier_stage_will_write_are_left_out_and_said(tiny_gpt2, recipe, write):
+    rows = [{"prompt": "the cat", "chosen": "sees a dog", "rejected": "a bird"}] * 12
+    stages = {
+        "samples": {"kind": "sample", "sample": {"models": [str(tiny_gpt2)]},
+                    "data": {"train": write("prompts.jsonl", [{"prompt": "the cat"}] * 4)}},
+        "rankings": {"kind": "rank", "rank": {"labeller": "data.labeller:script_labeller"},
+                     "data": {"train": "stage:samples/samples.jsonl"}},
+        "judge": {"kind": "reward", "model": {"model_name_or_path": str(tiny_gpt2)},
+                  "data": {"train": [write("rows.jsonl", rows), "stage:rankings/rankings.jsonl"]}},
+    }  # fmt: skip
+    from pipelines import recipe as recipes
+
+    loaded = recipes.load(recipe(stages), read_data=False)
+    found = describe(loaded, loaded["judge"])
+    assert found.rows == 12 and found.notes == ["rows that an earlier stage will write are not counted"]
+
+
 def test_a_folder_is_planned_from_its_config_alone(tiny_gpt2, recipe, write, tmp_path, capsys):
     """The tokenizer at hand counts exactly, and no weights are needed."""
     folder = tmp_path / "config_only"
