@@ -298,10 +298,10 @@ def test_check_reads_only_the_beginning_of_a_stream(recipe, write, tiny_gpt2, mo
 
 
 def test_plan_reads_a_sample_of_a_stream(recipe, write, tiny_gpt2, monkeypatch):
-    from pipelines import plan
+    from pipelines import job
 
-    monkeypatch.setattr(plan, "SAMPLE", 7)
+    monkeypatch.setattr(job, "SAMPLE", 7)
     loaded = recipes.load(recipe({"s": stage_of("sft", write, tiny_gpt2)}), read_data=False)
     Path(loaded["s"].data["train"]).write_text("".join(Path(loaded["s"].data["train"]).read_text().splitlines(True)[:7]) + "{")  # fmt: skip
-    rows, count, *_ = plan._texts(loaded["s"])
+    rows, count, *_ = job._texts(loaded["s"], [])
     assert len(rows) == 7 and count is None
