@@ -426,7 +426,11 @@ class PPOTrainer(Watching):
             accelerator.gradient_state._set_sync_gradients(False)  # the minibatch's own backward comes last
             batch = collate([(ids[:1], ids[1:]) for ids in micro], self.packed, accelerator.device)
             with contextlib.nullcontext() if self.is_deepspeed_enabled else accelerator.no_sync(self.model_wrapped):
-                loss = -self.model_wrapped(batch, logprobs_only=True, temperature=1.0).sum() / tokens
+                if self.is_deepspeed_enabled:  # ZeRO-3 keeps old gradients of what a step's first backward leaves out
+                    logprobs, _, values = self.model_wrapped(batch, temperature=1.0)
+                    loss = -logprobs.sum() / tokens + 0.0 * values.sum()
+                else:
+                    loss = -self.model_wrapped(batch, logprobs_only=True, temperature=1.0).sum() / tokens
                 scaling = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
                 accelerator.backward(args.ptx_coef * loss * world, **scaling)
             total += loss.detach()
