@@ -275,6 +275,39 @@ def test_quantized_weights_are_held_once_too(run, bits):
         torch.testing.assert_close(grad, expected_grads[name], atol=1e-5, rtol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom", "mixtral"])  # rotary buffers; ALiBi; weights outside of layers
+def test_other_architectures_share_their_base(family, tmp_path):
+    """The adapter on the policy's base scores like the model it was saved from, and merges into a plain folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pipelines.ppo.forward import sequence_scores
+    from pipelines.ppo.rewards import from_adapter
+    from pipelines.stages.ppo import scorer
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(family, vocab_size=64, pad_token_id=0, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    how = {**LORA, "lora_target_modules": ["all-linear"]}
+    section = ModelSection(model_name_or_path=str(tmp_path / "base"), **how)
+    reward = models.adapt(scorer(str(tmp_path / "base"), section, new_head=True), section, "SEQ_CLS").eval()
+    for name, weight in reward.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    reward.save_pretrained(tmp_path / "adapter")
+    policy = models.adapt(models.load_model(section, "AutoModelForCausalLM"), section, "CAUSAL_LM", [3])
+    critic = from_adapter(policy, tmp_path / "adapter").eval()
+    held = storages(policy.parameters()).keys()
+    own = [n for n, w in critic.named_parameters() if not storages([w]).keys() <= held]
+    assert own and all("lora" in n or "score" in n for n in own)
+    models.merge(critic, None).save_pretrained(tmp_path / "merged")
+    ids = [[5, 9, 11, 4], [7, 8, 3]]
+    three = critic.get_base_model(), reward.get_base_model(), scorer(str(tmp_path / "merged"), section).eval()
+    found, expected, merged = (sequence_scores(model, ids, False, "cpu") for model in three)
+    assert (expected[0] - expected[1]).abs() > 1e-4
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-3)
+
+
 def test_adapters_on_one_base_resume_to_the_bit(run, tmp_path):
     import transformers
 
