@@ -382,19 +382,25 @@ def _rows_to_train(model, tokens: list[int]) -> dict[str, list[int]]:
 
 
 def merge(model, tokenizer):
-    """The plain model that a model with adapters amounts to; `model` stays as it is.
+    """The plain model, on the CPU, that a model with adapters amounts to; `model` stays as it is.
 
     Weights of 4 or 8 bits are not merged into: rounding the sum would lose much of what was learned. Their base is
     loaded once more at full precision (so much memory is needed beside the quantized model) and merged there.
     """
     import peft
+    import torch
     from transformers.pytorch_utils import Conv1D
 
     from pipelines import chat
 
     base = model.get_base_model()
     if not hasattr(base, "full_precision"):
-        return copy.deepcopy(model).merge_and_unload()
+        # A GPU that holds the training may not hold a second copy of the model.
+        here = {
+            id(weight): torch.nn.Parameter(weight.detach().to("cpu", copy=True), requires_grad=weight.requires_grad)
+            for weight in model.parameters()
+        }
+        return copy.deepcopy(model, here).cpu().merge_and_unload()
     logger.info("merging into the base at full precision")
     whole = base.full_precision()
     chat.fit_model(whole, tokenizer)

@@ -208,16 +208,16 @@ class Planner:
         return replace(out, saving=self.saving(setup, out))
 
     def saving(self, setup: Setup, held: Memory) -> float:
-        """What the first process holds beside `held` when it writes the model: a merged copy, or on a CPU what it gathers.
+        """What the first process holds beside `held` when it writes the model: a merged copy, or what it gathers.
 
-        A GPU's allocator gives it what the steps leave free; on the heap of a CPU only rollouts leave large pieces.
+        Both lie on the CPU. There, only rollouts leave free pieces of its heap that are large enough.
         """
-        a = self.anatomy("model")
-        if setup.lora:  # quantized weights are loaded anew for it, on the CPU
-            copy = 0 if setup.quantize and setup.gpu else a.parameters * setup.size
-            free = held.kv_cache + held.rollouts + (held.activations + held.head if setup.gpu else 0)
-            return max(0.0, copy - free)
-        return a.parameters * 4 if setup.sharded and not setup.gpu else 0.0
+        if setup.gpu:
+            return 0.0
+        n = self.anatomy("model").parameters
+        if setup.lora:
+            return max(0.0, n * setup.size - held.kv_cache - held.rollouts)
+        return n * 4.0 if setup.sharded else 0.0
 
     def decoded(self, setup: Setup) -> int:
         """Answers that one process of PPO decodes and scores at once; 64 prompts are tried before the first update."""
