@@ -38,7 +38,8 @@ def start(folder, stages, processes, name, config="cpu_2", script="watched"):
     ]
     command = [str(word) for word in (*command, ROOT / "tests" / f"{script}.py", recipe)]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "WATCHED": str(watched)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "WATCHED": str(watched)}
     return subprocess.Popen(
         command, env={**clean, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )  # fmt: skip
