@@ -26,6 +26,17 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipelines.chain import chain
+from pipelines.commands import plan
+from pipelines.data.train_tokenizer import train_bpe, train_wordpiece
+from pipelines.evaluation import metrics
+from pipelines.launch import FAST, SWITCH, start
+from pipelines.models import tokenizer_setup
+from pipelines.planning import costs
+from pipelines.planning.job import AUTO, describe
+from pipelines.planning.planner import Planner, micro_batch
+from pipelines.recipe.recipe import load
+
 ROOT = Path(__file__).resolve().parents[1]
 MB = 1e6
 LOOPBACK = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "-")
@@ -129,10 +140,6 @@ def prepare(work: Path) -> None:
     import torch
     import transformers
 
-    from pipelines import chat
-    from pipelines.corpus import train_bpe, train_wordpiece
-    from pipelines.job import AUTO
-
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=4)) for _ in range(60)]
     text = lambda n: " ".join(draw.choices(words, k=n))  # noqa: E731
@@ -183,7 +190,7 @@ def prepare(work: Path) -> None:
             if kind == "seq2seq":
                 made.config.decoder_start_token_id = made.generation_config.decoder_start_token_id = told.pad_token_id
             else:
-                chat.fit_model(made, told)
+                tokenizer_setup.fit_model(made, told)
             made.save_pretrained(folder / name)
             told.save_pretrained(folder / name)
 
@@ -208,24 +215,18 @@ def measure(recipe: str) -> None:
     """
     import resource
 
-    from pipelines import chain, launch
-    from pipelines import recipe as recipes
-
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         sys.path.insert(0, str(ROOT / "tests"))
         import fsdp_on_cpu
 
         fsdp_on_cpu.allow()
-    launch.start()
-    loaded = recipes.load(recipe)
+    start()
+    loaded = load(recipe)
     import torch
     import transformers.trainer
     import trl.trainer.reward_trainer  # noqa: F401
     import trl.trainer.sft_trainer  # noqa: F401
     from transformers import Seq2SeqTrainer, models  # noqa: F401
-
-    import pipelines.ppo.trainer  # noqa: F401
-    from pipelines import data, kernels, lm, metrics, packing, training  # noqa: F401
 
     kind = loaded.stages[0].kind
     if kind == "classify":
@@ -289,7 +290,6 @@ def main() -> None:
     if args.measure:
         return measure(args.measure)
     sys.path.insert(0, str(ROOT))
-    from pipelines.launch import FAST, SWITCH
 
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
@@ -327,25 +327,22 @@ def table(work: Path, chosen: list[int]) -> None:
     """Print predicted beside measured, one row per case, and the parts that the prediction is made of."""
     from dataclasses import fields
 
-    from pipelines import costs, plan
-    from pipelines import recipe as recipes
-
     head = "| stage | model | parameters | rows x tokens | predicted MB | measured MB | ratio | with process |"
     print(head + "\n|" + " --- |" * 8)
     ratios, apart, sent = [], [], []
     for n in chosen:
         case, found = CASES[n], json.loads((work / str(n) / "measured.json").read_text())
         before, peak = max(((one["before"], one["peak"]) for one in found), key=lambda sizes: sizes[1] - sizes[0])
-        loaded = recipes.load(work / str(n) / "recipe.yaml", read_data=False)
-        job = plan.describe(loaded, loaded.stages[0])
-        planner, command = plan.Planner(job), [str(loaded.file), "--processes", str(case.world)]
+        loaded = load(work / str(n) / "recipe.yaml", read_data=False)
+        job = describe(loaded, loaded.stages[0])
+        planner, command = Planner(job), [str(loaded.file), "--processes", str(case.world)]
         if case.world > 1:
             command += ["--config_file", str(ROOT / f"accelerate_configs/{case.launcher}.yaml")]
         setup = plan.setup_of(job, plan.parser().parse_args(command))
         memory = planner.memory(setup)
         predicted, measured = memory.without_process().total, peak - before
         ratios.append(predicted / measured)
-        anatomy, (rows, length) = planner.anatomy("model"), plan.micro_batch(job, setup)
+        anatomy, (rows, length) = planner.anatomy("model"), micro_batch(job, setup)
         kind = job.kind + (" with LoRA" if setup.lora else "")
         kind += f", {setup.world} x {setup.strategy}" if setup.world > 1 else ""
         least = min(one["peak"] - one["before"] for one in found)

@@ -46,9 +46,9 @@ from transformers import (
     PrinterCallback,
 )
 
+from pipelines.generation.decode import generate
 from pipelines.ppo.config import PPOConfig
 from pipelines.ppo.diagnosis import CHECKS, USED, Watch
-from pipelines.ppo.rollout import generate
 from pipelines.ppo.trainer import PPOTrainer
 
 WORDS, EOS, PAD, GOAL = 48, 48, 49, 7

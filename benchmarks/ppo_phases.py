@@ -21,13 +21,14 @@ from pathlib import Path
 from ppo_speed import EPOCHS, RESPONSE, our_trainer
 from pretrain_speed import ROOT, environment, machine
 
+from pipelines.generation.decode import inverse_cdf, left_padded
+from pipelines.generation.logprobs import collate, states_of
+
 
 def bare_decode(model, prompts: list[list[int]], uniforms, end: int):
     """Tokens (b, RESPONSE) sampled after left-padded prompts: GPT-2's equations and nothing else."""
     import torch
     from torch.nn import functional as F
-
-    from pipelines.ppo.rollout import inverse_cdf, left_padded
 
     trunk, heads = model.transformer, model.config.n_head
     ids, seen = left_padded(prompts, "cpu")
@@ -71,8 +72,6 @@ def bare_scoring(trainer, batch: dict, autocast) -> None:
     import torch
     from torch.nn import functional as F
 
-    from pipelines.ppo.forward import states_of
-
     with torch.no_grad(), autocast():
         trainer.critic.score(states_of(trainer.critic, batch))
         F.cross_entropy(states_of(trainer.ref_model, batch) @ trainer.ref_model.lm_head.weight.T, batch["labels"])
@@ -82,8 +81,6 @@ def bare_scoring(trainer, batch: dict, autocast) -> None:
 def bare_update(trainer, batch: dict, autocast) -> None:
     """As many forwards, backwards and steps of policy and critic as an update has."""
     from torch.nn import functional as F
-
-    from pipelines.ppo.forward import states_of
 
     for _ in range(EPOCHS):
         with autocast():
@@ -101,7 +98,6 @@ def measure(args, folder: str) -> None:
     from transformers import GenerationConfig
 
     import pipelines.ppo.trainer as module
-    from pipelines.ppo.forward import collate
 
     trainer = our_trainer(args.precision, args.vocabulary, args.lengths, args.prompts, folder)
     trainer._set_up(None)

@@ -27,6 +27,9 @@ from pathlib import Path
 
 from pretrain_speed import ROOT, Candidate, Metronome, environment, machine, take_turns
 
+from pipelines.ppo.config import PPOConfig
+from pipelines.ppo.trainer import PPOTrainer
+
 CANDIDATES = {  # name: (what runs, precision, in the fast environment)
     "TRL 1.12 PPO, plain env": ("trl112", "fp32", False),
     "TRL 1.12 PPO": ("trl112", "fp32", True),
@@ -115,8 +118,6 @@ def our_trainer(precision: str, vocabulary: int, lengths: str, rows: int, folder
     from datasets import Dataset
 
     sys.path.insert(0, str(ROOT))
-    from pipelines.ppo.config import PPOConfig
-    from pipelines.ppo.trainer import PPOTrainer
 
     four = models(vocabulary, lengths)
     config = PPOConfig(

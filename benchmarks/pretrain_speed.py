@@ -25,6 +25,9 @@ import sys
 import time
 from pathlib import Path
 
+from pipelines.launch import FAST
+from pipelines.speed.fast_model import fast_model
+
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {
     # layers, width, heads, vocabulary, rows, context
@@ -51,7 +54,6 @@ CANDIDATES = {  # name: (what runs, in the fast environment)
 def environment(fast: bool, threads: int) -> dict[str, str]:
     """The process environment of a candidate: bare, or with what pipelines.launch sets."""
     sys.path.insert(0, str(ROOT))
-    from pipelines.launch import FAST
 
     bare = {k: v for k, v in os.environ.items() if k not in FAST}
     bare |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -198,8 +200,6 @@ def run_trainer(size: str, precision: str, kind: str) -> None:
         return {"input_ids": ids, "labels": labels}
 
     if kind.startswith("ours"):
-        from pipelines.kernels import fast_model
-
         fast_model(model)
 
     class Wait(TrainerCallback):

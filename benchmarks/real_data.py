@@ -16,6 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pipelines.data import mixing
+from pipelines.generation.decode import generate
+from pipelines.models import chat_template
+
 HERE = Path(__file__).resolve().parent
 SHOWN = {
     "pretrain": ["eval_loss", "eval_perplexity", "parameters"],
@@ -74,11 +78,8 @@ def samples(run: Path) -> None:
     sys.path.insert(0, str(HERE.parent))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pipelines import chat, data
-    from pipelines.ppo.rollout import generate
-
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    held_out = data.load(recipe["stages"]["policy"]["data"], "prompts", recipe["seed"])[1]
+    held_out = mixing.load(recipe["stages"]["policy"]["data"], "prompts", recipe["seed"])[1]
     prompts = [row["prompt"] for row in held_out[:10]]
     for name in ("base", "sft", "policy"):
         if not (run / name / "stage.json").is_file():
@@ -86,7 +87,7 @@ def samples(run: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(run / name)
         model = AutoModelForCausalLM.from_pretrained(run / name).eval()
         ids, _ = generate(
-            model, [chat.encode_prompt(tokenizer, p) for p in prompts], max_new_tokens=64,
+            model, [chat_template.encode_prompt(tokenizer, p) for p in prompts], max_new_tokens=64,
             eos_token_ids=[tokenizer.eos_token_id], seeds=[(0, i) for i in range(len(prompts))],
             temperature=0.7, top_k=0, top_p=1.0, batch_size=16,
         )  # fmt: skip

@@ -17,6 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from pipelines.data import mixing, train_tokenizer
+from pipelines.evaluation.figures import interval
+from pipelines.models import chat_template
+from pipelines.training.rankings import RankingCollator, decided, ranking_loss
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -40,18 +45,17 @@ def main() -> None:
     from trl import RewardConfig, RewardTrainer
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
-    from pipelines import chat, corpus, data
-    from pipelines.evaluation import interval
-    from pipelines.stages.reward import RankingCollator, decided, ranking_loss
-
     section = {"train": {"path": args.rankings, "rows": args.rows}, "validation": 0.2}
-    sides = data.load(section, "rankings", 0)
-    tokenizer = corpus.train_bpe((c for row in sides[0] for c in [str(row["prompt"]), *row["completions"]]), 2048)
+    sides = mixing.load(section, "rankings", 0)
+    tokenizer = train_tokenizer.train_bpe(
+        (c for row in sides[0] for c in [str(row["prompt"]), *row["completions"]]), 2048
+    )
     train, held_out = (
         [
             {
                 "ids": [
-                    sum(chat.encode_answer(tokenizer, r["prompt"], c), [])[-args.context :] for c in r["completions"]
+                    sum(chat_template.encode_answer(tokenizer, r["prompt"], c), [])[-args.context :]
+                    for c in r["completions"]
                 ],
                 "ranks": r["ranks"],
             }

@@ -18,6 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from pipelines.data import train_tokenizer
+from pipelines.models import chat_template
+from pipelines.speed import fast_model, packed_attention
+from pipelines.training.rankings import RankingCollator, decided, ranking_loss
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -38,15 +43,12 @@ def main() -> None:
     from trl import RewardConfig, RewardTrainer
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
-    from pipelines import chat, corpus, kernels, packing
-    from pipelines.stages.reward import RankingCollator, decided, ranking_loss
-
     with gzip.open(args.rankings, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][: args.batch * args.steps]
-    tokenizer = corpus.train_bpe((c for row in rows for c in [row["prompt"], *row["completions"]]), 1536)
+    tokenizer = train_tokenizer.train_bpe((c for row in rows for c in [row["prompt"], *row["completions"]]), 1536)
     features = [
         {
-            "ids": [sum(chat.encode_answer(tokenizer, row["prompt"], c), []) for c in row["completions"]],
+            "ids": [sum(chat_template.encode_answer(tokenizer, row["prompt"], c), []) for c in row["completions"]],
             "ranks": row["ranks"],
         }
         for row in rows
@@ -58,8 +60,8 @@ def main() -> None:
     torch.manual_seed(0)
     models = [GPT2ForSequenceClassification(config) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    kernels.fast_gelu(models[0])  # as the stage does
-    packing.enable_packed_scores(models[0])
+    fast_model.fast_gelu(models[0])  # as the stage does
+    packed_attention.enable_packed_scores(models[0])
     optimizers = [torch.optim.AdamW(model.parameters(), 1e-4, fused=True) for model in models]
     trl = RewardTrainer(
         model=models[1],

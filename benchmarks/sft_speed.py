@@ -20,6 +20,10 @@ from pathlib import Path
 
 from pretrain_speed import ROOT, SIZES, Candidate, Metronome, environment, hf_model, machine, take_turns
 
+from pipelines.speed.fast_model import fast_model
+from pipelines.speed.packed_attention import enable_packed_attention
+from pipelines.speed.packing import PackedCollator, plan_packs
+
 CANDIDATES = {  # name: (kind, rows)
     "TRL padded, 8 rows": ("padded", 8),
     "TRL padded, 24 rows": ("padded", 24),
@@ -105,8 +109,6 @@ def run(size: str, precision: str, kind: str, rows: int, answers: float) -> None
         )
         extra, cls = {}, Counting
         if kind == "ours":
-            from pipelines.kernels import fast_model
-            from pipelines.packing import PackedCollator, enable_packed_attention, plan_packs
 
             def packed(part):
                 plan = plan_packs([len(row["input_ids"]) for row in part], MAX_LENGTH)

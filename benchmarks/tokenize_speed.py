@@ -24,6 +24,8 @@ from pathlib import Path
 
 from pretrain_speed import ROOT, environment, machine
 
+from pipelines.data import token_file, train_tokenizer
+
 CONTEXT = 256
 
 
@@ -52,13 +54,13 @@ def child(kind: str, home: str, texts: list[str]) -> None:
 
         dataset = load_dataset("json", data_files=f"{home}/texts.jsonl", split="train", cache_dir=f"{home}/datasets")
     else:
-        from pipelines import corpus
+        pass
     start = time.perf_counter(), time.process_time()
     if kind == "ours":
-        corpus.tokenize_corpus(
+        token_file.tokenize_corpus(
             iter(texts), tokenizer, f"{home}/ours", separator_id=tokenizer.eos_token_id, key="benchmark"
         )
-        windows = corpus.Windows(f"{home}/ours", CONTEXT)
+        windows = token_file.Windows(f"{home}/ours", CONTEXT)
         tokens = len(windows) * CONTEXT
     else:
 
@@ -92,7 +94,6 @@ def main() -> None:
         return child(kind, home, texts)
 
     sys.path.insert(0, str(ROOT))
-    from pipelines import corpus
 
     print(f"{sum(map(len, texts)) / 1e6:.1f} million characters, {len(texts)} documents, {args.threads} threads")
     print(machine())
@@ -109,7 +110,7 @@ def main() -> None:
                 AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(f"{home}/tokenizer")
             else:
                 share = max(1, int(len(texts) * min(1, 5e6 / sum(map(len, texts)))))
-                corpus.train_bpe(texts[:share], 8192).save_pretrained(f"{home}/tokenizer")
+                train_tokenizer.train_bpe(texts[:share], 8192).save_pretrained(f"{home}/tokenizer")
             with open(f"{home}/texts.jsonl", "w") as out:
                 out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
             for when in ("first", "second"):

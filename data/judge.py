@@ -19,8 +19,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import world  # noqa: E402  beside this file
 
-from pipelines import sampling  # noqa: E402
-from pipelines.evaluation import interval, mean_verdict, wins  # noqa: E402
+from pipelines.evaluation.figures import interval, wins  # noqa: E402
+from pipelines.evaluation.judges import mean_verdict  # noqa: E402
+from pipelines.generation import answers  # noqa: E402
 
 
 def main() -> None:
@@ -44,8 +45,8 @@ def main() -> None:
     prompts = [json.loads(line)["prompt"] for line in open(args.prompts, encoding="utf-8")]
     seeds = [[(0, i * args.samples + k) for k in range(args.samples)] for i in range(len(prompts))]
     found = {
-        stage: sampling.answers(
-            *sampling.load(str(args.run / stage)), prompts, seeds, response_length=args.length, temperature=1.0
+        stage: answers.answers(
+            *answers.load(str(args.run / stage)), prompts, seeds, response_length=args.length, temperature=1.0
         )
         for stage in stages
     }

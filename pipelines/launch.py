@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+from pipelines.errors import WorldError
+
 logger = logging.getLogger(__name__)
 
 # glibc gives every tensor of 32 MB and more fresh pages, and faulting them in costs more than the arithmetic. Keeping
@@ -19,10 +21,6 @@ FAST = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 SWITCH = "PIPELINES_FAST_ENV"
-
-
-class WorldError(ValueError):
-    """The launcher started another number of processes than it was asked for; says how to launch instead."""
 
 
 def fast_environment() -> None:

@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 
+from pipelines.data.train_tokenizer import train_bpe
+
 WORDS = (
     "the a cat dog bird sees likes eats red green blue big small fish tree and is not very what colour of in on".split()
 )
@@ -18,7 +20,6 @@ WORDS = (
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE tokenizer as GPT-2's over a few words: EOS, and a PAD of its own."""
-    from pipelines.corpus import train_bpe
 
     text = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]
     return train_bpe(text, vocab_size=400)

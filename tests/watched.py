@@ -3,10 +3,11 @@
 import json
 import os
 
-from pipelines import chat, corpus, streaming
 from pipelines.__main__ import entry
+from pipelines.data import streaming, token_file
+from pipelines.models import chat_template
 
-encode_answer, bare, handed_out = chat.encode_answer, corpus._bare, streaming.Stream.__iter__
+encode_answer, bare, handed_out = chat_template.encode_answer, token_file.plain_encoder, streaming.Stream.__iter__
 
 
 def note(kind: str, value) -> None:
@@ -44,6 +45,6 @@ def handed_out_noted(self):
 
 
 if __name__ == "__main__":
-    chat.encode_answer, corpus._bare = encode_answer_noted, bare_noted
+    chat_template.encode_answer, token_file.plain_encoder = encode_answer_noted, bare_noted
     streaming.Stream.__iter__ = handed_out_noted
     entry()

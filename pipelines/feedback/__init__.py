@@ -1,1 +1,1 @@
-"""Human feedback: `rank` (the verb), `page` (what a browser talks to), `store` (the judgements), `results` (what they say)."""
+"""Human feedback: `server` (what a browser talks to), `store` (the judgements), `results` (what they say)."""

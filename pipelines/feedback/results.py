@@ -53,9 +53,6 @@ def labellers(judgements: list[dict]) -> list[dict]:
     return out
 
 
-# --- agreement ---------------------------------------------------------------------------------------------------
-
-
 def agreement(ranked: list[dict], chance: np.random.Generator) -> dict:
     """`pairs`: tau-b and same-order share for every two labellers with common prompts; `alpha` over all labellers."""
     by_item: dict[str, dict[str, list[int]]] = {}
@@ -124,9 +121,6 @@ def krippendorff_alpha(units: list[list[float]]) -> float | None:
     distance = (middle[:, None] - middle[None, :]) ** 2  # the squared number of ratings between two values
     expected = (np.outer(counts, counts) * distance).sum() / (counts.sum() - 1)
     return float(1 - (pairs * distance).sum() / expected)
-
-
-# --- models ------------------------------------------------------------------------------------------------------
 
 
 def models(ranked: list[dict], tags: list[str], chance: np.random.Generator) -> list[dict]:

@@ -18,7 +18,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from pipelines import SetupError, artifact, data
+from pipelines import errors
+from pipelines.chain import record
+from pipelines.data import sources
+from pipelines.data.rows import normalise
+from pipelines.errors import SetupError
 
 TAGS = ("inappropriate", "irrelevant", "inaccurate")  # inappropriate language, irrelevance, factual inaccuracy
 MOST = 9  # answers to one prompt: each place has a digit key
@@ -105,10 +109,10 @@ def read_rows(paths: list[str]) -> list[dict]:
                     f"{path}: no samples.jsonl in this folder; name a stage of kind sample, or a file of rows"
                 )
             path = path / "samples.jsonl"
-        for where, raw in data.read({"path": str(path)}):
+        for where, raw in sources.read({"path": str(path)}):
             try:
                 rows.append(_row(raw))
-            except data.DataError as error:
+            except errors.DataError as error:
                 wrong.append(f"{where}: {error}")
     if wrong:
         more = [f"… and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
@@ -121,18 +125,18 @@ def read_rows(paths: list[str]) -> list[dict]:
 def _row(raw: dict) -> dict:
     completions, models = raw.get("completions"), raw.get("models")
     if not isinstance(completions, list):
-        raise data.DataError(
+        raise errors.DataError(
             f"no list `completions` of answers to one prompt; the row has {', '.join(raw) or 'nothing'}"
         )
     if len(completions) > MOST:
-        raise data.DataError(f"{len(completions)} completions: the page ranks at most {MOST}")
-    row = data.normalise({**raw, "ranks": [1] * len(completions)}, "rankings")
+        raise errors.DataError(f"{len(completions)} completions: the page ranks at most {MOST}")
+    row = normalise({**raw, "ranks": [1] * len(completions)}, "rankings")
     if len(set(row["completions"])) < 2:
-        raise data.DataError("all completions are the same answer: there is nothing to rank")
+        raise errors.DataError("all completions are the same answer: there is nothing to rank")
     if models is not None and not (
         isinstance(models, list) and len(models) == len(completions) and all(isinstance(m, str) for m in models)
     ):
-        raise data.DataError(f"models must be a list of {len(completions)} names, one for each of the completions")
+        raise errors.DataError(f"models must be a list of {len(completions)} names, one for each of the completions")
     out = {"prompt": row["prompt"], "completions": row["completions"]}
     return out | ({"models": models} if models else {}) | ({"id": raw["id"]} if raw.get("id") is not None else {})
 
@@ -191,7 +195,7 @@ class Store:
                 self.db.execute(
                     "INSERT INTO judgements (id, item, labeller, replaces, content, seconds, saved_at) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    [j.id, j.item, j.labeller, j.replaces, content, j.seconds, artifact.now()],
+                    [j.id, j.item, j.labeller, j.replaces, content, j.seconds, record.now()],
                 )
         except sqlite3.IntegrityError:
             known = self.db.execute("SELECT * FROM judgements WHERE id = ?", [j.id]).fetchone()

@@ -1,1 +1,1 @@
-"""PPO for language models: `algorithm` (the mathematics), `rollout` (sampling), `config` and `trainer`."""
+"""PPO for language models: `algorithm` (the mathematics), `config`, `trainer`, and what it stands on."""

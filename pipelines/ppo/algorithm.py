@@ -31,9 +31,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipelines import SetupError
-
-# --- the reward: a score at the end, a KL penalty on every token --------------------------------------------
+from pipelines.errors import SetupError
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -103,9 +101,6 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     return torch.where(mask, white if shift_mean else white + mean, 0.0)
 
 
-# --- the losses: per token, so that whoever sums them decides what the mean is over -------------------------
-
-
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
     """Clipped surrogate (…) to minimise (PPO eq. 7, sign turned), and (…) whether its clip was active."""
     ratio = torch.exp(logprobs - old_logprobs)
@@ -138,9 +133,6 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 − Var(returns − values) / Var(returns), (): 1 perfect critic, 0 as good as a constant, < 0 worse."""
     return 1.0 - masked_var(returns - values, mask) / masked_var(returns, mask)
-
-
-# --- small state that a run carries along -------------------------------------------------------------------
 
 
 class FixedKL:

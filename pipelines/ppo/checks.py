@@ -6,9 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from pipelines import SetupError
-from pipelines.models import positions, vocabulary
-from pipelines.ppo.forward import ValueHead, plain_model
+from pipelines.errors import SetupError
+from pipelines.generation.logprobs import plain_model
+from pipelines.models.loading import positions, vocabulary
+from pipelines.ppo.policy_and_critic import ValueHead
 
 
 def check_models(model, value_model, ref_model, reward_funcs: list, tokenizer) -> None:
@@ -113,16 +114,6 @@ def check_rollouts(rollouts, args) -> None:
         )
     if problems:
         raise SetupError("PPO cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def end_tokens(model, tokenizer) -> list[int]:
-    """Token ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    configured = configured if isinstance(configured, list) else [configured]
-    ids = {tokenizer.eos_token_id, *configured} - {None}
-    if not ids:
-        raise SetupError("the tokenizer has no EOS token: an answer could never end")
-    return sorted(ids)
 
 
 def same_tokenizer(one, other) -> bool:

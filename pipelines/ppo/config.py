@@ -7,7 +7,7 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
-from pipelines import SetupError
+from pipelines.errors import SetupError
 
 
 @dataclass

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pipelines import SetupError
-from pipelines.chat import encode_answer
-from pipelines.models import on_base_of
+from pipelines.errors import SetupError
+from pipelines.models.adapters import on_base_of
+from pipelines.models.chat_template import encode_answer
 
 
 def length_penalty(prompts, completions, completion_ids, **columns) -> list[float]:

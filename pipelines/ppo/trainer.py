@@ -27,24 +27,18 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, speed_metrics
 
-from pipelines import SetupError
-from pipelines.models import whole
+from pipelines.errors import NotFinite, SetupError
+from pipelines.generation.answers import end_tokens
+from pipelines.generation.decode import generate
+from pipelines.generation.logprobs import collate, make_ready, sequence_scores, within
+from pipelines.models.sharding import whole
 from pipelines.ppo import algorithm, checks
+from pipelines.ppo.base_trainer import PTX, TRAIN, vllm_engine
 from pipelines.ppo.config import PPOConfig
 from pipelines.ppo.diagnosis import Watch
-from pipelines.ppo.forward import (
-    PolicyAndCritic,
-    ValueHead,
-    collate,
-    make_ready,
-    sequence_scores,
-    within,
-)
-from pipelines.ppo.machinery import PTX, TRAIN, vllm_engine
+from pipelines.ppo.monitoring import Watching
+from pipelines.ppo.policy_and_critic import PolicyAndCritic, ValueHead
 from pipelines.ppo.rewards import read_anew
-from pipelines.ppo.rollout import generate
-from pipelines.ppo.watching import Watching
-from pipelines.training import NotFinite
 
 STATISTICS = (  # of each optimizer step
     "loss/policy_avg",
@@ -122,7 +116,7 @@ class PPOTrainer(Watching):
         reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         self.reward_tokenizers = list(reward_processing_classes or [None] * len(reward_funcs))
         self.reward_weights = [1.0] * len(reward_funcs) if reward_weights is None else list(reward_weights)
-        self.eos_token_ids = checks.end_tokens(model, processing_class)
+        self.eos_token_ids = end_tokens(model, processing_class)
         value_model = ValueHead(model) if value_model == "shared" else value_model
         checks.check_models(model, value_model, ref_model, reward_funcs, processing_class)
         checks.check_counts(reward_funcs, self.reward_weights, self.reward_tokenizers)

@@ -21,27 +21,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-SECTIONS = {"evaluate": "pipelines.sections:EvaluateSection"}
-ROWS = None
+from pipelines import files
+from pipelines.evaluation import checks, figures, measure
+from pipelines.kinds import of_kind
+from pipelines.recipe.stage import writer_problems
+
 DEFAULTS: dict = {}
-FILES = tuple(("evaluate", key) for key in ("text", "labelled", "pairs", "tasks", "prompts", "rankings"))
 
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     """What is wrong with the stage as a whole: `(key path, message, value)`."""
-    from pipelines import evaluation
-    from pipelines.stage import writer_problems
-    from pipelines.stages import WRITERS
 
     section = stage.sections.get("evaluate", {})
-    for key, message, value in evaluation.problems(section):
+    for key, message, value in checks.problems(section):
         yield f"evaluate.{key}", message, value
     if section.get("models"):
-        able, what = WRITERS, "language model"
+        able, what = of_kind(writes_text=True), "language model"
         if section.get("labelled"):
             able, what = ("classify",), "classifier"
         elif section.get("pairs") and not any(section.get(key) for key in ("text", "tasks", "prompts")):
-            able = (*WRITERS, "seq2seq")
+            able = (*of_kind(writes_text=True), "seq2seq")
         yield from writer_problems("evaluate.models", section["models"], kinds, able, what)
     judge = section.get("judge") or ""
     kind = kinds.get(judge.removeprefix("stage:"), "reward") if judge.startswith("stage:") else "reward"
@@ -53,14 +52,12 @@ def run(stage) -> dict:
     """Measure, print the table; returns the figures and their intervals."""
     from accelerate import PartialState
 
-    from pipelines import artifact, evaluation
-
     settings = stage.section("evaluate")
     names = [name.removeprefix("stage:") for name in stage.sections["evaluate"].get("models", [])]
-    values = evaluation.measure(dict(zip(names, settings.models or [], strict=True)), settings, stage.seed)
-    found = evaluation.figures(values)
+    values = measure.measure(dict(zip(names, settings.models or [], strict=True)), settings, stage.seed)
+    found = figures.figures(values)
     if PartialState().is_main_process:
-        artifact.write_json(stage.folder / "values.json", values)
-        print(evaluation.table(found) + evaluation.matrices(values), flush=True)
-    tables = evaluation.confusion(values)
-    return {"figures": evaluation.named(found), **({"confusion_matrices": tables} if tables else {})}
+        files.write_json(stage.folder / "values.json", values)
+        print(figures.table(found) + figures.matrices(values), flush=True)
+    tables = figures.confusion(values)
+    return {"figures": figures.named(found), **({"confusion_matrices": tables} if tables else {})}

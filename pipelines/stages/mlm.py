@@ -18,15 +18,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from pipelines.data import fingerprint, mixing, sources, streaming, token_file, train_tokenizer
+from pipelines.models import loading, tokenizer_setup
+from pipelines.training import arguments, best_checkpoint, loop, masked_words, saving
+from pipelines.training.trainer import ChainTrainer
+
 logger = logging.getLogger(__name__)
 
-SECTIONS = {
-    "model": "pipelines.sections:ModelSection",
-    "tokenizer": "pipelines.sections:TokenizerSection",
-    "data": "pipelines.sections:DataSection",
-    "args": "pipelines.sections:MlmArguments",
-}
-ROWS = "text"
 DEFAULTS = {
     "learning_rate": 1e-4,
     "lr_scheduler_type": "linear",
@@ -42,7 +40,6 @@ USED = ("model_name_or_path", "model_revision", "tokenizer_name_or_path", "confi
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     """What is wrong with the stage as a whole: `(key path, message, value)`."""
-    from pipelines import best
 
     model, tokenizer, args = (stage.sections.get(name, {}) for name in ("model", "tokenizer", "args"))
     for key in model.keys() - set(USED):
@@ -65,7 +62,7 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         yield "args.mlm_probability", "a share lies between 0 and 1 (BERT: 0.15)", share
     if args.get("max_length") is not None and args["max_length"] < 8:
         yield "args.max_length", "a window needs at least 8 tokens", args["max_length"]
-    yield from best.problems(
+    yield from best_checkpoint.problems(
         args, bool(stage.sections.get("data", {}).get("validation")), ("accuracy", "pseudo_perplexity")
     )
 
@@ -75,55 +72,55 @@ def run(stage) -> dict:
     from accelerate import PartialState
     from transformers import Trainer, set_seed
 
-    from pipelines import best, chat, corpus, data, masking, models, streaming, training
-
-    class MlmTrainer(masking.MaskedWordTrainer, training.ChainTrainer, Trainer):
+    class MlmTrainer(masked_words.MaskedWordTrainer, ChainTrainer, Trainer):
         """transformers' Trainer with the loss and the evaluation on hidden words alone."""
 
     set_seed(stage.seed)
     section, words = stage.section("model"), stage.section("tokenizer")
-    args = training.build_args(stage, **DEFAULTS, **best.defaults(stage.sections.get("args", {})))
+    args = arguments.build_args(stage, **DEFAULTS, **best_checkpoint.defaults(stage.sections.get("args", {})))
     streamed = stage.section("data").streaming
 
     def documents(side):
         if streamed and side == "train":
-            rows = data.endless(stage.data, ROWS, stage.seed, [{} for _ in data.sources(stage.data, side)])
+            rows = mixing.endless(
+                stage.data, stage.spec.rows, stage.seed, [{} for _ in sources.sources(stage.data, side)]
+            )
             return (row["text"] for row in rows)
-        return (row["text"] for row in data.stream(stage.data, side, ROWS, stage.seed))
+        return (row["text"] for row in mixing.stream(stage.data, side, stage.spec.rows, stage.seed))
 
     # Beside the stage's folder, keyed by content: kept when the stage is made again.
     folder = stage.folder.parent / ".tokens" / stage.name
-    key = {"data": data.content(stage.data), "section": stage.data, "seed": stage.seed}
+    key = {"data": fingerprint.content(stage.data), "section": stage.data, "seed": stage.seed}
     sides = ([] if streamed else ["train"]) + (["validation"] if stage.data.get("validation") else [])
     with PartialState().main_process_first():
         if words.train and not section.model_name_or_path:
-            tokenizer = corpus.trained_tokenizer(folder, words, documents("train"), key)
+            tokenizer = train_tokenizer.trained_tokenizer(folder, words, documents("train"), key)
         else:
             if words.train:
                 logger.warning("tokenizer.train is not used: %s brings its tokenizer", section.model_name_or_path)
-            tokenizer = models.load_tokenizer(section)
-        separator = masking.edges(tokenizer)[1]
+            tokenizer = loading.load_tokenizer(section)
+        separator = masked_words.edges(tokenizer)[1]
         for side in sides:
-            corpus.tokenize_corpus(
+            token_file.tokenize_corpus(
                 documents(side), tokenizer, folder / side, separator_id=separator, key={**key, "side": side}
             )
-    model = models.load_model(section, "AutoModelForMaskedLM", tokenizer, new_head=True)
-    chat.fit_model(model, tokenizer)
-    context = models.context_length(model, args.max_length)
+    model = loading.load_model(section, "AutoModelForMaskedLM", tokenizer, new_head=True)
+    tokenizer_setup.fit_model(model, tokenizer)
+    context = loading.context_length(model, args.max_length)
     sets = {}
     for side in sides:
-        windows = corpus.Windows(folder / side, context - 2)  # [CLS] and [SEP] come to it
-        sets[side] = masking.MaskedWindows(
+        windows = token_file.Windows(folder / side, context - 2)  # [CLS] and [SEP] come to it
+        sets[side] = masked_words.MaskedWindows(
             windows, tokenizer, args.mlm_probability, args.whole_word_mask, seed=stage.seed, dynamic=side == "train"
         )
         stage.report[side] = {**windows.index, "windows": len(windows), "context": context}
         logger.info("%s: %d tokens in %d windows of %d", side, windows.index["tokens"], len(windows), context)
     stream = None
     if streamed:
-        masker = masking.Masker(tokenizer, args.mlm_probability, args.whole_word_mask, stage.seed)
+        masker = masked_words.Masker(tokenizer, args.mlm_probability, args.whole_word_mask, stage.seed)
         stream = streaming.Stream(
             stage,
-            ROWS,
+            stage.spec.rows,
             args,
             streaming.text_encoder(tokenizer, separator),
             streaming.windows(context - 2),
@@ -136,14 +133,14 @@ def run(stage) -> dict:
         train_dataset=stream or sets["train"],
         eval_dataset=sets.get("validation"),
         processing_class=tokenizer,
-        data_collator=masking.stack,
+        data_collator=masked_words.stack,
     )
     trainer.stream = stream
     trainer.where = stream.names if stream else sets["train"].windows.where
-    training.fit(stage, trainer)
+    loop.fit(stage, trainer)
     if stream:
         tokens = trainer.state.global_step * stream.per_step * context
         stage.report["train"] = {**stream.report(), "context": context, "tokens": tokens}
-    metrics = training.final_metrics(trainer)
-    training.save(trainer, stage.folder, tokenizer)
+    metrics = saving.final_metrics(trainer)
+    saving.save(trainer, stage.folder, tokenizer)
     return {"parameters": model.num_parameters(), **metrics}

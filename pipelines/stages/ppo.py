@@ -19,15 +19,17 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines import errors, files, launch
+from pipelines.data import fingerprint, mixing, token_file
+from pipelines.errors import ModelError, SetupError
+from pipelines.models import adapters, chat_template, loading, tag_heads, tokenizer_setup
+from pipelines.ppo.rewards import from_adapter, log_odds
+from pipelines.ppo.trainer import PPOTrainer
+from pipelines.training import arguments, loop, saving
+from pipelines.training.trainer import ChainTrainer
+
 logger = logging.getLogger(__name__)
 
-SECTIONS = {
-    "model": "pipelines.sections:ModelSection",
-    "reward": "pipelines.sections:RewardSection",
-    "data": "pipelines.sections:PPODataSection",
-    "args": "pipelines.sections:PPOArguments",
-}
-ROWS = "prompts"
 DEFAULTS = {"missing_eos_penalty": 1.0}
 
 
@@ -103,19 +105,16 @@ def run(stage) -> dict:
     from datasets import Dataset
     from transformers import set_seed
 
-    from pipelines import SetupError, data, launch, models, tag_heads, training
-    from pipelines.ppo.trainer import PPOTrainer
-
-    class Trainer_(training.ChainTrainer, PPOTrainer):
+    class Trainer_(ChainTrainer, PPOTrainer):
         """The PPO trainer with the chain's checkpoints."""
 
     set_seed(stage.seed)
     section, reward = stage.section("model"), stage.section("reward")
-    args = training.build_args(stage, **DEFAULTS)
-    tokenizer = models.load_tokenizer(section)
-    policy = models.load_model(section, "AutoModelForCausalLM")
+    args = arguments.build_args(stage, **DEFAULTS)
+    tokenizer = loading.load_tokenizer(section)
+    policy = loading.load_model(section, "AutoModelForCausalLM")
     added = _template(policy, tokenizer, section)
-    policy = models.adapt(policy, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
+    policy = adapters.adapt(policy, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
 
     if reward.share_base and launch.sharded():
         raise SetupError(
@@ -132,7 +131,7 @@ def run(stage) -> dict:
             funcs.append(scorer(path, section, reward.label))
         if reward.tag_penalties:
             funcs[-1].tag_penalty = tag_heads.TagPenalty(path, reward.tag_penalties)
-        tokenizers.append(models.load_tokenizer(_of(section, path)))
+        tokenizers.append(loading.load_tokenizer(_of(section, path)))
         if not reward.allow_other_template:
             _same_template(tokenizer, tokenizers[-1], path)
     if reward.label and not any(reward.label in f.config.id2label.values() for f in funcs):
@@ -143,7 +142,7 @@ def run(stage) -> dict:
         tokenizers.append(None)
     critic = _critic(reward.critic or (reward.models or [section.model_name_or_path])[0], section, reward, policy)
 
-    train, validation = data.load(stage.data, ROWS, stage.seed)
+    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed)
     stage.report["prompts"] = {"train": len(train), "validation": len(validation)}
     trainer = Trainer_(
         model=policy,
@@ -154,30 +153,29 @@ def run(stage) -> dict:
         value_model=critic,
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(validation) if validation else None,
-        ptx_dataset=_pretraining_text(stage, tokenizer, models.context_length(policy, args.ptx_length)),
+        ptx_dataset=_pretraining_text(stage, tokenizer, loading.context_length(policy, args.ptx_length)),
         processing_class=tokenizer,
     )
-    training.fit(stage, trainer)
-    metrics = training.final_metrics(trainer)
+    loop.fit(stage, trainer)
+    metrics = saving.final_metrics(trainer)
     metrics["diagnosis"] = trainer.watch.said
-    training.save(trainer, stage.folder, tokenizer)
+    saving.save(trainer, stage.folder, tokenizer)
     _keep_samples(stage)
     return metrics
 
 
 def _critic(start: str, section, reward, policy):
     """The critic that starts from `start`: "shared", a reward model, or the policy's own model under a new head."""
-    from pipelines import models
 
     if start == "shared":
         return start
     if start == section.model_name_or_path:
-        critic = models.on_base_of(policy) if reward.share_base else scorer(start, section, new_head=True)
+        critic = adapters.on_base_of(policy) if reward.share_base else scorer(start, section, new_head=True)
     elif reward.share_base:
         return _on_base(start, section, policy)
     else:
         critic = scorer(start, section, reward.label)
-    return models.adapt(critic, section, "SEQ_CLS")
+    return adapters.adapt(critic, section, "SEQ_CLS")
 
 
 def scorer(path: str, section, label: str | None = None, new_head: bool = False):
@@ -187,28 +185,22 @@ def scorer(path: str, section, label: str | None = None, new_head: bool = False)
     """
     from transformers import AutoConfig
 
-    from pipelines import SetupError, models
-    from pipelines.ppo.rewards import log_odds
-
     kind, one = "AutoModelForSequenceClassification", _of(section, path)
     config = AutoConfig.from_pretrained(path, revision=one.model_revision, trust_remote_code=one.trust_remote_code)
     classifies = any("ForSequenceClassification" in name for name in config.architectures or [])
     if not classifies or config.num_labels == 1:
-        return models.load_model(one, kind, new_head=new_head, num_labels=1)
+        return loading.load_model(one, kind, new_head=new_head, num_labels=1)
     if label is None:
         raise SetupError(
             f"{path} is a classifier of {', '.join(map(str, config.id2label.values()))}: set reward.label to the one "
             "whose log-odds are the score"
         )
-    return log_odds(models.load_model(one, kind), label)
+    return log_odds(loading.load_model(one, kind), label)
 
 
 def _on_base(path: str, section, policy):
     """The reward stage at `path` as an adapter on the policy's base, which must be what it was trained from."""
     import peft
-
-    from pipelines.models import ModelError
-    from pipelines.ppo.rewards import from_adapter
 
     folder = Path(path) / "adapter"
     base = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path if folder.is_dir() else None
@@ -224,17 +216,15 @@ def _pretraining_text(stage, tokenizer, context: int):
     """Windows of `context` tokens of data.ptx, an EOS after each text, as the pretrain stage makes them; or None."""
     from accelerate import PartialState
 
-    from pipelines import corpus, data
-
     section = stage.sections["data"]
     if not section.get("ptx"):
         return None
     folder = stage.folder.parent / ".tokens" / stage.name / "ptx"
-    key = {"data": data.content({"ptx": section["ptx"]}), "sources": section["ptx"]}
+    key = {"data": fingerprint.content({"ptx": section["ptx"]}), "sources": section["ptx"]}
     with PartialState().main_process_first():
-        texts = (row["text"] for row in data.stream(section, "ptx", "text", stage.seed))
-        corpus.tokenize_corpus(texts, tokenizer, folder, separator_id=tokenizer.eos_token_id, key=key)
-    windows = corpus.Windows(folder, context)
+        texts = (row["text"] for row in mixing.stream(section, "ptx", "text", stage.seed))
+        token_file.tokenize_corpus(texts, tokenizer, folder, separator_id=tokenizer.eos_token_id, key=key)
+    windows = token_file.Windows(folder, context)
     stage.report["ptx"] = {"tokens": windows.index["tokens"], "windows": len(windows), "context": context}
     return windows
 
@@ -251,29 +241,32 @@ def _of(section, path: str):
 
 def _template(policy, tokenizer, section) -> list[str]:
     """The policy answers under the template it was tuned with; one must be there or be named. Returns tokens added."""
-    from pipelines import chat
 
     if tokenizer.chat_template is None and section.chat_template is None:
-        raise chat.TemplateError(
+        raise errors.TemplateError(
             f"the tokenizer of {section.model_name_or_path!r} has no chat template. Start from an sft stage, or set "
             "model.chat_template: plain (the policy continues the prompt as text) or chatml."
         )
-    return chat.install_template(policy, tokenizer, section.chat_template)
+    return tokenizer_setup.install_template(policy, tokenizer, section.chat_template)
 
 
 def _same_template(tokenizer, theirs, path: str) -> None:
     """A reward model reads a dialogue as the policy does, unless its tokens are others altogether."""
-    from pipelines import chat
 
-    if theirs.chat_template is None and tokenizer.chat_template != (chat.TEMPLATES / "plain.jinja").read_text():
-        raise chat.TemplateError(
+    if (
+        theirs.chat_template is None
+        and tokenizer.chat_template != (chat_template.TEMPLATES / "plain.jinja").read_text()
+    ):
+        raise errors.TemplateError(
             f"the reward model {path} has no chat template: it would read dialogues as plain text, the policy under its "
             "template. Add the template it was trained with to its tokenizer, or set reward.allow_other_template: true."
         )
     if theirs.get_vocab() == tokenizer.get_vocab():
-        ours_, theirs_ = (sum(chat.encode_answer(t, "a question", "an answer"), []) for t in (tokenizer, theirs))
+        ours_, theirs_ = (
+            sum(chat_template.encode_answer(t, "a question", "an answer"), []) for t in (tokenizer, theirs)
+        )
         if ours_ != theirs_:
-            raise chat.TemplateError(
+            raise errors.TemplateError(
                 f"the policy reads {tokenizer.decode(ours_)!r} where the reward model {path} reads "
                 f"{theirs.decode(theirs_)!r}: it would judge what it was not trained on. Give both the same template "
                 "(model.chat_template), or set reward.allow_other_template: true."
@@ -285,10 +278,8 @@ def _gate(path: str, minimum: float) -> float | None:
 
     A reward model that cannot tell held-out answers apart teaches noise: say so instead of training on it.
     """
-    from pipelines import artifact
-    from pipelines.models import ModelError
 
-    finished = artifact.read_json(Path(path) / artifact.FINISHED)
+    finished = files.read_json(Path(path) / files.FINISHED)
     metrics = (finished or {}).get("metrics") or {}
     accuracy = metrics.get("accuracy", metrics.get("eval_accuracy"))  # of a reward stage, of a classify stage
     if accuracy is None:

@@ -17,15 +17,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from pipelines.data import fingerprint, mixing, sources, streaming, token_file, train_tokenizer
+from pipelines.models import loading, tokenizer_setup
+from pipelines.speed import fast_model
+from pipelines.training import arguments, language_model, loop, saving
+from pipelines.training.trainer import ChainTrainer
+
 logger = logging.getLogger(__name__)
 
-SECTIONS = {
-    "model": "pipelines.sections:ModelSection",
-    "tokenizer": "pipelines.sections:TokenizerSection",
-    "data": "pipelines.sections:DataSection",
-    "args": "pipelines.sections:PretrainArguments",
-}
-ROWS = "text"
 DEFAULTS = {
     "learning_rate": 6e-4,
     "lr_scheduler_type": "cosine",
@@ -56,57 +55,57 @@ def run(stage) -> dict:
     from accelerate import PartialState
     from transformers import Trainer, set_seed
 
-    from pipelines import chat, corpus, data, kernels, lm, models, streaming, training
-
-    class Trainer_(lm.LanguageModelTrainer, training.ChainTrainer, Trainer):
+    class Trainer_(language_model.LanguageModelTrainer, ChainTrainer, Trainer):
         """transformers' Trainer with exact evaluation; the model computes the loss."""
 
     set_seed(stage.seed)
     section, words = stage.section("model"), stage.section("tokenizer")
-    args = training.build_args(stage, **DEFAULTS)
+    args = arguments.build_args(stage, **DEFAULTS)
     args.prediction_loss_only = True
     streamed = stage.section("data").streaming
 
     def documents(side):
         if streamed and side == "train":
-            rows = data.endless(stage.data, ROWS, stage.seed, [{} for _ in data.sources(stage.data, side)])
+            rows = mixing.endless(
+                stage.data, stage.spec.rows, stage.seed, [{} for _ in sources.sources(stage.data, side)]
+            )
             return (row["text"] for row in rows)
-        return (row["text"] for row in data.stream(stage.data, side, ROWS, stage.seed))
+        return (row["text"] for row in mixing.stream(stage.data, side, stage.spec.rows, stage.seed))
 
     # Beside the stage's folder, keyed by content: kept when the stage is made again.
     folder = stage.folder.parent / ".tokens" / stage.name
-    key = {"data": data.content(stage.data), "section": stage.data, "seed": stage.seed}
+    key = {"data": fingerprint.content(stage.data), "section": stage.data, "seed": stage.seed}
     sides = ([] if streamed else ["train"]) + (["validation"] if stage.data.get("validation") else [])
     with PartialState().main_process_first():
         if words.train and not section.model_name_or_path:
-            tokenizer = corpus.trained_tokenizer(folder, words, documents("train"), key)
+            tokenizer = train_tokenizer.trained_tokenizer(folder, words, documents("train"), key)
         else:
             if words.train:
                 logger.warning("tokenizer.train is not used: %s brings its tokenizer", section.model_name_or_path)
-            tokenizer = models.load_tokenizer(section)
-            chat.ensure_pad(tokenizer)
+            tokenizer = loading.load_tokenizer(section)
+            tokenizer_setup.ensure_pad(tokenizer)
         for side in sides:
-            corpus.tokenize_corpus(
+            token_file.tokenize_corpus(
                 documents(side),
                 tokenizer,
                 folder / side,
                 separator_id=tokenizer.eos_token_id,
                 key={**key, "side": side},
             )
-    model = models.load_model(section, "AutoModelForCausalLM", tokenizer)
-    chat.fit_model(model, tokenizer)
-    context = models.context_length(model, args.max_length)
-    windows = {side: corpus.Windows(folder / side, context) for side in sides}
+    model = loading.load_model(section, "AutoModelForCausalLM", tokenizer)
+    tokenizer_setup.fit_model(model, tokenizer)
+    context = loading.context_length(model, args.max_length)
+    windows = {side: token_file.Windows(folder / side, context) for side in sides}
     for side in sides:
         stage.report[side] = {**windows[side].index, "windows": len(windows[side]), "context": context}
         logger.info(
             "%s: %d tokens in %d windows of %d", side, stage.report[side]["tokens"], len(windows[side]), context
         )
-    kernels.fast_model(model)
+    fast_model.fast_model(model)
     stream = None
     if streamed:
         encode = streaming.text_encoder(tokenizer, tokenizer.eos_token_id)
-        stream = streaming.Stream(stage, ROWS, args, encode, streaming.windows(context), streaming.window)
+        stream = streaming.Stream(stage, stage.spec.rows, args, encode, streaming.windows(context), streaming.window)
 
     trainer = Trainer_(
         model=model,
@@ -114,14 +113,14 @@ def run(stage) -> dict:
         train_dataset=stream or windows["train"],
         eval_dataset=windows.get("validation"),
         processing_class=tokenizer,
-        data_collator=corpus.stack_windows,
+        data_collator=token_file.stack_windows,
     )
     trainer.stream = stream
     trainer.where = stream.names if stream else windows["train"].where
-    training.fit(stage, trainer)
+    loop.fit(stage, trainer)
     if stream:
         tokens = trainer.state.global_step * stream.per_step * context
         stage.report["train"] = {**stream.report(), "context": context, "tokens": tokens}
-    metrics = training.final_metrics(trainer)
-    training.save(trainer, stage.folder, tokenizer)
+    metrics = saving.final_metrics(trainer)
+    saving.save(trainer, stage.folder, tokenizer)
     return {"parameters": model.num_parameters(), **metrics}

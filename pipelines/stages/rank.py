@@ -19,12 +19,14 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines import errors, files
+from pipelines.data import mixing, sources
+from pipelines.data.rows import normalise
+from pipelines.errors import DataError, SetupError
+
 logger = logging.getLogger(__name__)
 
-SECTIONS = {"rank": "pipelines.sections:RankSection", "data": "pipelines.sections:DataSection"}
-ROWS = "samples"
 DEFAULTS: dict = {}
-FILES = (("rank", "judgements"),)
 RANKINGS = "rankings.jsonl"
 
 
@@ -50,19 +52,17 @@ def run(stage) -> dict:
     """Rank, or read the judgements; write the file; returns the counts."""
     from accelerate import PartialState
 
-    from pipelines import artifact, data
-
     if not PartialState().is_main_process:
         return {}
     settings = stage.section("rank")
-    samples, _ = data.load(stage.data, ROWS, stage.seed)
+    samples, _ = mixing.load(stage.data, stage.spec.rows, stage.seed)
     if settings.judgements:
         if settings.labeller:
             logger.info("%s: people ranked, so the labeller %s is not asked", stage.name, settings.labeller)
         rankings = judged(stage, settings.judgements, samples)
     else:
         rankings = scripted(settings.labeller, samples)
-    artifact.write_rows(stage.folder / RANKINGS, rankings)
+    files.write_rows(stage.folder / RANKINGS, rankings)
     ties = sum(len(set(row["ranks"])) == 1 for row in rankings)
     tags = [tag for row in rankings for answer in row.get("tags") or [] for tag in answer]
     return {
@@ -75,7 +75,6 @@ def run(stage) -> dict:
 
 def scripted(labeller: str, samples: list[dict]) -> list[dict]:
     """A ranking of every sample by the function `package.module:name`."""
-    from pipelines.data import DataError, normalise
 
     module, _, name = labeller.partition(":")
     function, rows = getattr(importlib.import_module(module), name), []
@@ -93,11 +92,10 @@ def scripted(labeller: str, samples: list[dict]) -> list[dict]:
 
 def judged(stage, path: str, samples: list[dict]) -> list[dict]:
     """The judgements of people about these samples. Raises `SetupError` while there are none."""
-    from pipelines import SetupError, artifact, data
 
-    where = " ".join(source["path"] for source in data.sources(stage.data, "train"))
-    if not data.files(path):
-        (stage.folder / artifact.STARTED).unlink(missing_ok=True)  # nothing was done yet
+    where = " ".join(source["path"] for source in sources.sources(stage.data, "train"))
+    if not sources.files(path):
+        (stage.folder / files.STARTED).unlink(missing_ok=True)  # nothing was done yet
         labeller = stage.sections["rank"].get("labeller")
         raise SetupError(
             f"{stage.name}: waiting for people: there is no {path}. Rank the answers, and write the rankings there:\n"
@@ -107,11 +105,11 @@ def judged(stage, path: str, samples: list[dict]) -> list[dict]:
         )
     known = {_key(sample): sample for sample in samples}
     rows, strange = [], 0
-    for where_, row in data.read({"path": path}):
+    for where_, row in sources.read({"path": path}):
         try:
-            ranking = data.normalise(row, "rankings")
-        except data.DataError as error:
-            raise data.DataError(f"{where_}: {error}") from None
+            ranking = normalise(row, "rankings")
+        except errors.DataError as error:
+            raise errors.DataError(f"{where_}: {error}") from None
         sample = known.get(_key(ranking))
         if sample is None:
             strange += 1
@@ -124,7 +122,7 @@ def judged(stage, path: str, samples: list[dict]) -> list[dict]:
     if strange:
         logger.warning("%s: %d judgements in %s are about other answers: left out", stage.name, strange, path)
     if not rows:
-        raise data.DataError(f"{path}: no judgement is about the answers in {where}")
+        raise errors.DataError(f"{path}: no judgement is about the answers in {where}")
     stage.report["judgements"] = {"file": str(Path(path)), "used": len(rows), "about_other_answers": strange}
     stage.report["judgements"]["samples_without"] = len(known.keys() - {_key(row) for row in rows})
     return rows

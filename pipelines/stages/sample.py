@@ -21,10 +21,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines import errors, files
+from pipelines.data import mixing
+from pipelines.generation import answers
+from pipelines.recipe.stage import writer_problems
+
 logger = logging.getLogger(__name__)
 
-SECTIONS = {"sample": "pipelines.sections:SampleSection", "data": "pipelines.sections:DataSection"}
-ROWS = "prompts"
 DEFAULTS: dict = {}
 SAMPLES = "samples.jsonl"
 BATCHES = 8  # so many batches of answers are on disk, or lost, together
@@ -32,7 +35,6 @@ BATCHES = 8  # so many batches of answers are on disk, or lost, together
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     """What is wrong with the stage as a whole: `(key path, message, value)`."""
-    from pipelines.stage import writer_problems
 
     sample, data = stage.sections.get("sample", {}), stage.sections.get("data", {})
     models, count = sample.get("models") or [], sample.get("completions", 4)
@@ -59,10 +61,8 @@ def run(stage) -> dict:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    from pipelines import artifact, data, sampling
-
     state, settings = PartialState(), stage.section("sample")
-    rows, _ = data.load(stage.data, ROWS, stage.seed)
+    rows, _ = mixing.load(stage.data, stage.spec.rows, stage.seed)
     rows = list({json.dumps(row["prompt"]): row for row in reversed(rows)}.values())[::-1]  # each prompt once
     prompts = [row["prompt"] for row in rows]
     each = settings.completions // len(settings.models)
@@ -74,8 +74,8 @@ def run(stage) -> dict:
     done: dict[tuple[int, int], list] = word[0]  # (model, prompt) -> its answers
     left_out, policy = set(), stage.section("data").too_long
     for m, path in enumerate(settings.models):
-        model, tokenizer = sampling.load(path)
-        fits = sampling.fitting(model, tokenizer, prompts, settings.response_length)
+        model, tokenizer = answers.load(path)
+        fits = answers.fitting(model, tokenizer, prompts, settings.response_length)
         left_out |= set(range(len(prompts))) - set(fits)
         if left_out and policy == "error":
             break  # `report_length` says so
@@ -84,7 +84,7 @@ def run(stage) -> dict:
         for start in range(0, len(todo), size):
             some = todo[start : start + size]
             seeds = [[(stage.seed, m, i, k) for k in range(each)] for i in some]
-            found = sampling.answers(model, tokenizer, [prompts[i] for i in some], seeds, **how)
+            found = answers.answers(model, tokenizer, [prompts[i] for i in some], seeds, **how)
             done |= {(m, i): group for i, group in zip(some, found, strict=True)}
             if state.is_main_process:
                 _append(log, [{"model": m, "prompt": i, "answers": done[m, i]} for i in some])
@@ -93,15 +93,15 @@ def run(stage) -> dict:
 
     long = [rows[i]["where"] for i in sorted(left_out)]
     what = f"what the models read beside an answer of {settings.response_length} tokens"
-    data.report_length(stage, "prompts", len(rows), len(rows) - len(long), long, what, policy, "")
+    mixing.report_length(stage, "prompts", len(rows), len(rows) - len(long), long, what, policy, "")
     names = [name.removeprefix("stage:") for name in stage.sections["sample"]["models"]]
     groups = {i: [done[m, i] for m in range(len(names))] for i in range(len(rows)) if i not in left_out}
     samples, counts = collect(prompts, groups, names)
     stage.report["answers"] = counts
     if not samples:
-        raise data.DataError(f"{stage.name}: no prompt has two different answers; raise sample.temperature")
+        raise errors.DataError(f"{stage.name}: no prompt has two different answers; raise sample.temperature")
     if state.is_main_process:
-        artifact.write_rows(stage.folder / SAMPLES, samples)
+        files.write_rows(stage.folder / SAMPLES, samples)
     ended = [e for row in samples for e in row["ended"]]
     return {**counts, "rows": len(samples), "ended": sum(ended) / len(ended)}
 
@@ -130,7 +130,6 @@ def collect(prompts: list, groups: dict[int, list[list]], names: list[str]) -> t
 
 def _read(log: Path) -> dict[tuple[int, int], list]:
     """What an interrupted run had written; a line it did not finish is cut off."""
-    from pipelines import artifact
 
     found = []
     for line in log.read_text(encoding="utf-8").split("\n") if log.is_file() else []:  # U+0085 ends no line in JSON
@@ -139,7 +138,7 @@ def _read(log: Path) -> dict[tuple[int, int], list]:
         except json.JSONDecodeError:
             break
     if found:
-        artifact.write_rows(log, found)
+        files.write_rows(log, found)
         logger.info("going on after %d prompts that are answered", len(found))
     return {(row["model"], row["prompt"]): row["answers"] for row in found}
 

@@ -17,16 +17,17 @@ import json
 import logging
 from collections.abc import Iterator
 
+from pipelines import errors
+from pipelines.data import encoded_rows, fingerprint, mixing, train_tokenizer
+from pipelines.errors import ModelError
+from pipelines.evaluation.metrics import GENERATION
+from pipelines.generation.answers import read_generated
+from pipelines.models import loading
+from pipelines.training import arguments, best_checkpoint, loop, saving
+from pipelines.training.trainer import ChainTrainer, RowCollator
+
 logger = logging.getLogger(__name__)
 
-SECTIONS = {
-    "model": "pipelines.sections:ModelSection",
-    "tokenizer": "pipelines.sections:TokenizerSection",
-    "task": "pipelines.sections:TranslationSection",
-    "data": "pipelines.sections:DataSection",
-    "args": "pipelines.sections:Seq2SeqArguments",
-}
-ROWS = "seq2seq"
 DEFAULTS = {
     "learning_rate": 1e-4,
     "num_train_epochs": 3,
@@ -43,7 +44,6 @@ USED = ("model_name_or_path", "model_revision", "tokenizer_name_or_path", "confi
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     """What is wrong with the stage as a whole: `(key path, message, value)`."""
-    from pipelines import best, schema
 
     model, tokenizer, task, args = (stage.sections.get(name, {}) for name in ("model", "tokenizer", "task", "args"))
     for key in model.keys() - set(USED):
@@ -65,14 +65,14 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     names = task.get("metrics", ["sacrebleu", "chrf"])
     for name in names:
         if name not in METRICS:
-            yield "task.metrics", f"must be any of {', '.join(METRICS)}{schema.meant(name, METRICS)}", name
+            yield "task.metrics", f"must be any of {', '.join(METRICS)}{errors.meant(name, METRICS)}", name
     for key in ("max_source_length", "max_target_length"):
         if args.get(key, 8) < 2:
             yield f"args.{key}", "must be at least 2 tokens", args[key]
     figures = tuple(figure for name in names for figure in METRICS.get(name, ()))
     if not args.get("predict_with_generate", True):
         figures = ()  # only the loss is there to choose from
-    yield from best.problems(args, bool(stage.sections.get("data", {}).get("validation")), figures)
+    yield from best_checkpoint.problems(args, bool(stage.sections.get("data", {}).get("validation")), figures)
 
 
 def run(stage) -> dict:
@@ -81,9 +81,7 @@ def run(stage) -> dict:
     from accelerate import PartialState
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, set_seed
 
-    from pipelines import best, corpus, data, models, training
-
-    class TranslationTrainer(training.ChainTrainer, Seq2SeqTrainer):
+    class TranslationTrainer(ChainTrainer, Seq2SeqTrainer):
         """transformers' Seq2SeqTrainer with losses that are means over target tokens, at any batch and world size.
 
         The losses inside T5 and BART ignore `num_items_in_batch`: gradient accumulation and several processes would
@@ -129,14 +127,14 @@ def run(stage) -> dict:
 
     set_seed(stage.seed)
     section, task = stage.section("model"), stage.section("task")
-    args = training.build_args(stage, **DEFAULTS, **best.defaults(stage.sections.get("args", {})))
-    train, validation = data.load(stage.data, ROWS, stage.seed)
+    args = arguments.build_args(stage, **DEFAULTS, **best_checkpoint.defaults(stage.sections.get("args", {})))
+    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed)
     for row in [*train, *validation]:
         row["source"] = task.prefix + row["source"]
     with PartialState().main_process_first():
         tokenizer = load_tokenizer(stage, section, train)
     new = {} if section.model_name_or_path else new_settings(section.config, tokenizer)
-    model = models.load_model(section, "AutoModelForSeq2SeqLM", tokenizer, **new)
+    model = loading.load_model(section, "AutoModelForSeq2SeqLM", tokenizer, **new)
     check(model, tokenizer, args)
     too_long = stage.data.get("too_long", "truncate")
 
@@ -145,7 +143,7 @@ def run(stage) -> dict:
         return {side: _encode(stage, side, rows, tokenizer, args, too_long) for side, rows in sides.items() if rows}
 
     limits = {"source": args.max_source_length, "target": args.max_target_length}
-    sets = corpus.encoded_rows(stage, tokenizer, limits, make)
+    sets = encoded_rows.encoded_rows(stage, tokenizer, limits, make)
     (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
     texts = ["source", "target"]
     train_set, kept = train_set.remove_columns(texts), None
@@ -162,21 +160,21 @@ def run(stage) -> dict:
         train_dataset=train_set,
         eval_dataset=validation_set,
         processing_class=tokenizer,
-        data_collator=training.RowCollator(DataCollatorForSeq2Seq(tokenizer, model=model)),
+        data_collator=RowCollator(DataCollatorForSeq2Seq(tokenizer, model=model)),
         compute_metrics=measure,
-        callbacks=best.callbacks(args),
+        callbacks=best_checkpoint.callbacks(args),
     )
     trainer.where = where
     trainer.validation_tokens = stage.report.get("validation", {}).get("target_tokens", 0)
-    training.fit(stage, trainer)
-    metrics = training.final_metrics(trainer)
+    loop.fit(stage, trainer)
+    metrics = saving.final_metrics(trainer)
     if measure and measure.generated and PartialState().is_main_process:
         with open(stage.folder / "samples.jsonl", "w", encoding="utf-8") as stream:
             for row, text in list(zip(kept, measure.generated, strict=True))[:SAMPLES]:
                 sample = {"source": row["source"], "target": row["target"], "generated": text}
                 stream.write(json.dumps(sample, ensure_ascii=False) + "\n")
     model.config.use_cache = True  # off while training; whoever loads the model wants it
-    training.save(trainer, stage.folder, tokenizer)
+    saving.save(trainer, stage.folder, tokenizer)
     return {"parameters": model.num_parameters(), **metrics}
 
 
@@ -185,18 +183,16 @@ def load_tokenizer(stage, section, train: list[dict]):
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    from pipelines import corpus, data, models
-
     words = stage.section("tokenizer")
     if words.train and section.model_name_or_path:
         logger.warning("tokenizer.train is not used: %s brings its tokenizer", section.model_name_or_path)
     if not words.train or section.model_name_or_path:
-        return models.load_tokenizer(section)
+        return loading.load_tokenizer(section)
     folder = stage.folder.parent / ".tokens" / stage.name
     sections = {name: stage.sections.get(name) for name in ("data", "task")}
-    key = {"data": data.content(stage.data), "sections": sections, "seed": stage.seed}
+    key = {"data": fingerprint.content(stage.data), "sections": sections, "seed": stage.seed}
     texts = (text for row in train for text in (row["source"], row["target"]))
-    tokenizer = corpus.trained_tokenizer(folder, words, texts, key)
+    tokenizer = train_tokenizer.trained_tokenizer(folder, words, texts, key)
     if words.train == "wordpiece":
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
         return tokenizer
@@ -227,7 +223,6 @@ def new_settings(config: dict, tokenizer) -> dict:
 
 def check(model, tokenizer, args) -> None:
     """Raises `ModelError` for a model or tokenizer that would learn or generate something else without a word."""
-    from pipelines.models import ModelError
 
     config = model.config
     if (
@@ -256,8 +251,6 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, args, too_long: str):
     """`Dataset` of input_ids, attention_mask, labels, row, source, target, where; long rows are counted and recorded."""
     from datasets import Dataset
 
-    from pipelines import data
-
     sources, targets = [row["source"] for row in rows], [row["target"] for row in rows]
     limits = {"source": args.max_source_length, "target": args.max_target_length}
     encoded, labels = tokenizer(sources)["input_ids"], tokenizer(text_target=targets)["input_ids"]
@@ -274,19 +267,10 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, args, too_long: str):
             {**encoding, "row": len(features), **{name: row[name] for name in ("source", "target", "where")}}
         )
     limit = f"{limits['source']} tokens in the source or {limits['target']} in the target"
-    data.report_length(stage, side, len(rows), len(features), long, limit, too_long, "cut at their end")
+    mixing.report_length(stage, side, len(rows), len(features), long, limit, too_long, "cut at their end")
     stage.report[side]["source_tokens"] = sum(len(f["input_ids"]) for f in features)
     stage.report[side]["target_tokens"] = sum(len(f["labels"]) for f in features)
     return Dataset.from_list(features)
-
-
-def read_generated(tokenizer, ids):
-    """`(texts, whether each ended (rows,))` of generated ids (rows, tokens), an array padded with PAD or -100."""
-    import numpy as np
-
-    ids = np.where(ids == -100, tokenizer.pad_token_id, ids)
-    texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    return texts, (ids == tokenizer.eos_token_id)[:, 1:].any(1)  # the first may be EOS: decoding may start with it
 
 
 class Measure:
@@ -295,10 +279,8 @@ class Measure:
     def __init__(self, tokenizer, references: list[str], names: list[str]):
         import evaluate
 
-        from pipelines import metrics
-
         self.tokenizer, self.references, self.generated = tokenizer, references, []
-        self.combined = evaluate.combine([metrics.GENERATION[name]() for name in names])
+        self.combined = evaluate.combine([GENERATION[name]() for name in names])
 
     def __call__(self, prediction) -> dict:
         """Metrics of generated ids (rows, tokens), padded with PAD or -100, in the order of the validation rows."""

@@ -17,14 +17,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from pipelines import errors
+from pipelines.data import encoded_rows, mixing, streaming
+from pipelines.errors import SetupError
+from pipelines.models import adapters, chat_template, loading, tokenizer_setup
+from pipelines.speed import fast_model, packed_attention, packing
+from pipelines.training import arguments, language_model, loop, saving
+from pipelines.training.trainer import ChainTrainer, RowCollator
+
 logger = logging.getLogger(__name__)
 
-SECTIONS = {
-    "model": "pipelines.sections:ModelSection",
-    "data": "pipelines.sections:DataSection",
-    "args": "pipelines.sections:SFTArguments",
-}
-ROWS = "sft"
 DEFAULTS = {
     "learning_rate": 2e-5,
     "per_device_train_batch_size": 8,
@@ -58,9 +60,7 @@ def run(stage) -> dict:
     from transformers import Trainer, set_seed
     from trl import SFTTrainer
 
-    from pipelines import SetupError, chat, corpus, data, kernels, lm, models, packing, streaming, training
-
-    class Trainer_(lm.LanguageModelTrainer, training.ChainTrainer, SFTTrainer):
+    class Trainer_(language_model.LanguageModelTrainer, ChainTrainer, SFTTrainer):
         """TRL's trainer on packed batches, with the model's own (fast, packed) loss."""
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -68,49 +68,51 @@ def run(stage) -> dict:
 
     set_seed(stage.seed)
     section = stage.section("model")
-    args = training.build_args(stage, **DEFAULTS)
-    tokenizer = models.load_tokenizer(section)
-    model = models.load_model(section, "AutoModelForCausalLM")
-    added = chat.install_template(model, tokenizer, section.chat_template)
+    args = arguments.build_args(stage, **DEFAULTS)
+    tokenizer = loading.load_tokenizer(section)
+    model = loading.load_model(section, "AutoModelForCausalLM")
+    added = tokenizer_setup.install_template(model, tokenizer, section.chat_template)
     if added:
         logger.info("tokens added: %s (embeddings start at the mean of the others)", " ".join(added))
-    context = models.context_length(model, stage.sections.get("args", {}).get("max_length"))
+    context = loading.context_length(model, stage.sections.get("args", {}).get("max_length"))
 
     too_long, streamed = stage.section("data").too_long, stage.section("data").streaming
 
     def make():
         sets = {}
-        for side, rows in zip(("train", "validation"), data.load(stage.data, ROWS, stage.seed)):
+        for side, rows in zip(("train", "validation"), mixing.load(stage.data, stage.spec.rows, stage.seed)):
             if rows:
                 rows = _encode(stage, side, rows, tokenizer, context, too_long)
                 packed = args.packing and side == "train"
-                sets[side] = lm.packed_dataset(rows, context) if packed else lm.rows_dataset(rows)
+                sets[side] = (
+                    language_model.packed_dataset(rows, context) if packed else language_model.rows_dataset(rows)
+                )
         return sets
 
     settings = {"context": context, "packing": args.packing}
-    sets = corpus.encoded_rows(stage, tokenizer, settings, make)
+    sets = encoded_rows.encoded_rows(stage, tokenizer, settings, make)
     (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
     stream = None
     if streamed:
         encode = _encoder(tokenizer, context, too_long)
-        stream = streaming.Stream(stage, ROWS, args, encode, streaming.packs(context, args.packing))
+        stream = streaming.Stream(stage, stage.spec.rows, args, encode, streaming.packs(context, args.packing))
         where = stream.names
         # TRL looks at a row of the training set, which must be one of `datasets`; the stream takes its place.
-        train_set = lm.rows_dataset([{"input_ids": [0], "labels": [0], "where": ""}])
+        train_set = language_model.rows_dataset([{"input_ids": [0], "labels": [0], "where": ""}])
     elif args.packing:
         stage.report["packs"] = len(train_set)
         used = stage.report["train"]["used"]
         logger.info("%d examples in %d packs of up to %d tokens", used, len(train_set), context)
-    kernels.fast_model(model)
+    fast_model.fast_model(model)
     collator = packing.PackedCollator()
     try:
-        packing.enable_packed_attention(model)
+        packed_attention.enable_packed_attention(model)
     except SetupError as reason:
         if args.packing:
             raise
         logger.warning("%s Its batches are padded instead.", str(reason).partition(" Set `packing")[0])
         collator = packing.PaddedCollator(tokenizer.pad_token_id)
-    model = models.adapt(model, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
+    model = adapters.adapt(model, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
 
     args.prediction_loss_only = True
     args.packing = False  # the packs are made; TRL would otherwise pack them again
@@ -121,20 +123,19 @@ def run(stage) -> dict:
         train_dataset=train_set.with_format("numpy"),
         eval_dataset=validation_set.with_format("numpy") if validation_set else None,
         processing_class=tokenizer,
-        data_collator=training.RowCollator(collator),
+        data_collator=RowCollator(collator),
     )
     trainer.stream, trainer.where = stream, where
-    training.fit(stage, trainer)
+    loop.fit(stage, trainer)
     if stream:
         stage.report["train"] = stream.report()
-    metrics = training.final_metrics(trainer)
-    training.save(trainer, stage.folder, tokenizer)
+    metrics = saving.final_metrics(trainer)
+    saving.save(trainer, stage.folder, tokenizer)
     return metrics
 
 
 def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_long: str) -> list[dict]:
     """Rows as `{"input_ids", "labels", "where"}`; what exceeds the context is counted, said and recorded."""
-    from pipelines import data
 
     out, long = [], []
     for row in rows:
@@ -143,7 +144,7 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_lon
             long.append(row["where"])
         if ids is not None:
             out.append({"input_ids": ids, "labels": labels, "where": row["where"]})
-    data.report_length(
+    mixing.report_length(
         stage,
         side,
         len(rows),
@@ -159,16 +160,15 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_lon
 
 def _example(row: dict, tokenizer, context: int, too_long: str) -> tuple[list[int] | None, list[int] | None, bool]:
     """`(ids, labels, whether it exceeds the context)`; ids and labels are None where nothing of it can be learned."""
-    from pipelines import chat
 
     if "messages" in row:
-        ids, labels = chat.encode_messages(tokenizer, row["messages"])
+        ids, labels = chat_template.encode_messages(tokenizer, row["messages"])
     else:
-        prompt, answer = chat.encode_answer(tokenizer, row["prompt"], row["completion"])
-        ids, labels = prompt + answer, [chat.IGNORED] * len(prompt) + answer
+        prompt, answer = chat_template.encode_answer(tokenizer, row["prompt"], row["completion"])
+        ids, labels = prompt + answer, [chat_template.IGNORED] * len(prompt) + answer
     if len(ids) <= context:
         return ids, labels, False
-    if too_long == "drop" or all(label == chat.IGNORED for label in labels[:context]):
+    if too_long == "drop" or all(label == chat_template.IGNORED for label in labels[:context]):
         return None, None, True
     return ids[:context], labels[:context], True
 
@@ -178,8 +178,6 @@ def _encoder(tokenizer, context: int, too_long: str):
     import copy
 
     import numpy as np
-
-    from pipelines import data
 
     tokenizer = copy.deepcopy(tokenizer)  # it is used in a thread, while the Trainer may save its own
 
@@ -191,7 +189,7 @@ def _encoder(tokenizer, context: int, too_long: str):
         for row in rows:
             ids, labels, is_long = _example(row, tokenizer, context, too_long)
             if is_long and too_long == "error":
-                raise data.DataError(
+                raise errors.DataError(
                     f"{row['where']}: longer than {context} tokens; set data.too_long to drop or truncate, or raise the length"
                 )
             if is_long and not said:

@@ -1,0 +1,1 @@
+"""Which stages run, and what a finished one leaves beside its weights."""

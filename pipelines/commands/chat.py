@@ -1,0 +1,217 @@
+"""`python -m pipelines chat RUN[/STAGE] …`: talk to what was trained, in the terminal, under its own chat template.
+
+A model with a template keeps the dialogue; one without (a base model) continues each text as it stands; an
+encoder-decoder gets each text by itself. Several models answer the same prompt side by side, each with its own
+dialogue. From a pipe there is one prompt, and only the answer goes to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from pipelines import errors, files
+from pipelines.errors import SetupError
+from pipelines.generation.speaker import Settings, Speaker
+
+TALKERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how architectures that write text are called
+NARROW = 36  # columns of a terminal that one of several answers needs to stand beside the others
+HELP = """\
+/system TEXT      what the model is told before the dialogue (alone: nothing); starts over
+/reset            forget the dialogue
+/regenerate       another answer to the last prompt
+/set KEY=VALUE    {keys}; alone: show them
+/help             this
+/quit             leave (so does Ctrl-D); Ctrl-C stops an answer
+"""
+
+
+def find(word: str) -> str:
+    """The folder or hub id that `word` names; a run's folder names its last finished stage that writes text.
+
+    Raises `SetupError` for a stage that is not finished or does not write text, and for a name that is nearly one.
+    """
+    folder = Path(word).expanduser()
+    if not folder.is_dir():
+        stages = _stages(folder.parent)
+        if folder.parent != Path(".") and stages:
+            known = ", ".join(stages)
+            raise SetupError(f"{word}: no such stage{errors.meant(folder.name, stages)}; {folder.parent} has {known}")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", word):
+            raise SetupError(f"{word}: no such folder, and not a hub id (name or owner/name) either")
+        return word
+    stages = _stages(folder)
+    if not stages:
+        if not (folder / "config.json").is_file():
+            raise SetupError(f"{folder}: no model here (no config.json); a stage can be talked to when it is finished")
+        if not _talks(folder):
+            raise SetupError(
+                f"{folder}: {_architecture(folder)} does not write text: it judges or fills in what is there"
+            )
+        return str(folder)
+    talkers = [name for name in stages if _talks(folder / name)]
+    if not talkers:
+        raise SetupError(f"{folder}: none of its stages writes text and is finished ({', '.join(stages)})")
+    return str(folder / max(talkers, key=lambda n: files.read_json(folder / n / files.FINISHED)["finished"]))
+
+
+def _stages(folder: Path) -> list[str]:
+    return sorted(p.parent.name for name in (files.FINISHED, files.STARTED) for p in folder.glob(f"*/{name}"))
+
+
+def _architecture(folder: Path) -> str:
+    return ((files.read_json(folder / "config.json") or {}).get("architectures") or ["?"])[0]
+
+
+def _talks(folder: Path) -> bool:
+    return _architecture(folder).endswith(TALKERS)
+
+
+def talk(speakers: list[Speaker], settings: Settings, lines: Iterable[str], out, system: str = "") -> None:
+    """The dialogue: each of `lines` is a prompt or a command; answers and remarks go to the text stream `out`."""
+
+    def write(text: str) -> None:
+        out.write(text)
+        out.flush()
+
+    def say(text: str) -> None:
+        write(f"({text})\n")
+
+    last = None
+    for line in lines:
+        word, _, rest = line.strip().partition(" ")
+        try:
+            if not word:
+                continue
+            if not word.startswith("/"):
+                last = line
+                _answers(speakers, line, settings, write, say)
+            elif word == "/quit":
+                return
+            elif word == "/help":
+                write(HELP.format(keys=", ".join(f.name for f in fields(settings))))
+            elif word == "/set":
+                for pair in rest.split():
+                    key, _, value = pair.partition("=")
+                    settings.set(key, value)
+                say(shown(settings))
+            elif word in ("/reset", "/system"):
+                told = rest.strip() if word == "/system" else system
+                for speaker in speakers:
+                    speaker.reset(told)
+                system, last = told, None
+                say("a new dialogue" + (f"; told beforehand: {system}" if system else ""))
+            elif word == "/regenerate":
+                if last is None:
+                    raise SetupError("there is no prompt yet to answer again")
+                for speaker in speakers:
+                    while speaker.messages and speaker.messages[-1]["role"] != "user":
+                        speaker.messages.pop()
+                    speaker.messages = speaker.messages[:-1]
+                settings.seed += settings.seed >= 0  # the same seed would give the same answer
+                _answers(speakers, last, settings, write, say)
+            else:
+                known = ("/system", "/reset", "/regenerate", "/set", "/help", "/quit")
+                raise SetupError(f"no command {word}{errors.meant(word, known)}; /help lists them")
+        except SetupError as error:
+            say(str(error))
+
+
+def shown(settings: Settings) -> str:
+    """The settings as they are typed."""
+    return " ".join(f"{f.name}={getattr(settings, f.name)}" for f in fields(settings))
+
+
+def _answers(speakers: list[Speaker], text: str, settings: Settings, write, say) -> None:
+    """One speaker streams; several stand side by side where the terminal is wide enough, else below each other."""
+    width = shutil.get_terminal_size().columns // len(speakers)
+    if len(speakers) == 1 or width < NARROW:
+        for speaker in speakers:
+            if len(speakers) > 1:
+                write(f"{speaker.name}:\n")
+            speaker.answer(text, settings, write, say)
+            write("\n")
+        return
+    answers = [speaker.answer(text, settings, lambda _: None, say) for speaker in speakers]
+    write(side_by_side([s.name for s in speakers], answers, width))
+
+
+def side_by_side(names: list[str], answers: list[str], width: int) -> str:
+    """Answers as columns of `width` characters under their names."""
+    columns = []
+    for name, answer in zip(names, answers, strict=True):
+        wrapped = [part for line in answer.splitlines() for part in textwrap.wrap(line, width - 3) or [""]]
+        columns.append([name[: width - 3], "-" * min(len(name), width - 3), *wrapped])
+    height = max(map(len, columns))
+    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
+    return "".join("".join(cell.ljust(width) for cell in row).rstrip() + "\n" for row in rows) + "\n"
+
+
+def _typed() -> Iterator[str]:
+    """Lines from the terminal, with editing and history, until Ctrl-D."""
+    import readline  # noqa: F401  its import is what gives `input` line editing
+
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+
+
+def main(argv: list[str]) -> int:
+    """`chat RUN[/STAGE] … [--system TEXT] [--temperature T] …`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="pipelines chat",
+        description="Talk to stages, folders or hub models; several answer side by side. "
+        "From a pipe (echo … | python -m pipelines chat RUN/STAGE) only the answer goes to stdout.",
+        epilog=HELP.format(keys=", ".join(f.name for f in fields(Settings))),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("models", nargs="+", metavar="RUN[/STAGE]", help="a run (its last stage that writes), a stage, "
+                        "a folder or a hub id")  # fmt: skip
+    parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told beforehand")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that a hub model brings")
+    for field in fields(Settings):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", metavar="N", help=f"default {field.default}")
+    args = parser.parse_args(argv)
+    settings = Settings()
+    for field in fields(settings):
+        if getattr(args, field.name) is not None:
+            settings.set(field.name, getattr(args, field.name))
+    paths = [find(word) for word in args.models]
+    piped = not sys.stdin.isatty()
+    text = sys.stdin.read().rstrip("\n") if piped else ""
+    if piped and not text.strip():
+        raise SetupError("nothing came through the pipe: echo PROMPT | python -m pipelines chat RUN/STAGE")
+    speakers = [Speaker(path, args.trust_remote_code) for path in paths]
+    for speaker, speaker.name in zip(speakers, _names(paths), strict=True):
+        speaker.reset(args.system)
+        kind = "with its chat template" if speaker.keeps else "text by text" if speaker.translates else "completes text"
+        print(f"{speaker.name}: {speaker.path}, {kind}", file=sys.stderr)
+    if piped:
+        remark = lambda said: print(f"({said})", file=sys.stderr)
+        for speaker in speakers:
+            if len(speakers) > 1:
+                print(f"{speaker.name}:")
+            speaker.answer(text, settings, lambda new: print(new, end="", flush=True), remark)
+            print()
+        return 0
+    print(f"{shown(settings)}; /help", file=sys.stderr)
+    try:
+        talk(speakers, settings, _typed(), sys.stdout, args.system)
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+def _names(paths: list[str]) -> list[str]:
+    """The folders' own names, or the whole paths where two are called the same."""
+    short = [Path(path).name for path in paths]
+    return short if len(set(short)) == len(short) else paths

@@ -1,0 +1,69 @@
+"""`python -m pipelines evaluate MODEL …`: what models are worth, with intervals, and against each other.
+
+Six measurements, each done where it is asked for; the stage of kind `evaluate` does the same inside a chain:
+
+    text       perplexity of a text, and bits per byte, which compare across tokenizers
+    labelled   classifiers: accuracy, macro F1, Matthews correlation and confusion matrix
+    pairs      what a model writes for prompts or sources against given texts: BLEU, chrF, ROUGE
+    tasks      tasks of lm-eval, with or without examples before each question
+    prompts    answers to prompts, judged by a Python function or a reward model
+    rankings   win rates from people's rankings of answers by several models
+
+Every figure is a mean over items (windows, rows, questions, prompts) with a 95 % bootstrap interval, but for those of a
+whole corpus: macro F1 and Matthews, computed anew for each resample, and BLEU and chrF, which have no interval. Models see
+the same items, so differences and win rates are paired: their intervals come from resampling the items, not the models' means.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pipelines import files, launch
+from pipelines.errors import SetupError
+from pipelines.evaluation.checks import problems
+from pipelines.evaluation.figures import confusion, figures, matrices, named, table
+from pipelines.evaluation.measure import measure
+from pipelines.recipe.sections import EvaluateSection
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="pipelines evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help="folders (runs/demo/sft) or hub ids; later over earlier"
+    )
+    parser.add_argument("--text", help="perplexity: a file with text (.txt, .jsonl with the column text, …)")
+    parser.add_argument("--labelled", help="classifiers: a file with text and label (name or id of a class)")
+    parser.add_argument("--pairs", help="a file with prompt and completion, or source and target: BLEU, chrF, ROUGE")
+    parser.add_argument("--tasks", nargs="+", help="lm-eval's names, or paths of task files (.yaml)")
+    parser.add_argument("--shots", type=int, help="examples before each question (default: what the task says)")
+    parser.add_argument("--limit", type=int, help="only so many questions of each task")
+    parser.add_argument("--prompts", help="a file with the column prompt: every model answers, the judge judges")
+    parser.add_argument("--judge", help="package.module:function (prompt, answer) -> number, or a reward model")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each prompt")
+    parser.add_argument("--temperature", type=float, help="0: the likeliest (default: 1 for prompts, 0 for pairs)")
+    parser.add_argument("--response-length", type=int, default=128, help="longest answer in tokens")
+    parser.add_argument("--rankings", help="people's rankings with the column models: win rates")
+    parser.add_argument("--max-length", type=int, help="window in tokens, or where texts and sources are cut")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--json", type=Path, help="write the figures and intervals to this file too")
+    args = parser.parse_args(argv)
+    settings = {k: v for k, v in vars(args).items() if v is not None and k not in ("seed", "json")}
+    if wrong := list(problems(settings)):
+        raise SetupError("\n".join(f"{key}: {message}" for key, message, _ in wrong))
+
+    state = launch.start()
+    short = {path: Path(path).name for path in args.models}
+    names = short if len(set(short.values())) == len(short) else {path: path for path in short}
+    values = measure({names[path]: path for path in args.models}, EvaluateSection(**settings), args.seed)
+    found = figures(values)
+    if state.is_main_process:
+        print(table(found) + matrices(values))
+        if args.json:
+            tables = {f"{name}/labelled/confusion_matrix": of for name, of in confusion(values).items()}
+            files.write_json(args.json, named(found) | tables)
+    return 0

@@ -1,0 +1,119 @@
+"""`python -m pipelines rank FILE_OR_STAGE…`: a page on this machine where people rank answers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import webbrowser
+from pathlib import Path
+
+from pipelines.errors import SetupError
+from pipelines.feedback.server import create_app
+from pipelines.feedback.store import Store, read_rows, write_rows
+
+ABOUT = """\
+Serves a page on this machine (127.0.0.1) where people rank the answers to each prompt from best to worst, tag what is
+wrong with them and may write the ideal answer; by mouse, finger or keyboard (press ? on the page).
+
+A source is a file with one row for each prompt, or the folder of a stage of kind sample (its samples.jsonl):
+  {"prompt": "…", "completions": ["…", "…"], "models": ["sft", "policy"], "id": 7}        models and id may be left out
+Who wrote an answer is not shown, and the answers are shuffled for each labeller.
+
+Judgements go into one SQLite file, beside the first source unless --store says otherwise, and are on disk before the
+page says "saved". The server may be stopped or killed at any time: the same command goes on, at the same address.
+"""
+MORE = """\
+examples
+  python -m pipelines rank runs/demo/samples                           rank what the stage `samples` sampled
+  python -m pipelines rank answers.jsonl --tags too_long,unsafe        two more tags
+  python -m pipelines rank runs/demo/samples --export rankings.jsonl   rows for `reward`; ideal answers for `sft` go to
+                                                                       rankings.ideal.jsonl; nothing is served
+  ssh -L 8765:127.0.0.1:8765 HOST                                      then open the same address at home
+
+Several people can rank at once, each under a name; the results page has their agreement and how the models compare.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Serve the page until Ctrl-C, or export and return."""
+    parser = argparse.ArgumentParser(
+        prog="pipelines rank", description=ABOUT, epilog=MORE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sources", nargs="+", metavar="FILE_OR_STAGE", help="rows of prompt and completions")
+    parser.add_argument("--store", metavar="FILE.db", help="where judgements are kept (default: SOURCE.rankings.db)")
+    parser.add_argument("--tags", default="", metavar="A,B", help="tags beside inappropriate, irrelevant, inaccurate")
+    parser.add_argument("--port", type=int, default=8765, help="port on 127.0.0.1 (default: 8765; 0: any free one)")
+    parser.add_argument("--export", metavar="FILE.jsonl", help="write the rankings made so far, serve nothing")
+    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+    args = parser.parse_args(argv)
+    path = Path(args.store) if args.store else _beside(Path(args.sources[0]))
+    if args.export:
+        return _export(path, Path(args.export))
+    return _serve(args, path)
+
+
+def _beside(source: Path) -> Path:
+    """runs/x/samples -> runs/x/samples/samples.rankings.db; answers.jsonl.gz -> answers.rankings.db."""
+    source = source / "samples.jsonl" if source.is_dir() else source
+    name = source.name.removesuffix(".gz")
+    return source.with_name(f"{Path(name).stem}.rankings.db")
+
+
+def _export(store: Path, target: Path) -> int:
+    if not store.is_file():
+        raise SetupError(f"{store}: no judgements yet; rank first, or say where they are with --store")
+    if not target.parent.is_dir():
+        raise SetupError(f"--export {target}: there is no folder {target.parent}")
+    judged, ideal = Store(store), target.with_name(f"{target.stem}.ideal.jsonl")
+    print(f"{write_rows(target, judged.rankings())} rankings -> {target}")
+    print(f"{write_rows(ideal, judged.ideals())} ideal answers -> {ideal}")
+    return 0
+
+
+def _serve(args, path: Path) -> int:
+    try:
+        import uvicorn
+
+    except ImportError as error:
+        raise SetupError(
+            f"the ranking page needs fastapi and uvicorn ({error}); install them: pip install -e '.[feedback]'"
+        ) from error
+    rows = read_rows(args.sources)
+    store = Store(path)
+    keys = store.add(rows)
+    tags = store.add_tags([tag.strip() for tag in args.tags.split(",") if tag.strip()])
+    listener = _listen(args.port)
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}/{store.token}/"
+    again = f" ({len(rows) - len(keys)} repeated rows are shown once)" if len(keys) < len(rows) else ""
+    print(f"{len(keys)} prompts{again}; judgements are kept in {path}")
+    print(f"\n  {address}\n\nOpen it on this machine. Ctrl-C ends the server; nothing is lost.", flush=True)
+    # Without a display Python would open a text browser in this terminal.
+    if not args.no_browser and (sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
+        webbrowser.open(address)
+    # No access log: every path holds the token.
+    config = uvicorn.Config(
+        create_app(store, keys, tags), log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=2,
+    )  # fmt: skip
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass  # Ctrl-C is how a server ends
+    rankings = sum(1 for _ in store.rankings())
+    print(
+        f"\n{rankings} rankings so far. Export them: python -m pipelines rank {' '.join(args.sources)} --export FILE.jsonl"
+    )
+    return 0
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a killed server's port is free at once
+    try:
+        listener.bind(("127.0.0.1", port))
+        listener.listen()  # before the address is printed: whoever opens it waits for the server rather than failing
+    except (OSError, OverflowError) as error:
+        raise SetupError(f"--port {port}: {error}; is a ranking page running already? Try --port {port + 1}") from error
+    return listener

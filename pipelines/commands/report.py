@@ -1,0 +1,44 @@
+"""`python -m pipelines report RUN`: one HTML file that shows a run: its chain, curves, samples, settings and costs."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from pipelines.errors import SetupError
+from pipelines.report.page import PAGE, WATTS, write
+from pipelines.report.run_folder import read
+
+
+def main(argv: list[str]) -> int:
+    """`report RUN [--watch [SECONDS]] [--out FILE] [--watts W] [--price-per-hour P]`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="pipelines report", description="Write one HTML file that shows a run: chain, curves, samples, settings."
+    )
+    parser.add_argument("run", type=Path, help="a run's folder (the recipe's output_dir)")
+    parser.add_argument(
+        "--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help="write again every 10 (or so many) seconds "
+        "until every stage is finished; the page reloads itself while the run is running"
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"where to write (RUN/{PAGE})")
+    parser.add_argument(
+        "--watts", type=float, help=f"power per process (assumed: {WATTS['cpu']:g} W CPU, {WATTS['gpu']:g} W GPU)"
+    )
+    parser.add_argument(
+        "--price-per-hour", type=float, metavar="P", help="price of one process for an hour; adds a cost column"
+    )
+    args = parser.parse_args(argv)
+    if args.watch is not None and args.watch <= 0:
+        raise SetupError(f"--watch {args.watch:g}: the seconds between two writes must be above 0")
+    if not args.run.is_dir():
+        raise SetupError(f"{args.run}: no such folder; give the output_dir of a recipe, e.g. runs/demo")
+    settings = {"every": args.watch or 0, "watts": args.watts, "price": args.price_per_hour}
+    print(write(args.run, args.out, **settings))
+    try:
+        while args.watch and any(s.state != "finished" for s in read(args.run)):
+            time.sleep(args.watch)
+            write(args.run, args.out, **settings)
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,82 @@
+"""`accelerate launch -m pipelines RECIPE [STAGE …] [KEY=VALUE …]`: run the stages of a recipe that are due."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+
+from pipelines import launch
+from pipelines.chain import chain
+from pipelines.commands import split_words
+from pipelines.errors import ChainError, Interrupted, NotFinite
+from pipelines.recipe import recipe
+from pipelines.recipe.problems import RecipeError
+from pipelines.report import page
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="pipelines", description="Run a recipe, or some of its stages.")
+    parser.add_argument("recipe", help="a YAML file; see recipes/")
+    parser.add_argument("words", nargs="*", metavar="STAGE | KEY=VALUE", help="stages to run (default: all); overrides")
+    parser.add_argument("--redo", action="append", default=[], metavar="STAGE", help="make this stage again")
+    args = parser.parse_intermixed_args(argv)
+    configure_logging()
+    names, overrides = split_words(args.words)
+    first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        loaded = recipe.load(args.recipe, overrides, read_data=first, ask_hub=first)
+    except RecipeError:
+        if first:
+            raise
+        return 2
+    timeouts = [s.sections["args"]["ddp_timeout"] for s in loaded.stages if "ddp_timeout" in s.sections.get("args", {})]
+    launch.start(max(timeouts, default=1800))  # before anything else creates Accelerate's state
+    worked = True
+    try:
+        chain.run(loaded, names, args.redo)
+    except ChainError:  # nothing was run
+        worked = False
+        raise
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(stop if str(stop) else "stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except NotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not launch.lost(error):
+            raise
+        print(
+            f"error: process {os.environ.get('RANK')} lost the others, or the network to them: "
+            f"{str(error).splitlines()[0]}\nThe same command (on every machine) goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
+        return 1
+    finally:  # of a run that was stopped or failed, too
+        if first and worked:
+            draw(loaded.output_dir)
+    return 0
+
+
+def draw(folder) -> None:
+    """Write the run's report. It is no part of the training: where it fails, the error is shown and the run goes on."""
+    try:
+        logger.info("report: %s", page.write(folder, running=False))
+    except Exception:
+        logger.warning("%s could not be drawn; the run is not affected", folder / page.PAGE, exc_info=True)
+
+
+def configure_logging() -> None:
+    """One line per event, from the first process only; warnings from every process."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("pipelines").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # bars are for long work; the trainers have theirs
+    # TRL still sets gradient_checkpointing, which transformers renamed: nothing the user could do about it
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated")

@@ -1,0 +1,87 @@
+"""Labels of texts: the names of the classes, their ids, their weights, and the encoded texts."""
+
+from __future__ import annotations
+
+import logging
+
+from pipelines.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+SINGLE, MULTI, NUMBER = "single_label_classification", "multi_label_classification", "regression"
+
+
+def label_names(train: list[dict], validation: list[dict], task) -> list[str]:
+    """Names of the classes in the order of their ids; labels in the rows become ids, in place.
+
+    Raises `DataError` for a validation row whose label no training row has (where `task.labels` does not name it).
+    """
+
+    if task.problem_type == NUMBER:
+        return task.labels or ["value"]
+    several = task.problem_type == MULTI
+    seen = {label for row in train for label in (row["label"] if several else [row["label"]])}
+    if task.labels:
+        absent = [name for i, name in enumerate(task.labels) if i not in seen]
+        if absent:
+            logger.warning("no training row has the label %s: it cannot be learned", ", ".join(absent))
+        return task.labels
+    # ids before names: both may stand in a file
+    order = sorted(seen, key=lambda label: (isinstance(label, str), label))
+    if len(order) < (1 if several else 2):
+        raise DataError(f"data.train: all rows have the same label {order}: there is nothing to learn")
+    ids = {label: i for i, label in enumerate(order)}
+    for row in [*train, *validation]:
+        for label in row["label"] if several else [row["label"]]:
+            if label not in ids:
+                known = ", ".join(map(str, order[:20]))
+                raise DataError(
+                    f"{row['where']}: no training row has the label {label!r} (they have {known}). "
+                    "Add training rows with it, leave the row out, or name all labels in task.labels"
+                )
+        row["label"] = [ids[label] for label in row["label"]] if several else ids[row["label"]]
+    return [str(label) for label in order]
+
+
+def encode(tokenizer, rows: list[dict], context: int) -> tuple[list[dict], list[str]]:
+    """`(features with input_ids …, `where` of the rows that were cut at `context` tokens)` of text and text_pair."""
+
+    pairs = [row.get("text_pair") for row in rows]
+    if any(pair is None for pair in pairs) and any(pair is not None for pair in pairs):
+        raise DataError(f"{rows[pairs.index(None)]['where']}: no text_pair, but other rows have one")
+    pairs = None if pairs[0] is None else pairs
+    encoded = tokenizer([row["text"] for row in rows], pairs)
+    features, long = [], []
+    for i, row in enumerate(rows):
+        feature = {key: encoded[key][i] for key in encoded.keys()}
+        if len(feature["input_ids"]) > context:
+            long.append(row["where"])
+            feature = dict(tokenizer(row["text"], pairs and pairs[i], truncation=True, max_length=context))
+        features.append(feature)
+    return features, long
+
+
+def class_id(row: dict, names: list[str]) -> int:
+    """The id of a row's label among the names of a model's classes; raises `DataError` where it is none of them.
+
+    A name comes before an id. Where a class is called by another class's number, only names are taken.
+    """
+
+    label, numbers = row["label"], any(name.isdigit() and name != str(i) for i, name in enumerate(names))
+    if str(label) in names:
+        return names.index(str(label))
+    if isinstance(label, int) and label < len(names) and not numbers:
+        return label
+    raise DataError(f"{row['where']}: label {label!r} is no class of the model: {', '.join(names[:20])}")
+
+
+def balanced_weights(labels: list[int], classes: int):
+    """Float32 tensor (classes,): rows / (classes x rows of the class), 0 for a class without rows.
+
+    The weights of the rows are 1 on average (as scikit-learn's `class_weight="balanced"`).
+    """
+    import torch
+
+    counts = torch.bincount(torch.tensor(labels), minlength=classes)
+    present = counts > 0
+    return torch.where(present, len(labels) / (present.sum() * counts.clamp(min=1)), 0.0).float()

@@ -1,0 +1,110 @@
+"""Sources mixed into the rows of one side: weights, limits, the split by prompt, streams without end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+
+from pipelines.data.rows import normalise
+from pipelines.data.sources import fraction, read, sources
+from pipelines.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+SIDES = ("train", "validation", "ptx")  # the last in ppo only: pretraining text beside the prompts
+
+
+def stream(section: dict, side: str, kind: str, seed: int, task: dict | None = None) -> Iterator[dict]:
+    """Normalised rows of one side, one after the other, with `where`: weights and the validation fraction applied.
+
+    Which rows are held out or left out by a weight depends only on the seed and the row itself (its prompt, where it
+    has one), never on its place, so a growing file keeps its split and the same prompt is never on both sides.
+    """
+    share = fraction(section)
+    origin = "train" if side == "validation" and share else side
+    for source in sources(section, origin):
+        weight = float(source.get("weight", 1.0)) if side == "train" else 1.0
+        for where, raw in read(source):
+            try:
+                row = normalise(raw, kind, source.get("columns"), task)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            if share and (_draw(row, seed, "split") < share) != (side == "validation"):
+                continue
+            copies = int(weight) + (_draw(row, seed, where) < weight - int(weight))
+            for _ in range(copies):
+                yield {**row, "where": where}
+
+
+def load(section: dict, kind: str, seed: int, task: dict | None = None) -> tuple[list[dict], list[dict]]:
+    """`(train rows, validation rows)` in memory; the second is empty where the recipe has no validation, the first where
+    it streams them."""
+    streaming = section.get("streaming")
+    train = [] if streaming else list(stream(section, "train", kind, seed, task))
+    has_validation = section.get("validation") is not None
+    validation = list(stream(section, "validation", kind, seed, task)) if has_validation else []
+    if not train and not streaming:
+        raise DataError("data.train: no rows are left for training")
+    if has_validation and not validation:
+        raise DataError(f"data.validation: no rows ({section['validation']!r} of {len(train)}); raise the fraction")
+    return train, validation
+
+
+def endless(section: dict, kind: str, seed: int, places: list[dict]) -> Iterator[dict]:
+    """Normalised training rows without end, with `where`; a source that ends begins again.
+
+    The next row comes from the source that is furthest behind its `weight`'s share of all rows (D'Hondt's method), so
+    that the mixture is the same from beginning to end. `places` (an empty mapping for each source, or a copy of what
+    it held earlier) says where to begin and is kept up to date, as in `read`. Several files of a source come in another
+    order each time.
+    """
+    found = sources(section, "train")
+    readers = [_again(source, kind, seed, place) for source, place in zip(found, places, strict=True)]
+    weights = [float(source.get("weight", 1.0)) for source in found]
+    while True:
+        behind = max(range(len(found)), key=lambda i: weights[i] / (places[i].get("taken", 0) + 1))
+        row = next(readers[behind])
+        places[behind]["taken"] = places[behind].get("taken", 0) + 1
+        yield row
+
+
+def _again(source: dict, kind: str, seed: int, place: dict) -> Iterator[dict]:
+    while True:
+        epoch = place.setdefault("epoch", 0)
+        for where, raw in read(source, place, f"{seed}|{epoch}"):
+            try:
+                row = normalise(raw, kind, source.get("columns"))
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            yield {**row, "where": where}
+        if not place.get("rows"):
+            raise DataError(f"{source['path']}: no rows")
+        taken = place.get("taken", 0)
+        place.clear()
+        place |= {"epoch": epoch + 1, "taken": taken}
+
+
+def _draw(row: dict, seed: int, salt: str) -> float:
+    """A number in [0, 1) that depends on the seed, the salt and the row's prompt (or whole content)."""
+    key = next((row[c] for c in ("prompt", "text", "source", "messages") if c in row), row)
+    digest = hashlib.blake2b(f"{seed}|{salt}|{json.dumps(key, sort_keys=True)}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def report_length(stage, side: str, total: int, used: int, long: list[str], limit: str, policy: str, cut: str) -> None:
+    """Count, log and record the rows of a side that exceed the context; `DataError` when that is asked or none is left.
+
+    `long` names the rows, `limit` says what they exceed ("256 tokens"), `policy` is the section's `too_long` and `cut`
+    what truncating did to them.
+    """
+    done = {"drop": "dropped", "truncate": cut, "error": "found"}[policy]
+    text = f"{side}: {len(long)} of {total} rows are longer than {limit}: {done}"
+    if long and policy == "error":
+        raise DataError(f"{text}, the first at {long[0]}; set data.too_long to drop or truncate, or raise the length")
+    if long:
+        logger.warning("%s (the first: %s)", text, long[0])
+    if not used:
+        raise DataError(f"{side}: no row fits into {limit}; raise the length, or set data.too_long: truncate")
+    stage.report[side] = {"rows": total, "used": used, "too_long": len(long)}

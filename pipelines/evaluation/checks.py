@@ -1,0 +1,41 @@
+"""What can be wrong with the settings of an evaluation, found before any model is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from pipelines.data import sources
+
+NEEDS = {
+    "text": "a causal language model", "tasks": "a causal language model", "prompts": "a causal language model",
+    "pairs": "a causal language model or an encoder-decoder", "labelled": "a sequence classifier",
+}  # fmt: skip
+
+
+def problems(section: dict):
+    """What is wrong with the settings, files and packages that are not there included: `(key, message, value)`."""
+
+    asked = [key for key in NEEDS if section.get(key)]
+    if not asked and not section.get("rankings"):
+        yield f"{', '.join(NEEDS)}, rankings", "nothing to measure: give at least one of them", None
+    if not section.get("models") and asked:
+        what = "classifier" if asked == ["labelled"] else "language model"
+        yield "models", f"needs at least one {what}: stage:NAME, a folder or a hub id", None
+    if "labelled" in asked and len(asked) > 1:
+        yield "labelled", f"is for classifiers, {asked[0]} for models that write: measure them apart", None
+    if bool(section.get("prompts")) != bool(section.get("judge")):
+        yield "judge", "goes with prompts: models answer the one, the other judges", section.get("judge")
+    if (section.get("temperature") or 0) < 0:
+        yield "temperature", "must be 0 or above", section["temperature"]
+    for key in ("samples", "response_length", "batch_size", "max_length", "limit"):
+        if section.get(key) is not None and section[key] <= 0:
+            yield key, "must be above 0", section[key]
+    if section.get("tasks") and importlib.util.find_spec("lm_eval") is None:
+        yield "tasks", "need lm-eval: pip install 'finetune-pipelines[evaluate]'", None
+    paths = [(key, section[key]) for key in ("text", "labelled", "pairs", "prompts", "rankings") if section.get(key)]
+    paths += [("tasks", task) for task in section.get("tasks") or [] if task.endswith(".yaml")]
+    for key, path in paths:
+        local = path.endswith(".yaml") or sources.is_local(path)
+        if local and not path.startswith("stage:") and not sources.files(path):
+            yield key, f"no such file (looked in {Path.cwd()})", path

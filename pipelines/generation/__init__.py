@@ -1,0 +1,1 @@
+"""Answers: sampling them, and their log-probabilities."""

@@ -1,0 +1,178 @@
+"""Log-probabilities, entropies, values and scores of answers whose tokens are known, without logits of a whole batch.
+
+Sequences of a batch are laid end to end in one row (`pipelines.speed.packing`) where the architecture can, and right-padded
+where it cannot. Heads are applied to answer positions only and logits are never kept (`pipelines.speed.fused_head`), so
+nothing of the vocabulary's size exists for prompts or padding.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.speed.fast_model import fast_gelu
+from pipelines.speed.fused_head import linear_logprobs
+from pipelines.speed.packed_attention import enable_packed_attention
+from pipelines.speed.packing import pack
+
+logger = logging.getLogger(__name__)
+
+KEPT = 2**26  # elements of the probabilities that a micro-batch may keep for its backward (256 MB in fp32)
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The transformers model itself: what PEFT has wrapped, adapters inside its layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def make_ready(model: nn.Module) -> bool:
+    """Dropout off, fast GELU, and packing where the architecture can; returns whether it can. In place.
+
+    Neither changes what the model computes (GELU to rounding) nor what is saved of it.
+    """
+    disable_dropout(model)
+    fast_gelu(model)
+    try:
+        enable_packed_attention(model)
+    except ValueError as reason:
+        logger.warning("%s PPO pads its batches instead.", str(reason).partition(" Set `packing")[0])
+        return False
+    return True
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turn every dropout off, also those that attention modules hold as a number; the config keeps its own.
+
+    With dropout the log-prob of a token differs from forward to forward, and the ratio of an unchanged policy
+    from 1.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def lay_out(sequences: list[list[int]], packed: bool, device) -> tuple[dict, Tensor]:
+    """Model inputs for token sequences, and where each begins in the flattened hidden states.
+
+    Returns `(inputs, starts)`: keyword arguments of a backbone, packed (1, tokens) or right-padded (b,
+    longest), and int64 (b,) on the CPU.
+    """
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    if packed:
+        inputs = pack(sequences)
+        del inputs["labels"]
+        starts = lengths.cumsum(0) - lengths
+    else:
+        width = int(lengths.max())
+        ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+        position_ids = torch.arange(width).expand_as(ids)
+        mask = (position_ids < lengths[:, None]).long()
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+        starts = torch.arange(len(sequences)) * width
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return inputs | {"use_cache": False}, starts
+
+
+def collate(answers: list[tuple[list[int], list[int]]], packed: bool, device) -> dict:
+    """One batch of (prompt ids, answer ids) pairs.
+
+    `inputs`: see `lay_out`. `states` (N,): where in the flattened hidden states the state before each answer
+    token is; `labels` (N,): that token. N counts all answer tokens, answer after answer.
+    """
+    # nothing is read behind an answer's last token, so it need not go through the model
+    inputs, starts = lay_out([prompt + answer[:-1] for prompt, answer in answers], packed, device)
+    states = [
+        torch.arange(start + len(prompt) - 1, start + len(prompt) + len(answer) - 1)
+        for start, (prompt, answer) in zip(starts.tolist(), answers, strict=True)
+    ]
+    labels = torch.tensor([token for _, answer in answers for token in answer])
+    return {"inputs": inputs, "states": torch.cat(states).to(device), "labels": labels.to(device)}
+
+
+def states_of(model: nn.Module, batch: dict) -> Tensor:
+    """Last hidden states (N, H) before each answer token."""
+    return plain_model(model).base_model(**batch["inputs"]).last_hidden_state.flatten(0, 1)[batch["states"]]
+
+
+def token_logprobs(
+    model: nn.Module,
+    batch: dict,
+    temperature: float,
+    entropy: bool = False,
+    grad_entropy: bool = False,
+    hidden: Tensor | None = None,
+):
+    """Log-probs (N,) of the answer tokens under softmax(logits / temperature), and its entropies (N,).
+
+    Both float32. Entropies only where asked for, else None; differentiable only with `grad_entropy`. `hidden`
+    (N, H) are the states before the tokens where they are there already; a head that is more than a product
+    does not use them.
+    """
+    model = plain_model(model)
+    if has_plain_head(model):
+        head = model.get_output_embeddings()
+        hidden, bias = states_of(model, batch) if hidden is None else hidden, getattr(head, "bias", None)
+        small = len(hidden) * len(head.weight) <= KEPT and torch.is_grad_enabled()
+        keep = small and not grad_entropy
+        return linear_logprobs(hidden, head.weight, batch["labels"], bias, temperature, entropy, keep)
+    if "cu_seq_lens_q" in batch["inputs"]:
+        logits = model(**batch["inputs"], logits_to_keep=batch["states"]).logits[0].float() / temperature
+    else:
+        logits = model(**batch["inputs"]).logits.flatten(0, 1)[batch["states"]].float() / temperature
+    every = logits.log_softmax(-1)
+    logprobs = every.gather(-1, batch["labels"][:, None]).squeeze(-1)
+    return logprobs, -(every.exp() * every).sum(-1) if entropy else None
+
+
+@torch.no_grad()
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether logits are just the output embedding applied to the last hidden state (no soft-capping …).
+
+    Found out once per model on four tokens, whatever its config says. A head that ZeRO-3 has cut up can only
+    be reached through the model.
+    """
+    head = model.get_output_embeddings()
+    if hasattr(head.weight, "ds_id"):
+        return False
+    if not hasattr(model, "_has_plain_head"):
+        ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+        near = torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
+        model._has_plain_head = type(head) is nn.Linear and near
+        if not model._has_plain_head:
+            logger.warning("%s: log-probs from its own logits (slower, more memory).", type(model).__name__)
+    return model._has_plain_head
+
+
+def token_values(critic: nn.Module, batch: dict) -> Tensor:
+    """The critic's value (N,), float32, of the state before each answer token."""
+    return plain_model(critic).score(states_of(critic, batch)).squeeze(-1).float()
+
+
+@torch.no_grad()
+def sequence_scores(model: nn.Module, sequences: list[list[int]], packed: bool, device) -> Tensor:
+    """Scores (b,) of a one-label sequence classifier, read at the last real token of each sequence.
+
+    A model with a `tag_heads.TagPenalty` in `tag_penalty` takes it off.
+    """
+    inputs, starts = lay_out(sequences, packed, device)
+    if not hasattr(model, "score"):  # an encoder (BERT …): its own head knows where to look
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float()
+    last = starts + torch.tensor([len(ids) for ids in sequences]) - 1
+    hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+    states = hidden[last.to(device)]
+    scores = model.score(states)[:, 0].float()
+    return scores - model.tag_penalty(states) if hasattr(model, "tag_penalty") else scores
+
+
+def within(model: nn.Module, function, *args):
+    """`function(model, *args)`, in which a model of `shard_frozen` is whole."""
+    return model.within(function, *args) if hasattr(model, "within") else function(model, *args)

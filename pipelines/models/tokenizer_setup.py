@@ -1,0 +1,107 @@
+"""Tokenizers made ready: a chat template and its tokens, a PAD of its own, embeddings that fit."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from pipelines.errors import TemplateError
+from pipelines.models.chat_template import TEMPLATES, render_template
+from pipelines.models.loading import vocabulary
+
+logger = logging.getLogger(__name__)
+
+
+def install_template(model, tokenizer, template: str | None) -> list[str]:
+    """Give `tokenizer` the chat template `template` and `model` the tokens it needs; returns the tokens added.
+
+    `template` is "chatml", "plain" (text as it stands), a path to a .jinja file, or None: keep the tokenizer's own, or
+    chatml where it has none. chatml's markers are added where the vocabulary lacks them, and `<|im_end|>` becomes EOS;
+    so does the token with which any other template closes an answer (Gemma's `<end_of_turn>`, Phi's `<|end|>`).
+    In every case PAD is made a token of its own (pad == eos means that EOS is never learned).
+    """
+    added = dress(tokenizer, template)
+    fit_model(model, tokenizer)
+    return added
+
+
+def dress(tokenizer, template: str | None) -> list[str]:
+    """The tokenizer's half of `install_template`; returns the tokens added."""
+    added: list[str] = []
+    if template is None:
+        template = "chatml" if tokenizer.chat_template is None else "keep"
+    if template == "chatml":
+        tokenizer.chat_template = (TEMPLATES / "chatml.jinja").read_text()
+        added += _add(tokenizer, ["<|im_start|>", "<|im_end|>"])
+        tokenizer.eos_token = "<|im_end|>"
+    elif template == "plain":
+        tokenizer.chat_template = (TEMPLATES / "plain.jinja").read_text()
+    elif template != "keep":
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    end = closing_token(tokenizer)
+    if end is not None and end != tokenizer.eos_token:
+        logger.info("EOS is %s, with which the chat template closes an answer (it was %s)", end, tokenizer.eos_token)
+        tokenizer.eos_token = end
+    return added + ensure_pad(tokenizer)
+
+
+def closing_token(tokenizer) -> str | None:
+    """The special token that the chat template puts right after an answer; None where there is none.
+
+    Many instruction-tuned models name another EOS in their tokenizer, and list this one in their generation config.
+    """
+    question = {"role": "user", "content": "Is it?"}
+    text = render_template(tokenizer, [question, {"role": "assistant", "content": "It is."}], False)
+    tail = text[text.rindex("It is.") + len("It is.") :] if "It is." in text else ""
+    ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return tokenizer.convert_ids_to_tokens(ids[0]) if ids and ids[0] in special else None
+
+
+def ensure_pad(tokenizer) -> list[str]:
+    """PAD becomes a token of its own where it is missing or equals EOS; returns the tokens added."""
+    if tokenizer.eos_token is None:
+        raise TemplateError("the tokenizer has no EOS token: set `eos_token` in its tokenizer_config.json.")
+    if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return []
+    added = _add(tokenizer, ["<|pad|>"])
+    tokenizer.pad_token = "<|pad|>"
+    return added
+
+
+def fit_model(model, tokenizer) -> None:
+    """Grow the embeddings to the tokenizer (mean-initialised, never shrunk) and agree on PAD and EOS."""
+
+    if len(tokenizer) > vocabulary(model):
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    config = model.config.get_text_config()
+    config.pad_token_id = tokenizer.pad_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    if config is not model.config:
+        model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        ends = generation.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        ends = [tokenizer.eos_token_id] + [e for e in ends if e != tokenizer.eos_token_id]
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+        generation.pad_token_id = tokenizer.pad_token_id
+
+
+def _add(tokenizer, tokens: list[str]) -> list[str]:
+    known = tokenizer.get_vocab()
+    new = [t for t in tokens if t not in known]
+    if new:
+        tokenizer.add_tokens(new, special_tokens=True)
+    return new
+
+
+def read_by_model(model, tokenizer) -> None:
+    """Let the tokenizer write only what the model reads: not every encoder knows segments (`token_type_ids`)."""
+    import inspect
+
+    known = inspect.signature(model.forward).parameters
+    segments = getattr(model.config, "type_vocab_size", 2) > 1
+    tokenizer.model_input_names = [
+        name for name in tokenizer.model_input_names if name in known and (segments or name != "token_type_ids")
+    ]

@@ -1,0 +1,38 @@
+"""The few pieces of HTML that the report is made of."""
+
+from __future__ import annotations
+
+from html import escape
+
+
+def titled(title: str, body: str) -> str:
+    return f"<div><h3>{escape(title)}</h3>{body}</div>" if body else ""
+
+
+def chart_grid(charts: list[str]) -> str:
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+
+
+def tile_row(tiles: list[tuple[str, str]]) -> str:
+    return f'<div class="tiles">{"".join(f"<div><b>{escape(v)}</b><span>{escape(k)}</span></div>" for v, k in tiles)}</div>'
+
+
+def html_table(head: list[str], rows: list[list], numbers: int, style: str = "") -> str:
+    """A table whose columns from `numbers` on are numbers; it scrolls sideways where the screen is narrow."""
+    kind = lambda i: ' class="n"' if i >= numbers else ""
+    top = "".join(f"<th{kind(i)}>{escape(str(h))}</th>" for i, h in enumerate(head))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind(i)}>{escape(str(v))}</td>" for i, v in enumerate(row)) + "</tr>" for row in rows
+    )
+    return f'<div class="scroll"><table class="{style}"><tr>{top}</tr>{body}</table></div>'
+
+
+def duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return (
+        f"{hours} h {rest // 60:02d} min"
+        if hours
+        else f"{rest // 60} min {rest % 60:02d} s"
+        if rest >= 60
+        else f"{rest} s"
+    )

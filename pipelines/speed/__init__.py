@@ -1,0 +1,1 @@
+"""Packing, packed attention, the fused head: exact and fast."""

@@ -1,0 +1,135 @@
+"""Faster parts put into a transformers model in place: the loss fused with the head, GELU in one kernel."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+
+import torch
+
+from pipelines.speed.fused_head import linear_cross_entropy
+
+logger = logging.getLogger(__name__)
+
+# What a config says about logits that are more than linear(hidden), and the value at which it says nothing.
+LOGIT_CHANGES = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "output_multiplier": 1.0,
+    "lm_head_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "output_router_logits": False,
+}
+
+
+def _why_not_fused(model) -> str | None:
+    """Why this model's loss cannot be computed from its last hidden states and its head; or None."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if type(head) is not torch.nn.Linear:
+        return f"its head is a {type(head).__name__}"
+    for name, neutral in LOGIT_CHANGES.items():
+        if getattr(config, name, None) not in (None, neutral):
+            return f"its config sets {name}"
+    if model.base_model is model:
+        return "it has no separate backbone"
+    if any(hasattr(p, "ds_id") for p in model.parameters()) or _sharded(head):
+        return "its weights are sharded over processes"
+    if head.weight.device.type == "meta":
+        return "its weights are not loaded yet"
+    # Anything else a forward may do between backbone and logits shows on four tokens.
+    ids = torch.arange(4, device=head.weight.device)[None] % head.weight.size(0)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    for module, training in modes:
+        module.training = training
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item()):
+        return "its logits are not head(last hidden states)"
+    return None
+
+
+def _sharded(head: torch.nn.Linear) -> bool:
+    """Whether ZeRO-3 or a DTensor (FSDP2, tensor parallel) holds only part of the head here and now."""
+    from torch.distributed.tensor import DTensor
+
+    return hasattr(head.weight, "ds_id") or isinstance(head.weight, DTensor)
+
+
+def fuse_loss(model) -> bool:
+    """Let `model(..., labels=...)` compute its loss with `linear_cross_entropy`; its `logits` are None then.
+
+    Calls without labels (generation) and with TRL's `fused_lm_head` or `shift_labels` are the model's own.
+    Labels are shifted as transformers does; `num_items_in_batch` is the divisor if given. Call it before
+    wrapping the model (DDP, FSDP, PEFT's base model is fine); a second call does nothing.
+
+    Args:
+        model: a transformers `…ForCausalLM`.
+
+    Returns:
+        Whether it was done; if not, the reason is in the log and the model's own loss stays.
+    """
+    if getattr(model, "loss_is_fused", None) is None:
+        reason = _why_not_fused(model)
+        model.loss_is_fused = reason is None
+        if reason:
+            logger.warning("%s keeps its own loss (slower, more memory): %s.", type(model).__name__, reason)
+        else:
+            _fuse(model)
+    return model.loss_is_fused
+
+
+def _fuse(model) -> None:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    model.unfused_forward = model.forward  # an attribute, so that deepcopy binds it to the copy
+    # With `torch_compile: true` the backbone is compiled around it: chunks of varying size only recompile.
+    cross_entropy = torch.compiler.disable(linear_cross_entropy)
+
+    @functools.wraps(type(model).forward)  # Trainer and generate read the signature
+    def forward(self, *args, labels=None, num_items_in_batch=None, **kwargs):
+        head = self.get_output_embeddings()
+        elsewhere = kwargs.get("fused_lm_head") or kwargs.get("output_router_logits")
+        elsewhere = elsewhere or kwargs.get("shift_labels") is not None
+        # PEFT may have wrapped the head, FSDP2 or ZeRO-3 may have sharded it since
+        if labels is None or elsewhere or type(head) is not torch.nn.Linear or _sharded(head):
+            extra = {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            return self.unfused_forward(*args, **{k: v for k, v in extra.items() if v is not None}, **kwargs)
+        kwargs["use_cache"] = False  # nothing generates from a forward with labels
+        kwargs.pop("return_dict", None), kwargs.pop("logits_to_keep", None)
+        out = self.base_model(*args, **kwargs)
+        hidden, labels = out.last_hidden_state[:, :-1], labels[:, 1:]
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(hidden.device)
+        loss = cross_entropy(hidden, head.weight, labels.to(hidden.device), head.bias, divisor=num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss, hidden_states=out.get("hidden_states"), attentions=out.get("attentions")
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def fast_model(model) -> None:
+    """What makes a causal language model train faster at the same function, in place; before wrapping it.
+
+    `fuse_loss` and `fast_gelu`.
+    """
+    fast_gelu(model)
+    fuse_loss(model.get_base_model() if hasattr(model, "get_base_model") else model)
+
+
+def fast_gelu(model) -> None:
+    """GPT-2's tanh-GELU, eight Python operations over the widest activation, becomes PyTorch's single one, in place.
+
+    Equal to 1e-6.
+    """
+    from transformers.activations import FastGELUActivation, NewGELUActivation
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) in (NewGELUActivation, FastGELUActivation):
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))

@@ -1,0 +1,162 @@
+"""Running a trainer: from the last whole checkpoint to the end, with a clean stop on Ctrl-C and one line per log entry."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from pipelines import files, launch
+from pipelines.data import token_file
+from pipelines.errors import Interrupted
+from pipelines.models import adapters, loading
+from pipelines.speed.packing import PackedCollator
+from pipelines.training import masked_words
+from pipelines.training.arguments import precision
+from pipelines.training.checkpoints import COMPLETE, last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class _StopOnSignal(TrainerCallback):
+    """Ctrl-C or SIGTERM: save at the end of the running step and stop, on every process at the same step."""
+
+    def __init__(self):
+        self.asked = False
+        self.stopped = False
+
+    def catch(self):
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: stop at once; the last whole checkpoint remains
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        flag = self.asked
+        if args.world_size > 1:
+            told = torch.tensor([float(flag)], device=args.device)
+            torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+            flag = bool(told.item())
+        if flag and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save, control.should_training_stop = True, True
+            control.should_evaluate = False
+
+
+class Progress(TrainerCallback):
+    """One bar per stage, and a line per log entry with what matters; replaces transformers' bar and raw dicts.
+
+    Every entry also goes to `log.jsonl` beside the checkpoints, for the report of a running stage.
+    """
+
+    SHOWN = (
+        "loss", "accuracy", "masked_accuracy", "perplexity", "f1_macro", "matthews", "bleu", "chrf", "rougeL", "margin",
+        "score", "kl", "eos_rate", "length", "objective/scores", "objective/kl", "policy/clipfrac_avg", "grad_norm",
+        "learning_rate",
+    )  # fmt: skip
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = None
+        self._note(args, state, {"max_steps": state.max_steps, "precision": precision(args)})
+        if state.is_world_process_zero and not args.disable_tqdm:
+            name = Path(args.output_dir).parent.name
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=name, unit="step", dynamic_ncols=True
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def _note(self, args, state, entry: dict):
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            with open(Path(args.output_dir) / files.LOG, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({**entry, "step": state.global_step, "time": time.time()}) + "\n")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs:
+            self._note(args, state, logs)
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        short = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and k.removeprefix("eval_") in self.SHOWN}
+        if short:
+            line = f"  step {state.global_step}: " + "  ".join(f"{k.split('/')[-1]} {v:.4g}" for k, v in short.items())
+            tqdm.write(line, file=sys.stderr)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _set_up(trainer) -> str:
+    """In words, how a trainer that is ready computes: what was asked for and what became of it on this hardware."""
+    args, model = trainer.args, getattr(trainer, "policy", trainer.model)
+    collator = getattr(trainer.data_collator, "collator", trainer.data_collator)
+    if getattr(trainer, "packed", False) or getattr(collator, "packed", isinstance(collator, PackedCollator)):
+        batches = "packed"
+    else:
+        batches = "full windows" if collator in (token_file.stack_windows, masked_words.stack) else "padded"
+    fused = getattr(model, "loss_is_fused", None)
+    loss = "" if fused is None else f", loss {'fused with the head' if fused else 'of the model'}"
+    compiled = f"on ({args.torch_compile_backend})" if args.torch_compile else "off"
+    checkpointing = "on" if args.activation_checkpointing else "off"
+    return (
+        f"{loading.described(model)}, batches {batches}{loss}, optimizer {getattr(args.optim, 'value', args.optim)}, "
+        f"activation checkpointing {checkpointing}, torch.compile {compiled}"
+    )
+
+
+def fit(stage, trainer) -> None:
+    """Train from the last whole checkpoint (or from the start) to the end; raises `Interrupted` on Ctrl-C."""
+    folder = stage.checkpoints
+    resume = last_checkpoint(folder)
+    newest = get_last_checkpoint(folder) if folder.is_dir() else None
+    if PartialState().is_main_process:
+        if newest and newest != resume:
+            logger.warning("%s: %s is incomplete (stopped while saving)", stage.name, Path(newest).name)
+            for broken in folder.glob("checkpoint-*"):
+                if not (broken / COMPLETE).exists():
+                    shutil.rmtree(broken)
+        if resume:
+            logger.warning("%s: resuming from %s", stage.name, resume)
+    PartialState().wait_for_everyone()
+    adapters.adapters_in_float32(trainer.model)
+    if trainer.stream is not None:
+        trainer.args.ignore_data_skip = True  # the Trainer would read, and throw away, all that was trained on
+        if resume:
+            trainer.stream.load(Path(resume))
+    if launch.sharded() and any(hasattr(module, "peft_config") for module in trainer.model.modules()):
+        trainer.structure = adapters.structure(trainer.model)  # for `save`
+    logger.info("%s: %s", stage.name, _set_up(trainer))
+    stopper = _StopOnSignal()
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(Progress())
+    trainer.add_callback(stopper)
+    stopper.catch()
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        stopper.release()
+    if stopper.stopped:
+        raise Interrupted(
+            f"stage {stage.name} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in "
+            f"{last_checkpoint(folder)}. Run the same command to go on."
+        )

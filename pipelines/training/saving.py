@@ -1,0 +1,55 @@
+"""What a finished training leaves: a folder that `from_pretrained` reads, and its metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import PartialState
+
+from pipelines.models import adapters
+
+
+def untied(model, weights: dict) -> dict:
+    """`weights` without the second names of tied ones, under each of which FSDP and DeepSpeed gather a copy."""
+    tied = getattr(model, "all_tied_weights_keys", ())  # PPO's value head is no transformers model
+    return {name: weight for name, weight in weights.items() if name not in tied}
+
+
+def save(trainer, folder: Path, tokenizer) -> None:
+    """Write the model as a folder that `from_pretrained` reads, with the tokenizer and chat template beside it.
+
+    Adapters are merged (at full precision, see `models.merge`), so that every stage leaves a plain model; as they are they
+    lie in the folder `adapter` beside it. From shards the first process gathers the whole model for that.
+    """
+    model = trainer.model
+    if trainer.structure is not None:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # by all processes, for the first
+        model = adapters.filled(trainer.structure, weights) if PartialState().is_main_process else trainer.structure
+    parts = {"": getattr(model, "policy", model), "critic": getattr(model, "critic", None)}
+    if any(hasattr(model, "peft_config") for model in parts.values()):
+        if PartialState().is_main_process:
+            for name, model in parts.items():
+                if hasattr(model, "peft_config"):
+                    model.save_pretrained(folder / name / "adapter", selected_adapters=[model.active_adapter])
+                    model = adapters.merge(model, tokenizer)
+                if model is not None:
+                    model.save_pretrained(folder / name)
+                    tokenizer.save_pretrained(folder / name)
+    else:
+        trainer.save_model(str(folder))
+    if PartialState().is_main_process:
+        tokenizer.save_pretrained(folder)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and stage.json says the same
+    PartialState().wait_for_everyone()
+
+
+def final_metrics(trainer, evaluate: bool = True) -> dict:
+    """Metrics of a finished training for stage.json: a last evaluation where there is validation data, and the log."""
+    state = trainer.state
+    metrics = trainer.evaluate() if evaluate and trainer.eval_dataset is not None else {}
+    metrics = {k: v for k, v in metrics.items() if not k.endswith(("epoch", "_runtime", "_per_second"))}
+    end = next((e for e in reversed(state.log_history) if "train_runtime" in e), {})
+    for key in ("train_loss", "train_samples_per_second"):
+        if key in end:
+            metrics[key] = end[key]
+    return {**metrics, "steps": state.global_step, "history": state.log_history}

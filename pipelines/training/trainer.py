@@ -1,0 +1,181 @@
+"""A Trainer that loses nothing: the same data order and global batch at any world size, and whole checkpoints.
+
+`ChainTrainer` is mixed into transformers' and TRL's trainers. It adds what users of those miss: checkpoints that are whole
+or not used, evaluation losses that count every row once, and a stop on NaN that names the rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader, Sampler
+from transformers.trainer_utils import rotate_checkpoints
+
+from pipelines.errors import NotFinite, SetupError
+from pipelines.models import sharding
+from pipelines.training.checkpoints import COMPLETE, last_checkpoint
+from pipelines.training.saving import untied
+
+
+class GlobalOrder(Sampler):
+    """Row indices of one epoch, shuffled by (seed, epoch) alone and cut to whole global batches.
+
+    Every world size and every resumed run sees the same order. Rows left over at the end of an epoch (fewer than one
+    global batch) are other ones in each epoch.
+    """
+
+    def __init__(self, trainer, rows: int):
+        args = trainer.args
+        self.trainer, self.rows = trainer, rows
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.length = rows - rows % per_step
+        if self.length == 0:
+            raise SetupError(
+                f"{rows} training rows do not fill one step of {per_step}: lower args.global_batch_size "
+                "(or per_device_train_batch_size x gradient_accumulation_steps), or add data"
+            )
+
+    def __iter__(self):
+        epoch = int((self.trainer.state.epoch or 0) + 1e-6)
+        order = np.random.default_rng([self.trainer.args.seed, epoch]).permutation(self.rows)
+        return iter(order[: self.length].tolist())
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class RowCollator:
+    """A collator that carries each feature's `row` (its index in the data set) past the one it wraps."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, features: list[dict]) -> dict:
+        """A batch of the wrapped collator plus `row`, a tensor of shape (rows,)."""
+        rows = torch.tensor([f["row"] for f in features])
+        return {**self.collator([{k: v for k, v in f.items() if k != "row"} for f in features]), "row": rows}
+
+
+class ChainTrainer:
+    """Mixin before `Trainer` (or a TRL trainer). `self.where` names the rows: a list of strings or of lists of them.
+
+    `self.stream` (a `pipelines.streaming.Stream`) is trained on instead of `train_dataset`, where there is one.
+    """
+
+    where: list | None = None
+    stream = None
+    structure = None  # of a model with adapters, before it was cut into shards
+    _to_come: int | None = None  # rows of all processes that an evaluation under way has not seen yet
+
+    def get_train_dataloader(self):
+        if self.stream is None:
+            return super().get_train_dataloader()
+        # As it is: prepared by Accelerate it would be sharded once more, and read one batch ahead of what is trained on.
+        return DataLoader(
+            self.stream,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # it draws a number when it begins: not from the generator of dropout
+        )
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.train_sampling_strategy == "random" and hasattr(dataset, "__len__"):
+            return GlobalOrder(self, len(dataset))
+        return super()._get_train_sampler(train_dataset)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        with sharding.embeddings_for_fsdp(self.model) if self.is_fsdp_enabled else contextlib.nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        # Killed between the last checkpoint and the end: nothing is left to train, and no step more is taken.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        if self.stream is not None:  # it is where it was (see `fit`), in the middle of its only epoch
+            kwargs["epoch"] = kwargs["epochs_trained"] = self.state.global_step / self.state.max_steps
+        super()._run_epoch(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs):
+        if isinstance(inputs, dict) and "row" in inputs:
+            self._rows = inputs["row"]
+            inputs = {k: v for k, v in inputs.items() if k != "row"}
+            if self._to_come is not None:
+                mine = max(self._to_come - self.args.process_index * self.args.eval_batch_size, 1)
+                inputs = {k: v[:mine] for k, v in inputs.items()}
+        return super()._prepare_inputs(inputs)
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """As the parent's, but a row counts once in the loss at any number of processes.
+
+        Accelerate fills up the last batches with the first rows. The parent leaves out what is gathered of those, but
+        not what they add to the mean loss of a batch in which they stand beside others: so they are taken out of it.
+        """
+        self._to_come = len(dataloader.dataset)
+        try:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self._to_come = None
+
+    def prediction_step(self, *args, **kwargs):
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        if self._to_come is not None:
+            self._to_come -= self.args.world_size * self.args.eval_batch_size
+            if self._to_come < 0:  # all give the parent as many rows: it leaves out those at the end
+                pad = self.accelerator.pad_across_processes
+                logits, labels = (None if x is None else pad(x) for x in (logits, labels))
+        return loss, logits, labels
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss).all():
+            raise NotFinite(self._explain("the loss", loss.item()))
+        return loss
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        scaled = self.accelerator.scaler is not None  # fp16 overflows are skipped by the scaler
+        if norm is not None and not scaled and not np.isfinite(float(norm)):
+            raise NotFinite(self._explain("the gradient norm", float(norm)))
+        return norm
+
+    def _explain(self, what: str, value: float) -> str:
+        rows = getattr(self, "_rows", None)
+        names = [self.where[int(i)] for i in rows] if rows is not None and self.where else []
+        flat = [n for name in names for n in (name if isinstance(name, list) else [name])]
+        last = last_checkpoint(Path(self.args.output_dir))
+        return (
+            f"{what} is {value} at step {self.state.global_step + 1}.\n"
+            f"  rows of this batch: {', '.join(flat[:16]) or 'not recorded'}{' …' if len(flat) > 16 else ''}\n"
+            f"  last good checkpoint: {last or 'none yet'}\n"
+            "  usual causes: a learning rate that is too high, fp16 overflow (use bf16 or fp32), a broken row"
+        )
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict and untied(self.model, state_dict))
+
+    def _save_checkpoint(self, model, trial):
+        """As the parent's, but the checkpoint is marked when all of it is written, and older ones go only then."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        PartialState().wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            checkpoint = folder / f"checkpoint-{self.state.global_step}"
+            if self.stream is not None:
+                self.stream.save(checkpoint)
+            (checkpoint / COMPLETE).touch()
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
