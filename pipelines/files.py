@@ -3,42 +3,84 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from pipelines.errors import ChainError
 
 STARTED, FINISHED = "started.json", "stage.json"
 HISTORY = "history.jsonl"  # every logged step of a finished stage
 LOG = "log.jsonl"  # the same while it runs, beside its checkpoints
+CHAIN = "chain.json"  # the stages of the run, those that are still to come too
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
+    """A file that appears under its name only when all of it is on disk: after a crash there is the old one or the new.
+
+    Each process writes a temporary file of its own beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+        parent = os.open(path.parent, os.O_RDONLY)
+        os.fsync(parent)
+        os.close(parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` in one step."""
+    with replacing(path) as out:
+        out.write(text)
 
 
 def write_json(path: Path, value) -> None:
-    """Replace `path` in one step: after a crash it holds the old text or the new one, never half of it."""
-    _replace(path, [json.dumps(value, indent=2, ensure_ascii=False, default=str)])
+    """Replace `path` in one step."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def write_rows(path: Path, rows) -> None:
-    """As `write_json`, one JSON object a line."""
-    _replace(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+def write_rows(path: Path, rows: Iterable[dict]) -> int:
+    """As `write_json`, one JSON object a line; returns how many."""
+    count = 0
+    with replacing(path) as out:
+        for count, row in enumerate(rows, 1):  # noqa: B007  returned below
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return count
 
 
-def _replace(path: Path, lines) -> None:
+def append_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Add JSON lines to a file that `read_rows` reads; on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(part, "w", encoding="utf-8") as stream:
-        stream.writelines(line + "\n" for line in lines)
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(part, path)
 
 
 def read_json(path: Path) -> dict | None:
     """The file's content, or None where there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file of ours, without a last one that is not finished; none where there is no file.
+
+    For files that users bring see `pipelines.data.sources`.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # U+0085 ends no line in JSON
+    return [json.loads(line) for line in lines]
 
 
 def read_log(folder: Path) -> tuple[list[dict], int | None, float]:
@@ -47,11 +89,7 @@ def read_log(folder: Path) -> tuple[list[dict], int | None, float]:
     What was logged after the checkpoint that a session resumed from is dropped; a line half written is left alone.
     """
     entries, total, seconds, last = [], None, 0.0, 0.0
-    path = folder / LOG
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
-        if not line.endswith("\n"):
-            break
-        entry = json.loads(line)
+    for entry in read_rows(folder / LOG):
         moment = entry.pop("time")
         if "max_steps" in entry:  # a session begins
             entries = [e for e in entries if e["step"] <= entry["step"]]
@@ -65,12 +103,8 @@ def read_log(folder: Path) -> tuple[list[dict], int | None, float]:
 
 def begun_in(folder: Path) -> str | None:
     """The precision in which the stage that left its log in `folder` began to train; None where none has."""
-    path = folder / LOG
-    first = path.read_text(encoding="utf-8").splitlines(keepends=True)[:1] if path.is_file() else []
-    return json.loads(first[0]).get("precision") if first and first[0].endswith("\n") else None
-
-
-CHAIN = "chain.json"  # the stages of the run, those that are still to come too
+    first = read_rows(folder / LOG)[:1]
+    return first[0].get("precision") if first else None
 
 
 def busy(folder: Path) -> bool:
@@ -85,7 +119,7 @@ def busy(folder: Path) -> bool:
         return False
 
 
-@contextmanager
+@contextlib.contextmanager
 def lock(folder: Path, main: bool):
     """One run at a time in an output folder: two launches would overwrite each other's checkpoints."""
     if not main:
@@ -103,19 +137,12 @@ def lock(folder: Path, main: bool):
         yield
 
 
-@contextlib.contextmanager
-def replacing(path: Path):
-    """A file that appears under its name only when all of it is on disk. Each process writes its own
-    temporary."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-        parent = os.open(path.parent, os.O_RDONLY)
-        os.fsync(parent)
-        os.close(parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+def now() -> str:
+    """UTC time to the microsecond, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat()
+
+
+def source_prefix(folder: str) -> str:
+    """What the stage in `folder` was trained to find before every source, so that it gets it later too; "" for others."""
+    made = read_json(Path(folder) / FINISHED) or {}
+    return made.get("record", {}).get("sections", {}).get("task", {}).get("prefix", "")

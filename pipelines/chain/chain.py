@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines import errors, files, launch
 from pipelines.chain import record as chain_record
-from pipelines.chain.record import differences, finish, identity, now
+from pipelines.chain.record import differences, finish, identity
 from pipelines.errors import ChainError
 from pipelines.files import CHAIN, lock
 from pipelines.recipe.stage import Recipe, Stage
@@ -109,7 +109,7 @@ def run(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> None:
 
 def _run_stage(recipe: Recipe, stage: Stage, action: str, state) -> None:
 
-    clock, started = time.monotonic(), now()
+    clock, started = time.monotonic(), files.now()
     record, earlier = None, 0.0
     if state.is_main_process:
         if action == "redo":
@@ -144,7 +144,7 @@ def _clean(stage: Stage) -> None:
 
 def _set_aside(folder: Path) -> None:
     """Move a folder that is made again to `.replaced/NAME-TIME`: nothing is lost."""
-    aside = folder.parent / ".replaced" / f"{folder.name}-{now().replace(':', '')[:17]}"
+    aside = folder.parent / ".replaced" / f"{folder.name}-{files.now().replace(':', '')[:17]}"
     aside.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(aside)
     logger.warning("the old %s is kept in %s", folder, aside)

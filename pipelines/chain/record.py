@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import importlib.metadata
 import json
 import subprocess
 from pathlib import Path
 
+from pipelines import files
 from pipelines.chain.model_card import card
 from pipelines.data import fingerprint
-from pipelines.files import FINISHED, HISTORY, read_json, write_json
+from pipelines.files import FINISHED, HISTORY, write_json
 from pipelines.recipe.stage import Stage, resolve
 
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers", "bitsandbytes", "deepspeed"]
@@ -52,12 +52,6 @@ def _inputs(stage: Stage) -> dict[str, dict]:
         found |= fingerprint.fingerprint({"train": path}) if path else {}
     root = f"{stage.folder.parent}/"
     return {f"stage:{path.removeprefix(root)}" if path.startswith(root) else path: of for path, of in found.items()}
-
-
-def prefix(folder: str) -> str:
-    """What the stage in `folder` was trained to find before every source, so that it gets it later too; "" for others."""
-    made = read_json(Path(folder) / FINISHED) or {}
-    return made.get("record", {}).get("sections", {}).get("task", {}).get("prefix", "")
 
 
 def _base(path: str | None) -> dict | None:
@@ -122,7 +116,7 @@ def finish(stage: Stage, made_from: dict, metrics: dict, started: str, seconds: 
         "seed": stage.seed,
         "world_size": world,
         "started": started,
-        "finished": now(),
+        "finished": files.now(),
         "seconds": round(seconds, 1),
         "git_commit": git_commit(),
         "versions": versions(),
@@ -154,8 +148,3 @@ def git_commit() -> str:
         return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "--", str(here)).stdout else "")
     except FileNotFoundError:
         return "not a checkout"
-
-
-def now() -> str:
-    """UTC time to the microsecond, ISO 8601."""
-    return datetime.datetime.now(datetime.UTC).isoformat()

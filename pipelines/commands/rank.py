@@ -9,9 +9,10 @@ import sys
 import webbrowser
 from pathlib import Path
 
+from pipelines import files
 from pipelines.errors import SetupError
 from pipelines.feedback.server import create_app
-from pipelines.feedback.store import Store, read_rows, write_rows
+from pipelines.feedback.store import Store, read_rows
 
 ABOUT = """\
 Serves a page on this machine (127.0.0.1) where people rank the answers to each prompt from best to worst, tag what is
@@ -67,8 +68,8 @@ def _export(store: Path, target: Path) -> int:
     if not target.parent.is_dir():
         raise SetupError(f"--export {target}: there is no folder {target.parent}")
     judged, ideal = Store(store), target.with_name(f"{target.stem}.ideal.jsonl")
-    print(f"{write_rows(target, judged.rankings())} rankings -> {target}")
-    print(f"{write_rows(ideal, judged.ideals())} ideal answers -> {ideal}")
+    print(f"{files.write_rows(target, judged.rankings())} rankings -> {target}")
+    print(f"{files.write_rows(ideal, judged.ideals())} ideal answers -> {ideal}")
     return 0
 
 

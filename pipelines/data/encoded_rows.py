@@ -66,7 +66,7 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
                 _write_table(rows.data.table, home / f"{side}.arrow")
             sizes = {side: _size(home / f"{side}.arrow") for side in made}
             index = {"key": key, "bytes": sizes, "report": stage.report}
-            with replacing(path) as out:
+            with replacing(path, "wb") as out:
                 out.write(json.dumps(index, indent=1).encode())
     stage.report |= index["report"]
     sets = dict.fromkeys(("train", "validation"), (None, None))
@@ -83,5 +83,5 @@ def _size(path: Path) -> int:
 def _write_table(table, path: Path) -> None:
     import pyarrow
 
-    with replacing(path) as out, pyarrow.ipc.new_stream(out, table.schema) as writer:
+    with replacing(path, "wb") as out, pyarrow.ipc.new_stream(out, table.schema) as writer:
         writer.write_table(table, max_chunksize=1000)  # rows that are read one by one are found faster

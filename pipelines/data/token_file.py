@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipelines import IGNORE_INDEX
 from pipelines.errors import SetupError
 from pipelines.files import replacing
 
@@ -61,7 +62,7 @@ def tokenize_corpus(
         (folder / "index.json").unlink(missing_ok=True)
         dtype = np.dtype("uint16" if max(len(tokenizer), separator_id + 1) <= 2**16 else "uint32")
         tokens = count = 0
-        with replacing(folder / "tokens.bin") as out, _progress_bar() as bar:
+        with replacing(folder / "tokens.bin", "wb") as out, _progress_bar() as bar:
             for batch in document_batches(documents):
                 block = np.concatenate([np.array([*ids, separator_id], dtype) for ids in encode(batch)])
                 out.write(block)
@@ -76,7 +77,7 @@ def tokenize_corpus(
         "separator_id": separator_id,
         "key": content_key,
     }
-    with replacing(folder / "index.json") as out:
+    with replacing(folder / "index.json", "wb") as out:
         out.write(json.dumps(index, indent=1).encode())
     logger.info("%s: %d tokens of %d documents", folder, tokens, count)
     return index
@@ -223,7 +224,7 @@ def stack_windows(items: list[dict]) -> dict[str, torch.Tensor]:
     """
     ids = torch.stack([item["input_ids"] for item in items])
     labels = ids.clone()
-    labels[:, 0] = -100
+    labels[:, 0] = IGNORE_INDEX
     return {"input_ids": ids, "labels": labels, "row": torch.tensor([item["row"] for item in items])}
 
 

@@ -159,6 +159,6 @@ def trained_tokenizer(folder: str | Path, section, documents: Iterable[str], key
     home.mkdir(parents=True, exist_ok=True)
     (home / "key").unlink(missing_ok=True)
     tokenizer.save_pretrained(home)
-    with replacing(home / "key") as out:
+    with replacing(home / "key", "wb") as out:
         out.write(content_key.encode())
     return AutoTokenizer.from_pretrained(home)  # as every other process will see it: its fingerprint is in the keys

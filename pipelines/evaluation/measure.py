@@ -8,8 +8,7 @@ import logging
 import math
 from collections import defaultdict
 
-from pipelines import errors
-from pipelines.chain import record
+from pipelines import errors, files
 from pipelines.data import mixing
 from pipelines.data.labels import SINGLE, class_id, encode
 from pipelines.errors import ModelError, SetupError
@@ -146,7 +145,7 @@ def pair_values(name: str, path: str, model, tokenizer, settings, seed: int) -> 
         limit = getattr(model.config, "max_position_embeddings", None)  # T5 has none: its positions are relative
         if limit and writes >= limit:
             raise SetupError(f"{name}: a response length of {writes} is more than it writes; use {limit - 1} or less")
-        texts = [record.prefix(path) + row["source"] for row in rows]
+        texts = [files.source_prefix(path) + row["source"] for row in rows]
         sources = tokenizer(texts)["input_ids"]
         long = [i for i, ids in enumerate(sources) if len(ids) > context]
         if long:

@@ -18,8 +18,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from pipelines import errors
-from pipelines.chain import record
+from pipelines import errors, files
 from pipelines.data import sources
 from pipelines.data.rows import normalise
 from pipelines.errors import SetupError
@@ -195,7 +194,7 @@ class Store:
                 self.db.execute(
                     "INSERT INTO judgements (id, item, labeller, replaces, content, seconds, saved_at) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    [j.id, j.item, j.labeller, j.replaces, content, j.seconds, record.now()],
+                    [j.id, j.item, j.labeller, j.replaces, content, j.seconds, files.now()],
                 )
         except sqlite3.IntegrityError:
             known = self.db.execute("SELECT * FROM judgements WHERE id = ?", [j.id]).fetchone()
@@ -246,15 +245,3 @@ class Store:
 def _judgement(row: sqlite3.Row) -> dict:
     kept = {name: row[name] for name in ("item", "labeller", "seconds", "saved_at")}
     return kept | json.loads(row["content"]) | {"judgement": row["id"]}
-
-
-def write_rows(path: Path, rows: Iterator[dict]) -> int:
-    """Replace `path` by JSON lines in one step; returns how many."""
-    part, count = path.with_name(f".{path.name}.{os.getpid()}"), 0
-    with open(part, "w", encoding="utf-8") as stream:
-        for count, row in enumerate(rows, 1):  # noqa: B007  returned below
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
-    return count

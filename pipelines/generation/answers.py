@@ -9,6 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import LogitsProcessorList
 
+from pipelines import IGNORE_INDEX
 from pipelines.errors import SetupError
 from pipelines.generation.decode import Chooser, Sampler, generate, uniforms
 from pipelines.models import chat_template, loading
@@ -99,7 +100,7 @@ def read_generated(tokenizer, ids):
     """`(texts, whether each ended (rows,))` of generated ids (rows, tokens), an array padded with PAD or -100."""
     import numpy as np
 
-    ids = np.where(ids == -100, tokenizer.pad_token_id, ids)
+    ids = np.where(ids == IGNORE_INDEX, tokenizer.pad_token_id, ids)
     texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     return texts, (ids == tokenizer.eos_token_id)[:, 1:].any(1)  # the first may be EOS: decoding may start with it
 

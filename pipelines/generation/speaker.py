@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from pipelines import errors
-from pipelines.chain import record
+from pipelines import errors, files
 from pipelines.errors import SetupError
 from pipelines.models import chat_template, loading
 
@@ -63,7 +62,7 @@ class Speaker:
         self.limit = None if self.translates else loading.positions(self.model)
         self.keeps = bool(self.tokenizer.chat_template) and not self.translates
         self.messages: list[dict] = []
-        self.prefix = record.prefix(path)
+        self.prefix = files.source_prefix(path)
 
     def reset(self, system: str = "") -> None:
         """Begin a new dialogue; raises `SetupError` where the model cannot be told `system`."""

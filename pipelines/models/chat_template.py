@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipelines import IGNORE_INDEX
 from pipelines.errors import TemplateError
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-IGNORED = -100
 
 
 def as_messages(prompt) -> list[dict]:
@@ -46,7 +45,7 @@ def encode_messages(tokenizer, messages) -> tuple[list[int], list[int]]:
     ids, labels = [], []
     for segment, is_answer in _segments(tokenizer, messages):
         ids += segment
-        labels += segment if is_answer else [IGNORED] * len(segment)
+        labels += segment if is_answer else [IGNORE_INDEX] * len(segment)
     return ids, labels
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from html import escape
 from pathlib import Path
 
@@ -40,9 +39,7 @@ def write(
     run = Path(run)
     out = Path(out) if out else run / PAGE
     text = page(run, read(run, running), every, watts, price)
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, out)
+    files.write_text(out, text)
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,12 +59,12 @@ def read(run: Path, running: bool | None = None) -> list[Seen]:
             final,
         )
         if final:
-            stage.history, stage.seconds = _lines(folder / files.HISTORY), final["seconds"]
-            stage.samples = _lines(folder / "samples.jsonl") or _lines(folder / "rankings.jsonl")
+            stage.history, stage.seconds = files.read_rows(folder / files.HISTORY), final["seconds"]
+            stage.samples = files.read_rows(folder / "samples.jsonl") or files.read_rows(folder / "rankings.jsonl")
             stage.values = files.read_json(folder / "values.json") or {}
         elif started:
             stage.history, stage.total, stage.seconds = files.read_log(folder / "checkpoints")
-            stage.samples = _lines(folder / "checkpoints" / "samples.jsonl")
+            stage.samples = files.read_rows(folder / "checkpoints" / "samples.jsonl")
         out.append(stage)
     open_ = [s for s in out if s.state == "stopped"]
     if open_ and (files.busy(run) if running is None else running):
@@ -81,9 +80,3 @@ def _begun(folder: Path) -> str:
 
 def _touched(folder: Path) -> float:
     return max(p.stat().st_mtime for p in (folder / files.STARTED, folder / "checkpoints" / files.LOG) if p.exists())
-
-
-def _lines(path: Path) -> list[dict]:
-    """The rows of a JSON lines file, without a last one that is still being written; none where there is no file."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # U+0085 ends no line in JSON
-    return [json.loads(line) for line in lines]

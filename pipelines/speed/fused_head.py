@@ -13,6 +13,8 @@ from contextlib import nullcontext
 
 import torch
 
+from pipelines import IGNORE_INDEX
+
 # Bytes of the logits buffer, and the fewest rows (of float32) in it: each chunk reads and writes all of
 # d_weight once. Measured on CPU in float32: 128 rows cost 5 to 18 % more than 1024, from 256 on it is flat.
 # Faster arithmetic (AMX, GPUs; not measured) needs more rows to hide that traffic.
@@ -179,7 +181,7 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     labels: torch.Tensor,
     bias: torch.Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     divisor: float | torch.Tensor | None = None,
     rows: int | None = None,

@@ -10,9 +10,8 @@ import bisect
 
 import torch
 
+from pipelines import IGNORE_INDEX
 from pipelines.errors import SetupError
-
-IGNORE = -100
 
 
 def plan_packs(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -122,7 +121,7 @@ def alike(group: list[list[int]]) -> int:
 def _packed_batch(ids: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor | int]:
     ends = lengths.cumsum(0)
     starts = ends - lengths
-    targets[starts] = IGNORE
+    targets[starts] = IGNORE_INDEX
     seams = torch.cat([starts[:1], ends]).to(torch.int32)
     longest = int(lengths.max())
     return {
@@ -167,7 +166,7 @@ class PackedCollator:
         labels = torch.tensor(row["input_ids"], dtype=torch.int64)
         for mask in ("completion_mask", "assistant_masks"):
             if mask in row:
-                labels[torch.tensor(row[mask]) == 0] = IGNORE
+                labels[torch.tensor(row[mask]) == 0] = IGNORE_INDEX
         return labels
 
 
@@ -185,10 +184,10 @@ class PaddedCollator:
         columns = {"input_ids": [], "attention_mask": [], "labels": []}
         for row in rows:
             ids, labels = torch.as_tensor(row["input_ids"]).long(), torch.as_tensor(row["labels"]).long().clone()
-            labels[0] = IGNORE
+            labels[0] = IGNORE_INDEX
             for name, value in zip(columns, (ids, torch.ones_like(ids), labels), strict=True):
                 columns[name].append(value)
-        fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORE}
+        fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
         return {
             name: torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill[name])
             for name, parts in columns.items()

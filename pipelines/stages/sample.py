@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def run(stage) -> dict:
             found = answers.answers(model, tokenizer, [prompts[i] for i in some], seeds, **how)
             done |= {(m, i): group for i, group in zip(some, found, strict=True)}
             if state.is_main_process:
-                _append(log, [{"model": m, "prompt": i, "answers": done[m, i]} for i in some])
+                files.append_rows(log, [{"model": m, "prompt": i, "answers": done[m, i]} for i in some])
                 logger.info("%s: %s answered %d of %d prompts", stage.name, path, len(fits) - len(todo) + start + len(some), len(fits))  # fmt: skip
         del model
 
@@ -131,21 +130,8 @@ def collect(prompts: list, groups: dict[int, list[list]], names: list[str]) -> t
 def _read(log: Path) -> dict[tuple[int, int], list]:
     """What an interrupted run had written; a line it did not finish is cut off."""
 
-    found = []
-    for line in log.read_text(encoding="utf-8").split("\n") if log.is_file() else []:  # U+0085 ends no line in JSON
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    found = files.read_rows(log)
     if found:
         files.write_rows(log, found)
         logger.info("going on after %d prompts that are answered", len(found))
     return {(row["model"], row["prompt"]): row["answers"] for row in found}
-
-
-def _append(log: Path, rows: list[dict]) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        stream.flush()
-        os.fsync(stream.fileno())

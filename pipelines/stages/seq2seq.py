@@ -17,7 +17,7 @@ import json
 import logging
 from collections.abc import Iterator
 
-from pipelines import errors
+from pipelines import IGNORE_INDEX, errors
 from pipelines.data import encoded_rows, fingerprint, mixing, train_tokenizer
 from pipelines.errors import ModelError
 from pipelines.evaluation.metrics import GENERATION
@@ -92,7 +92,7 @@ def run(stage) -> dict:
         validation_tokens = 0
 
         def _get_num_items_in_batch(self, batch_samples, device):
-            count = sum(batch["labels"].ne(-100).sum() for batch in batch_samples)
+            count = sum(batch["labels"].ne(IGNORE_INDEX).sum() for batch in batch_samples)
             return self.accelerator.reduce(torch.as_tensor(count, device=device), "sum")
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -106,7 +106,7 @@ def run(stage) -> dict:
             if model.training:
                 loss = loss / num_items_in_batch * self.accelerator.num_processes  # DDP averages over processes
             else:
-                loss = loss / inputs["labels"].ne(-100).sum()
+                loss = loss / inputs["labels"].ne(IGNORE_INDEX).sum()
             return (loss, outputs) if return_outputs else loss
 
         def evaluation_loop(self, *args, **kwargs):
@@ -122,7 +122,7 @@ def run(stage) -> dict:
                 model, inputs, prediction_loss_only, ignore_keys, **settings
             )
             # The parent averages these over rows: weighed so, the result is the mean over all validation tokens.
-            loss = loss * inputs["labels"].ne(-100).sum() / len(inputs["labels"])
+            loss = loss * inputs["labels"].ne(IGNORE_INDEX).sum() / len(inputs["labels"])
             return loss * len(self.eval_dataset) / self.validation_tokens, generated, labels
 
     set_seed(stage.seed)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from pipelines import errors
+from pipelines import IGNORE_INDEX, errors
 from pipelines.data import encoded_rows, mixing, streaming
 from pipelines.errors import SetupError
 from pipelines.models import adapters, chat_template, loading, tokenizer_setup
@@ -165,10 +165,10 @@ def _example(row: dict, tokenizer, context: int, too_long: str) -> tuple[list[in
         ids, labels = chat_template.encode_messages(tokenizer, row["messages"])
     else:
         prompt, answer = chat_template.encode_answer(tokenizer, row["prompt"], row["completion"])
-        ids, labels = prompt + answer, [chat_template.IGNORED] * len(prompt) + answer
+        ids, labels = prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
     if len(ids) <= context:
         return ids, labels, False
-    if too_long == "drop" or all(label == chat_template.IGNORED for label in labels[:context]):
+    if too_long == "drop" or all(label == IGNORE_INDEX for label in labels[:context]):
         return None, None, True
     return ids[:context], labels[:context], True
 

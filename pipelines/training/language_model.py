@@ -7,6 +7,7 @@ import math
 import torch
 from accelerate import PartialState
 
+from pipelines import IGNORE_INDEX
 from pipelines.speed.packing import plan_packs
 
 
@@ -28,10 +29,10 @@ class LanguageModelTrainer:
             rows = [dataset[i] for i in mine[:size]]
             batch = self.data_collator(rows or [dataset[0]])
             if not rows:
-                batch["labels"] = torch.full_like(batch["labels"], -100)
+                batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
-                tokens = batch["labels"][:, 1:].ne(-100).sum()
+                tokens = batch["labels"][:, 1:].ne(IGNORE_INDEX).sum()
                 loss = model(**batch, num_items_in_batch=torch.ones((), device=args.device)).loss
             total += torch.stack([loss.double(), tokens.double()]).to(total.device)
         if state.num_processes > 1:

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from pipelines import IGNORE_INDEX
 from pipelines.errors import SetupError
-
-IGNORED = -100
 
 
 class Masker:
@@ -138,7 +137,7 @@ class MaskedWordTrainer:
 
     def _logits(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Float32 logits (hidden words, vocabulary) and their labels (hidden words,)."""
-        self._hidden = inputs["labels"] != IGNORED
+        self._hidden = inputs["labels"] != IGNORE_INDEX
         try:
             logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
         finally:
@@ -148,7 +147,7 @@ class MaskedWordTrainer:
         return logits.float(), inputs["labels"][hidden]
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        count = sum(batch["labels"].ne(IGNORED).sum() for batch in batch_samples)
+        count = sum(batch["labels"].ne(IGNORE_INDEX).sum() for batch in batch_samples)
         return self.accelerator.reduce(torch.as_tensor(count, device=device), "sum").clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -174,7 +173,7 @@ class MaskedWordTrainer:
             mine = range(state.process_index + start * state.num_processes, len(dataset), state.num_processes)[:size]
             batch = self.data_collator([dataset[i] for i in mine or [0]])
             if not mine:
-                batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+                batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
             with torch.no_grad(), self.compute_loss_context_manager():
                 logits, labels = self._logits(model, self._prepare_inputs(batch))
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from pipelines import errors
+from pipelines import IGNORE_INDEX, errors
 from pipelines.models import chat_template, tokenizer_setup
 
 DIALOGUE = [
@@ -41,9 +41,9 @@ def test_training_ids_begin_with_the_ids_of_inference_and_end_with_eos(model, to
 def test_only_assistant_answers_and_their_eos_are_labelled(model, tok):
     tokenizer_setup.install_template(model, tok, "chatml")
     ids, labels = chat_template.encode_messages(tok, DIALOGUE)
-    learned = tok.decode([t for t in labels if t != chat_template.IGNORED])
+    learned = tok.decode([t for t in labels if t != IGNORE_INDEX])
     assert learned == "blue<|im_end|>not blue<|im_end|>"
-    assert all(label in (chat_template.IGNORED, token) for token, label in zip(ids, labels))
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels))
     # the second prompt as inference builds it: everything before the second answer
     answer = tok("not blue<|im_end|>", add_special_tokens=False)["input_ids"]
     assert ids == chat_template.encode_prompt(tok, DIALOGUE[:3]) + answer

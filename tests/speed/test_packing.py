@@ -29,10 +29,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from pipelines import IGNORE_INDEX
 from pipelines.speed import packed_attention
 from pipelines.speed.fast_model import fast_model, fuse_loss
 from pipelines.speed.packed_attention import PackedRows, _attention_by_products, enable_packed_attention, packed_loss
-from pipelines.speed.packing import IGNORE, PackedCollator, pack, plan_packs
+from pipelines.speed.packing import PackedCollator, pack, plan_packs
 
 V = 61
 COMMON = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -80,7 +81,7 @@ def separate_loss(model, seqs, labels=None):
     total, count = 0.0, 0
     for ids, target in zip(seqs, labels or seqs, strict=True):
         target = torch.tensor([target])
-        n = int((target[:, 1:] != IGNORE).sum())
+        n = int((target[:, 1:] != IGNORE_INDEX).sum())
         if n:
             total = total + model(input_ids=torch.tensor([ids]), labels=target).loss * n
             count += n
@@ -152,7 +153,7 @@ def test_sequences_do_not_see_each_other():
     model = build("gpt2")
     enable_packed_attention(model)
     ids, others = sequences([12], 3)[0], sequences([20, 5], 4)
-    silent = [[IGNORE] * len(s) for s in others]
+    silent = [[IGNORE_INDEX] * len(s) for s in others]
     alone = packed_loss(model, pack([ids]))
     for order in ([others[0], ids, others[1]], [others[1], others[0], ids]):
         labels = [ids if s is ids else silent[0][: len(s)] for s in order]
@@ -232,7 +233,7 @@ def test_padded_batches_and_the_fused_loss_equal_the_models_own():
     reference = copy.deepcopy(model)
     enable_packed_attention(model)
     ids = torch.tensor([[7, 9, 11, 2, 2], [5, 6, 7, 8, 9]])
-    batch = dict(input_ids=ids, attention_mask=(ids != 2).long(), labels=ids.masked_fill(ids == 2, IGNORE))
+    batch = dict(input_ids=ids, attention_mask=(ids != 2).long(), labels=ids.masked_fill(ids == 2, IGNORE_INDEX))
     for num_items in (None, 11, torch.tensor(3)):
         ours = packed_loss(model, batch, num_items)
         theirs = reference(**batch, num_items_in_batch=num_items).loss
@@ -322,7 +323,7 @@ def _ddp_worker(rank, folder):
 
 def _ddp_batches(rank):
     seqs = sequences([9, 5, 12], seed=rank)
-    silent = [[IGNORE] * len(s) for s in seqs]
+    silent = [[IGNORE_INDEX] * len(s) for s in seqs]
     return [pack(seqs), pack(seqs, silent if rank else None)]
 
 
@@ -408,9 +409,9 @@ def test_misuse_is_told():
 
 
 def test_pack_layout():
-    batch = pack([[5, 6, 7], [8, 9]], [[IGNORE, 6, 7], [8, 9]])
+    batch = pack([[5, 6, 7], [8, 9]], [[IGNORE_INDEX, 6, 7], [8, 9]])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
-    assert batch["labels"].tolist() == [[IGNORE, 6, 7, IGNORE, 9]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, 7, IGNORE_INDEX, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5] and batch["cu_seq_lens_q"].dtype == torch.int32
     assert batch["max_length_q"] == batch["max_length_k"] == 3
@@ -422,7 +423,7 @@ def test_collator_reads_trl_packs_and_drops_other_columns():
 
     rows = {
         "input_ids": sequences([5, 3, 7, 2, 6]),
-        "labels": [[IGNORE, *s[1:]] for s in sequences([5, 3, 7, 2, 6])],
+        "labels": [[IGNORE_INDEX, *s[1:]] for s in sequences([5, 3, 7, 2, 6])],
     }
     packed = pack_dataset(Dataset.from_dict(rows), 10)
     batch = PackedCollator()([{**row, "text": "x"} for row in packed])
@@ -432,7 +433,7 @@ def test_collator_reads_trl_packs_and_drops_other_columns():
     got = sorted(part.tolist() for part in batch["input_ids"][0].split(lengths))
     assert got == sorted(rows["input_ids"])
     plain = PackedCollator()([{"input_ids": [4, 5, 6], "completion_mask": [0, 0, 1]}, {"input_ids": [7, 8]}])
-    assert plain["labels"].tolist() == [[IGNORE, IGNORE, 6, IGNORE, 8]]
+    assert plain["labels"].tolist() == [[IGNORE_INDEX, IGNORE_INDEX, 6, IGNORE_INDEX, 8]]
     with pytest.raises(ValueError, match="seq_lengths"):
         PackedCollator()([{"input_ids": [4, 5, 6], "seq_lengths": [2]}])
 

@@ -14,8 +14,8 @@ from conftest import WORDS
 from pipelines import __main__, errors, files, launch
 from pipelines.chain import chain
 from pipelines.chain import record as chain_record
-from pipelines.chain.record import now
 from pipelines.errors import SetupError
+from pipelines.files import now
 from pipelines.generation import answers
 from pipelines.models import loading
 from pipelines.recipe import checks
