@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
 
 from pipelines import errors, files, launch
 from pipelines.chain import record as chain_record
@@ -82,7 +85,6 @@ def plan(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> list[St
 
 def run(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> None:
     """Run the stages that are due on the processes Accelerate started. Every process calls it."""
-    from accelerate.utils import broadcast_object_list
 
     state = launch.start()
     with lock(recipe.output_dir, state.is_main_process):
@@ -136,7 +138,6 @@ def _run_stage(recipe: Recipe, stage: Stage, action: str, state) -> None:
 
 def _clean(stage: Stage) -> None:
     """What only served to resume goes, after `stage.json` said that the stage is finished."""
-    import shutil
 
     shutil.rmtree(stage.checkpoints, ignore_errors=True)
     (stage.folder / files.STARTED).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from pipelines.commands import split_words
 from pipelines.errors import ChainError, Interrupted, NotFinite
 from pipelines.recipe import recipe
 from pipelines.recipe.problems import RecipeError
+from pipelines.recipe.stage import Recipe
 from pipelines.report import page
 
 logger = logging.getLogger(__name__)
@@ -37,12 +38,8 @@ def main(argv: list[str]) -> int:
         return 2
     timeouts = [s.sections["args"]["ddp_timeout"] for s in loaded.stages if "ddp_timeout" in s.sections.get("args", {})]
     launch.start(max(timeouts, default=1800))  # before anything else creates Accelerate's state
-    worked = True
     try:
-        chain.run(loaded, names, args.redo)
-    except ChainError:  # nothing was run
-        worked = False
-        raise
+        run_and_report(loaded, names, args.redo)
     except (Interrupted, KeyboardInterrupt) as stop:
         print(stop if str(stop) else "stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -58,10 +55,20 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    finally:  # of a run that was stopped or failed, too
-        if first and worked:
-            draw(loaded.output_dir)
     return 0
+
+
+def run_and_report(loaded: Recipe, names: list[str], redo: list[str]) -> None:
+    """Run the stages that are due and write the report, of a run that was stopped or failed, too."""
+    worked = True
+    try:
+        chain.run(loaded, names, redo)
+    except ChainError:  # nothing was run
+        worked = False
+        raise
+    finally:
+        if worked and int(os.environ.get("RANK", "0")) == 0:
+            draw(loaded.output_dir)
 
 
 def draw(folder) -> None:

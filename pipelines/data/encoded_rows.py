@@ -8,6 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+from accelerate import PartialState
+from datasets import Dataset
 
 from pipelines.data import fingerprint
 from pipelines.data.token_file import FORMAT, digest, document_batches, plain_encoder, tokenizer_fingerprint
@@ -42,8 +45,6 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
     Raises:
         ValueError: another process than the first finds nothing, because it does not see the same disk.
     """
-    from accelerate import PartialState
-    from datasets import Dataset
 
     home = stage.folder.parent / ".tokens" / stage.name / "rows"
     words = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.model_input_names, tokenizer.padding_side]
@@ -81,7 +82,6 @@ def _size(path: Path) -> int:
 
 
 def _write_table(table, path: Path) -> None:
-    import pyarrow
 
     with replacing(path, "wb") as out, pyarrow.ipc.new_stream(out, table.schema) as writer:
         writer.write_table(table, max_chunksize=1000)  # rows that are read one by one are found faster

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from pipelines.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,6 @@ def balanced_weights(labels: list[int], classes: int):
 
     The weights of the rows are 1 on average (as scikit-learn's `class_weight="balanced"`).
     """
-    import torch
 
     counts = torch.bincount(torch.tensor(labels), minlength=classes)
     present = counts > 0

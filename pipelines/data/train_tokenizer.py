@@ -7,7 +7,11 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
 from pipelines.data.token_file import FORMAT, counting, digest, document_batches
 from pipelines.errors import SetupError
@@ -38,8 +42,6 @@ def train_bpe(
     Raises:
         ValueError: the vocabulary cannot hold the 256 bytes and the special tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import GPT2Tokenizer
 
     special = [eos_token, pad_token, *special_tokens]
     if vocab_size < 256 + len(special):
@@ -86,8 +88,6 @@ def train_wordpiece(
     Raises:
         ValueError: the vocabulary cannot hold the special tokens and an alphabet.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import BertTokenizer
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *special_tokens]
     if vocab_size < 100 + len(special):
@@ -143,9 +143,6 @@ def trained_tokenizer(folder: str | Path, section, documents: Iterable[str], key
     Raises:
         ValueError: no document holds any text, or the vocabulary is too small.
     """
-    from itertools import islice
-
-    from transformers import AutoTokenizer
 
     home, settings = Path(folder) / "tokenizer", [section.train, section.vocab_size, section.lowercase]
     content_key = digest([FORMAT, key, *settings, section.max_documents])

@@ -7,6 +7,10 @@ import logging
 import re
 from collections import defaultdict
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
 from pipelines import errors
 from pipelines.data import mixing
 from pipelines.errors import SetupError
@@ -49,9 +53,6 @@ def mean_verdict(verdicts: list) -> dict[str, float]:
 
 def reward_scores(path: str, prompts: list, groups: list[list[tuple[str, bool]]]) -> list[float]:
     """Mean score of each prompt's answers by the reward model at `path`; every process scores its share."""
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
 
     state, section = PartialState(), ModelSection(model_name_or_path=path)
     tokenizer = loading.load_tokenizer(section)

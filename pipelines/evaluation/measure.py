@@ -8,6 +8,11 @@ import logging
 import math
 from collections import defaultdict
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import AutoConfig
+
 from pipelines import errors, files
 from pipelines.data import mixing
 from pipelines.data.labels import SINGLE, class_id, encode
@@ -30,8 +35,6 @@ def measure(models: dict[str, str], settings, seed: int) -> Values:
     Every process calls it and gets the same. Answering is shared out by prompts, the rest by models. Raises `SetupError`
     for a model that cannot do what is asked.
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
 
     state, own, values = PartialState(), defaultdict(dict), {name: {} for name in models}
     prompts, answers, asked = [], {}, [key for key in NEEDS if getattr(settings, key)]
@@ -74,7 +77,6 @@ def auto_class(name: str, path: str, asked: list[str]) -> str:
 
     Raises `SetupError` where the model is of another kind: some would load all the same, and give figures of nothing.
     """
-    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -100,7 +102,6 @@ def auto_class(name: str, path: str, asked: list[str]) -> str:
 
 def class_values(name: str, model, tokenizer, settings, seed: int) -> dict[str, list[str]]:
     """The class of every row of `settings.labelled` and the one that the classifier gives it, by name (`CLASSES`)."""
-    import torch
 
     kind = model.config.problem_type or SINGLE
     if kind != SINGLE or model.config.num_labels < 2:
@@ -199,7 +200,6 @@ def text_values(model, tokenizer, texts: list[str], max_length: int | None, batc
     Windows do not overlap; the first token of each is not predicted. As in the pretrain stage, but for the last, shorter
     window, which counts here. Perplexity is exp of the mean; windows weigh alike.
     """
-    import torch
 
     ids = [
         t for text in texts for t in [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

@@ -12,6 +12,10 @@ from __future__ import annotations
 import datasets
 import evaluate
 import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu import corpus_bleu, corpus_chrf, sentence_chrf
+from scipy.stats import rankdata
+from sklearn.metrics import f1_score, matthews_corrcoef
 
 CLASS, CLASSES = datasets.Value("int64"), datasets.List(datasets.Value("int64"))
 NUMBER, TEXT = datasets.Value("float64"), datasets.Value("string")
@@ -47,7 +51,6 @@ class MacroF1(Metric):
     """F1 of each class that occurs, averaged without regard to how frequent it is: `f1_macro`, 0 to 1."""
 
     def _compute(self, predictions, references):
-        from sklearn.metrics import f1_score
 
         return {"f1_macro": float(f1_score(references, predictions, average="macro", zero_division=0))}
 
@@ -56,7 +59,6 @@ class Matthews(Metric):
     """Matthews correlation (Gorodkin's for more than two classes): `matthews`, -1 to 1, 0 for a constant guess."""
 
     def _compute(self, predictions, references):
-        from sklearn.metrics import matthews_corrcoef
 
         return {"matthews": float(matthews_corrcoef(references, predictions))}
 
@@ -77,7 +79,6 @@ class MultiLabelF1(Metric):
     row = CLASSES
 
     def _compute(self, predictions, references):
-        from sklearn.metrics import f1_score
 
         score = lambda average: float(
             f1_score(_matrix(references), _matrix(predictions), average=average, zero_division=0)
@@ -118,7 +119,6 @@ class Spearman(Metric):
     row = NUMBER
 
     def _compute(self, predictions, references):
-        from scipy.stats import rankdata
 
         return {"spearman": _correlation(rankdata(predictions), rankdata(references))}
 
@@ -129,7 +129,6 @@ class SacreBleu(Metric):
     row = TEXT
 
     def _compute(self, predictions, references):
-        from sacrebleu import corpus_bleu
 
         return {"sacrebleu": corpus_bleu(list(predictions), [list(references)]).score}
 
@@ -140,7 +139,6 @@ class ChrF(Metric):
     row = TEXT
 
     def _compute(self, predictions, references):
-        from sacrebleu import corpus_chrf
 
         return {"chrf": corpus_chrf(list(predictions), [list(references)]).score}
 
@@ -182,7 +180,6 @@ def class_scores(labels: np.ndarray, guesses: np.ndarray) -> dict[str, np.ndarra
 
 def rouge_rows(predictions, references) -> dict[str, list[float]]:
     """`rouge1`, `rouge2`, `rougeL` of every row, see `Rouge`."""
-    from rouge_score.rouge_scorer import RougeScorer
 
     names = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(names, use_stemmer=True)
@@ -192,7 +189,6 @@ def rouge_rows(predictions, references) -> dict[str, list[float]]:
 
 def chrf_rows(predictions, references) -> dict[str, list[float]]:
     """`sentence_chrf` of every row, 0 to 100. Their mean is not the corpus's `chrf`, which counts n-grams over all rows."""
-    from sacrebleu import sentence_chrf
 
     return {"sentence_chrf": [sentence_chrf(p, [r]).score for p, r in zip(predictions, references, strict=True)]}
 
@@ -214,7 +210,6 @@ def preference_metrics(chosen, rejected) -> dict:
     Bradley–Terry probability sigma(|chosen - rejected|) that the preferred-by-score answer is the one people chose.
     `histogram` counts both kinds of scores between 25 equally distant `edges`.
     """
-    import numpy as np
 
     margin = chosen.astype(np.float64) - rejected
     confidence = 1 / (1 + np.exp(-np.abs(margin)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -98,7 +99,6 @@ def translations(
 
 def read_generated(tokenizer, ids):
     """`(texts, whether each ended (rows,))` of generated ids (rows, tokens), an array padded with PAD or -100."""
-    import numpy as np
 
     ids = np.where(ids == IGNORE_INDEX, tokenizer.pad_token_id, ids)
     texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -8,6 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import jinja2
+import torch
+import transformers
+from transformers import TextStreamer, set_seed
+
 from pipelines import errors, files
 from pipelines.errors import SetupError
 from pipelines.models import chat_template, loading
@@ -43,8 +48,6 @@ class Speaker:
     """One model with its tokenizer, and the dialogue held with it so far."""
 
     def __init__(self, path: str, trust_remote_code: bool = False):
-        import torch
-        import transformers
 
         transformers.utils.logging.disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,7 +69,6 @@ class Speaker:
 
     def reset(self, system: str = "") -> None:
         """Begin a new dialogue; raises `SetupError` where the model cannot be told `system`."""
-        import jinja2
 
         messages = [{"role": "system", "content": system}] if system else []
         if system:
@@ -83,8 +85,6 @@ class Speaker:
 
         Ctrl-C ends the answer where it is. Raises `SetupError` for a text that is longer than the model reads.
         """
-        import torch
-        from transformers import TextStreamer, set_seed
 
         self.messages = (self.messages if self.keeps else []) + [{"role": "user", "content": text}]
         try:

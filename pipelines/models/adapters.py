@@ -7,6 +7,12 @@ import functools
 import logging
 import re
 
+import peft
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+from trl import get_peft_config
+
 from pipelines.errors import ModelError
 from pipelines.models import tokenizer_setup
 from pipelines.models.loading import heads, load_model
@@ -24,9 +30,6 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
     """
     if not section.use_peft:
         return model
-    import peft
-    from transformers.pytorch_utils import Conv1D
-    from trl import get_peft_config
 
     if new_tokens and any(hasattr(weight, "ds_id") for weight in model.parameters()):
         raise ModelError(
@@ -64,8 +67,6 @@ def on_base_of(policy):
     modules around them are each model's own. So adapters put into one are not seen by the other, and nothing has to be
     switched: both can be run, checkpointed and trained in any order.
     """
-    import torch
-    import transformers
 
     base, kind = policy.get_base_model(), "AutoModelForSequenceClassification"
     config = copy.deepcopy(base.config)
@@ -105,9 +106,6 @@ def merge(model, tokenizer):
     Weights of 4 or 8 bits are not merged into: rounding the sum would lose much of what was learned. Their base is
     loaded once more at full precision (so much memory is needed beside the quantized model) and merged there.
     """
-    import peft
-    import torch
-    from transformers.pytorch_utils import Conv1D
 
     base = model.get_base_model()
     if not hasattr(base, "full_precision"):
@@ -137,7 +135,6 @@ def structure(model):
 
     `filled` makes it whole again on one process.
     """
-    import torch
 
     empty = {
         id(weight): torch.nn.Parameter(
@@ -151,7 +148,6 @@ def structure(model):
 
 def filled(model, weights: dict):
     """A copy of a `structure` with its `weights`, by name; those that are tied take the one under their first name."""
-    import torch
 
     found = {
         id(empty): torch.nn.Parameter(weights[name], requires_grad=empty.requires_grad)
@@ -162,7 +158,6 @@ def filled(model, weights: dict):
 
 def adapters_in_float32(model) -> None:
     """Undo TRL's cast of the adapters on quantized weights to bfloat16: Adam's small steps are lost in rounding there."""
-    import torch
 
     if any(hasattr(module, "full_precision") for module in model.modules()):
         for parameter in model.parameters():

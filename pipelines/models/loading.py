@@ -11,6 +11,13 @@ import functools
 import logging
 import re
 
+import torch
+import transformers
+from accelerate import PartialState
+from torch.nn import Embedding, Linear
+from transformers import AutoConfig, AutoTokenizer
+from trl import get_quantization_config
+
 from pipelines import launch
 from pipelines.errors import ModelError
 
@@ -19,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 def native_bf16(device: str) -> bool:
     """Whether devices of this kind compute in bfloat16 themselves here; others emulate it, slowly."""
-    import torch
 
     if device == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -35,7 +41,6 @@ def described(model) -> str:
 
 def load_tokenizer(section):
     """The tokenizer of a `model:` section: its own folder, or the model's."""
-    from transformers import AutoTokenizer
 
     path = section.tokenizer_name_or_path or section.model_name_or_path
     # model_revision pins the model's own repository; a tokenizer from elsewhere has other revisions
@@ -64,8 +69,6 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
     in `model.new_weights`. With `load_in_4bit` or `load_in_8bit` the backbone is quantized, and
     `model.full_precision()` loads the same model unquantized (see `merge`).
     """
-    import torch
-    import transformers
 
     auto = getattr(transformers, auto_class)
     overrides = dict(section.config or {})
@@ -145,7 +148,6 @@ def _materialize(model) -> None:
 
     Accelerate tells weights apart by their address: those without would all be one.
     """
-    import torch
 
     for module in model.modules():
         for name, weight in module._parameters.items():
@@ -155,7 +157,6 @@ def _materialize(model) -> None:
 
 def _attention(section) -> dict:
     """Keywords for the attention that is asked for. What only GPUs train with is left out on a CPU, and said."""
-    from accelerate import PartialState
 
     name = section.attn_implementation
     if name and re.search("flash|flex", name) and PartialState().device.type == "cpu":
@@ -180,7 +181,6 @@ def heads(model) -> list[str]:
 
 def last_layer(model):
     """The linear layer that gives the scores of a sequence classifier, whatever its architecture calls it."""
-    from torch.nn import Linear
 
     return [m for name in heads(model) for m in model.get_submodule(name).modules() if isinstance(m, Linear)][-1]
 
@@ -190,9 +190,6 @@ def _quantization(section, auto, where: dict) -> dict:
 
     Embeddings and heads stay as they are: they are trained, or too small or too sensitive to be worth it.
     """
-    import torch
-    from transformers import AutoConfig
-    from trl import get_quantization_config
 
     if not (section.load_in_4bit or section.load_in_8bit):
         return {}
@@ -250,7 +247,6 @@ def _special(tokenizer) -> dict:
 
 def positions(model) -> int | None:
     """The most tokens that a model reads; None where nothing bounds them (relative positions, recurrence)."""
-    from torch.nn import Embedding
 
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = model.config.get_text_config()

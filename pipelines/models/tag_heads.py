@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from pipelines.errors import ModelError
@@ -43,7 +46,6 @@ def metrics(tags: list, logits: list, names: list[str]) -> dict[str, float]:
     `tags`: (K, T) numbers for each ranking, as in `loss`; `logits`: arrays (K, 1 + T), the score first. The area is
     left out where all answers have the tag or none has it.
     """
-    from sklearn.metrics import roc_auc_score
 
     found = {}
     for i, name in enumerate(names):
@@ -60,7 +62,6 @@ def metrics(tags: list, logits: list, names: list[str]) -> dict[str, float]:
 
 def split(folder: Path, names: list[str]) -> None:
     """Turn the model in `folder`, whose head has 1 + T outputs, into a one-score model with the tags beside it."""
-    from safetensors.torch import load_file, save_file
 
     for path in folder.glob("model*.safetensors"):
         weights = load_file(path)
@@ -78,7 +79,6 @@ class TagPenalty(nn.Module):
     """
 
     def __init__(self, folder: str | Path, penalties: dict[str, float]):
-        from safetensors import safe_open
 
         super().__init__()
         path = Path(folder) / FILE

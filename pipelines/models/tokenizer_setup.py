@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 
@@ -98,7 +99,6 @@ def _add(tokenizer, tokens: list[str]) -> list[str]:
 
 def read_by_model(model, tokenizer) -> None:
     """Let the tokenizer write only what the model reads: not every encoder knows segments (`token_type_ids`)."""
-    import inspect
 
     known = inspect.signature(model.forward).parameters
     segments = getattr(model.config, "type_vocab_size", 2) > 1

@@ -6,11 +6,14 @@ recipe will make. Rows that are local are read, and their tokens counted where t
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+
+import transformers
 
 from pipelines.data import mixing, sources
 from pipelines.errors import PlanError
@@ -125,7 +128,6 @@ def describe(loaded, stage) -> Job:
 
 def _config(loaded, stage, path: str | None, tokenizer, settings: dict, overrides: bool = True):
     """The config of the model at `path` (a stage's will be what that stage starts from), or of a new one."""
-    import transformers
 
     section = stage.sections.get("model", {})
     changes = dict(section.get("config") or {}) if overrides else {}
@@ -171,7 +173,6 @@ def _config(loaded, stage, path: str | None, tokenizer, settings: dict, override
 @lru_cache(None)
 def _from_folder(path: str):
     """The tokenizer in a folder or the hub's cache, or None."""
-    import transformers
 
     try:
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -181,7 +182,6 @@ def _from_folder(path: str):
 
 def _tokenizer(loaded, stage):
     """A copy of the stage's tokenizer with its chat template, or None where it is not there yet."""
-    import copy
 
     section = stage.sections.get("model", {})
     path = section.get("tokenizer_name_or_path") or section.get("model_name_or_path")

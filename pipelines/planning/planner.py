@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from unittest import mock
+
+import numpy as np
+import peft
+import torch
+from transformers.pytorch_utils import Conv1D
+from trl import ModelConfig, get_peft_config
 
 from pipelines.generation.logprobs import KEPT
 from pipelines.planning import costs, devices
@@ -56,8 +63,6 @@ def micro_batch(job: Job, setup: Setup) -> tuple[int, int]:
     if job.kind == "sft" and job.values.get("packing"):
         return micro, job.context
     if job.layout != "padded" and job.lengths and job.rows:  # no padding: the most tokens that come together
-        import numpy as np
-
         tokens = job.laid or job.lengths
         tokens = np.resize(tokens, max(len(tokens), micro))
         order = np.random.default_rng([job.stage.seed, 0]).permutation(len(tokens))  # as training.GlobalOrder
@@ -78,12 +83,6 @@ def adapter(stage, quantize: bool = False):
     }
 
     def wrap(model):
-        from unittest import mock
-
-        import peft
-        import torch
-        from transformers.pytorch_utils import Conv1D
-        from trl import ModelConfig, get_peft_config
 
         config = get_peft_config(ModelConfig(use_peft=True, **said))
         config.task_type = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"

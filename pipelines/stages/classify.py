@@ -16,6 +16,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+import evaluate
+import torch
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, Trainer, set_seed
+
 from pipelines.data import encoded_rows, mixing
 from pipelines.data.labels import MULTI, NUMBER, SINGLE, balanced_weights, encode, label_names
 from pipelines.evaluation import metrics
@@ -74,37 +79,36 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     yield from best_checkpoint.problems(args, bool(stage.sections.get("data", {}).get("validation")), METRICS[kind])
 
 
+class ClassifyTrainer(ChainTrainer, Trainer):
+    """transformers' Trainer; with `class_weights` (a tensor of one weight per class) the loss is weighted."""
+
+    class_weights = None
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Sum of the weights of all rows of the step, over micro-batches and processes."""
+        if self.class_weights is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        weight = sum(self.class_weights[batch["labels"].cpu()].sum() for batch in batch_samples)
+        return self.accelerator.reduce(torch.as_tensor(weight, device=device), "sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.class_weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
+        loss = torch.nn.functional.cross_entropy(
+            outputs.logits.float(), labels, reduction="none", label_smoothing=self.args.label_smoothing_factor
+        )
+        loss = self.class_weights.to(labels.device)[labels] * loss
+        if model.training:
+            loss = loss.sum() / num_items_in_batch * self.accelerator.num_processes  # DDP averages over processes
+        else:
+            loss = loss.mean()  # the weights of the training rows are 1 on average
+        return (loss, outputs) if return_outputs else loss
+
+
 def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
-    import torch
-    from transformers import DataCollatorWithPadding, Trainer, set_seed
-
-    class ClassifyTrainer(ChainTrainer, Trainer):
-        """transformers' Trainer; with `class_weights` (a tensor of one weight per class) the loss is weighted."""
-
-        class_weights = None
-
-        def _get_num_items_in_batch(self, batch_samples, device):
-            """Sum of the weights of all rows of the step, over micro-batches and processes."""
-            if self.class_weights is None:
-                return super()._get_num_items_in_batch(batch_samples, device)
-            weight = sum(self.class_weights[batch["labels"].cpu()].sum() for batch in batch_samples)
-            return self.accelerator.reduce(torch.as_tensor(weight, device=device), "sum")
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if self.class_weights is None:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            labels = inputs["labels"]
-            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
-            loss = torch.nn.functional.cross_entropy(
-                outputs.logits.float(), labels, reduction="none", label_smoothing=self.args.label_smoothing_factor
-            )
-            loss = self.class_weights.to(labels.device)[labels] * loss
-            if model.training:
-                loss = loss.sum() / num_items_in_batch * self.accelerator.num_processes  # DDP averages over processes
-            else:
-                loss = loss.mean()  # the weights of the training rows are 1 on average
-            return (loss, outputs) if return_outputs else loss
 
     set_seed(stage.seed)
     section, task = stage.section("model"), stage.section("task")
@@ -172,7 +176,6 @@ def run(stage) -> dict:
 
 def _encode(stage, side: str, rows: list[dict], names: list[str], task, tokenizer, context: int, too_long: str):
     """`Dataset` of input_ids …, labels, row and where; long rows are counted, said and recorded."""
-    from datasets import Dataset
 
     encoded, long = encode(tokenizer, rows, context)
     cut, features = set(long), []
@@ -198,7 +201,6 @@ class Measure:
     """`compute_metrics` of the Trainer for one problem type; `details()` tells about the predictions it saw last."""
 
     def __init__(self, problem_type: str, classes: int):
-        import evaluate
 
         self.problem_type, self.classes = problem_type, classes
         parts = {

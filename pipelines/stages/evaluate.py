@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from accelerate import PartialState
+
 from pipelines import files
 from pipelines.evaluation import checks, figures, measure
 from pipelines.kinds import of_kind
@@ -50,7 +52,6 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
 
 def run(stage) -> dict:
     """Measure, print the table; returns the figures and their intervals."""
-    from accelerate import PartialState
 
     settings = stage.section("evaluate")
     names = [name.removeprefix("stage:") for name in stage.sections["evaluate"].get("models", [])]

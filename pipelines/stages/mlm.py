@@ -18,6 +18,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from accelerate import PartialState
+from transformers import Trainer, set_seed
+
 from pipelines.data import fingerprint, mixing, sources, streaming, token_file, train_tokenizer
 from pipelines.models import loading, tokenizer_setup
 from pipelines.training import arguments, best_checkpoint, loop, masked_words, saving
@@ -67,13 +70,12 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     )
 
 
+class MlmTrainer(masked_words.MaskedWordTrainer, ChainTrainer, Trainer):
+    """transformers' Trainer with the loss and the evaluation on hidden words alone."""
+
+
 def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
-    from accelerate import PartialState
-    from transformers import Trainer, set_seed
-
-    class MlmTrainer(masked_words.MaskedWordTrainer, ChainTrainer, Trainer):
-        """transformers' Trainer with the loss and the evaluation on hidden words alone."""
 
     set_seed(stage.seed)
     section, words = stage.section("model"), stage.section("tokenizer")

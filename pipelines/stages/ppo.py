@@ -14,10 +14,16 @@ run that goes wrong is told `pipelines/ppo/diagnosis.py`; docs/ppo.md explains a
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+
+import peft
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoConfig, set_seed
 
 from pipelines import errors, files, launch
 from pipelines.data import fingerprint, mixing, token_file
@@ -100,13 +106,12 @@ def _unshared(stage, model: dict, models: list[str], critic: str | None) -> Iter
             yield key, f"with reward.share_base: a reward stage with model.use_peft on the policy's own {base}", name
 
 
+class ChainPPOTrainer(ChainTrainer, PPOTrainer):
+    """The PPO trainer with the chain's checkpoints."""
+
+
 def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
-    from datasets import Dataset
-    from transformers import set_seed
-
-    class Trainer_(ChainTrainer, PPOTrainer):
-        """The PPO trainer with the chain's checkpoints."""
 
     set_seed(stage.seed)
     section, reward = stage.section("model"), stage.section("reward")
@@ -144,7 +149,7 @@ def run(stage) -> dict:
 
     train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed)
     stage.report["prompts"] = {"train": len(train), "validation": len(validation)}
-    trainer = Trainer_(
+    trainer = ChainPPOTrainer(
         model=policy,
         args=args,
         reward_funcs=funcs,
@@ -183,7 +188,6 @@ def scorer(path: str, section, label: str | None = None, new_head: bool = False)
 
     Of a classifier of two labels the score is the log-odds of `label`.
     """
-    from transformers import AutoConfig
 
     kind, one = "AutoModelForSequenceClassification", _of(section, path)
     config = AutoConfig.from_pretrained(path, revision=one.model_revision, trust_remote_code=one.trust_remote_code)
@@ -200,7 +204,6 @@ def scorer(path: str, section, label: str | None = None, new_head: bool = False)
 
 def _on_base(path: str, section, policy):
     """The reward stage at `path` as an adapter on the policy's base, which must be what it was trained from."""
-    import peft
 
     folder = Path(path) / "adapter"
     base = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path if folder.is_dir() else None
@@ -214,7 +217,6 @@ def _on_base(path: str, section, policy):
 
 def _pretraining_text(stage, tokenizer, context: int):
     """Windows of `context` tokens of data.ptx, an EOS after each text, as the pretrain stage makes them; or None."""
-    from accelerate import PartialState
 
     section = stage.sections["data"]
     if not section.get("ptx"):
@@ -231,7 +233,6 @@ def _pretraining_text(stage, tokenizer, context: int):
 
 def _of(section, path: str):
     """The `model:` section with another model: same dtype, attention and quantization, nothing that is the policy's own."""
-    import dataclasses
 
     revision = section.model_revision if path == section.model_name_or_path else "main"
     return dataclasses.replace(
@@ -296,7 +297,6 @@ def _gate(path: str, minimum: float) -> float | None:
 
 def _keep_samples(stage) -> None:
     """The sample answers written during training belong to the result, not to what is only needed to resume."""
-    from accelerate import PartialState
 
     source = stage.checkpoints / "samples.jsonl"
     if PartialState().is_main_process and source.is_file():

@@ -17,6 +17,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from accelerate import PartialState
+from transformers import Trainer, set_seed
+
 from pipelines.data import fingerprint, mixing, sources, streaming, token_file, train_tokenizer
 from pipelines.models import loading, tokenizer_setup
 from pipelines.speed import fast_model
@@ -50,13 +53,12 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         yield "model.chat_template", "pretraining reads plain text; set it in the sft stage", model["chat_template"]
 
 
+class TextTrainer(language_model.LanguageModelTrainer, ChainTrainer, Trainer):
+    """transformers' Trainer with exact evaluation; the model computes the loss."""
+
+
 def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
-    from accelerate import PartialState
-    from transformers import Trainer, set_seed
-
-    class Trainer_(language_model.LanguageModelTrainer, ChainTrainer, Trainer):
-        """transformers' Trainer with exact evaluation; the model computes the loss."""
 
     set_seed(stage.seed)
     section, words = stage.section("model"), stage.section("tokenizer")
@@ -107,7 +109,7 @@ def run(stage) -> dict:
         encode = streaming.text_encoder(tokenizer, tokenizer.eos_token_id)
         stream = streaming.Stream(stage, stage.spec.rows, args, encode, streaming.windows(context), streaming.window)
 
-    trainer = Trainer_(
+    trainer = TextTrainer(
         model=model,
         args=args,
         train_dataset=stream or windows["train"],

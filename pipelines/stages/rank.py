@@ -19,6 +19,8 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from accelerate import PartialState
+
 from pipelines import errors, files
 from pipelines.data import mixing, sources
 from pipelines.data.rows import normalise
@@ -50,7 +52,6 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
 
 def run(stage) -> dict:
     """Rank, or read the judgements; write the file; returns the counts."""
-    from accelerate import PartialState
 
     if not PartialState().is_main_process:
         return {}

@@ -27,6 +27,12 @@ import logging
 import math
 from collections.abc import Iterator
 
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import set_seed
+from trl import RewardTrainer
+
 from pipelines import errors
 from pipelines.data import encoded_rows, mixing
 from pipelines.errors import SetupError
@@ -61,62 +67,60 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         yield "args.tags", "names a tag twice", args["tags"]
 
 
+class RankingTrainer(ChainTrainer, RewardTrainer):
+    """TRL's trainer in the chain's order, on rankings."""
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset  # `_encode` made it
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["ids", "ranks", "margin", "tags"]
+
+    def loss_of(self, logits, wanted):
+        """The loss of logits (answers, 1 + T), given what `RankingCollator.wanted` tells of the answers."""
+        scores = logits[:, 0]
+        better, worse = scores[wanted["better"]], scores[wanted["worse"]]
+        center = self.args.center_rewards_coefficient
+        loss = ranking_loss(better, worse, wanted["weight"], center, wanted["margin"])
+        return loss + tag_heads.loss(logits[:, 1:], wanted["tags"]) if wanted["tags"].numel() else loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        wanted = {name: inputs.pop(name) for name in ("better", "worse", "weight", "margin", "tags")}
+        outputs = model(**inputs, use_cache=False)
+        loss = self.loss_of(outputs.logits, wanted)
+        tokens = (inputs["attention_mask"] if "attention_mask" in inputs else inputs["position_ids"] >= 0).sum()
+        self._total_train_tokens += self.accelerator.gather(tokens).sum().item()
+        scores = outputs.logits[:, 0].detach()
+        margin = scores[wanted["better"]] - scores[wanted["worse"]]
+        batch = {
+            "accuracy": (wanted["weight"] * (margin > 0)).sum(),
+            "margin": (wanted["weight"] * margin).sum(),
+            "mean_reward": scores.mean(),
+        }
+        for name, value in batch.items():
+            self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """The training loss and the figures of `preference_metrics`, each ranking counted once at any world size."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        collate = self.data_collator.collator
+        was_training = self.model.training
+        self.model.eval()  # TRL logs the figures of training with what is logged in between
+        logits = answer_logits(self, dataset, collate)
+        found = preference_metrics(*pair_scores(dataset, logits))
+        found["loss"] = self.loss_of(torch.from_numpy(np.concatenate(logits)), collate.wanted(list(dataset))).item()
+        shown = ("loss", "accuracy", "margin", "mean_score")
+        metrics = {f"{metric_key_prefix}_{name}": found[name] for name in shown}
+        self.log(dict(metrics))
+        self.model.train(was_training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
 def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
-    import numpy as np
-    import torch
-    from transformers import set_seed
-    from trl import RewardTrainer
-
-    class Trainer_(ChainTrainer, RewardTrainer):
-        """TRL's trainer in the chain's order, on rankings."""
-
-        def _prepare_dataset(self, dataset, *_):
-            return dataset  # `_encode` made it
-
-        def _set_signature_columns_if_needed(self):
-            self._signature_columns = ["ids", "ranks", "margin", "tags"]
-
-        def loss_of(self, logits, wanted):
-            """The loss of logits (answers, 1 + T), given what `RankingCollator.wanted` tells of the answers."""
-            scores = logits[:, 0]
-            better, worse = scores[wanted["better"]], scores[wanted["worse"]]
-            center = self.args.center_rewards_coefficient
-            loss = ranking_loss(better, worse, wanted["weight"], center, wanted["margin"])
-            return loss + tag_heads.loss(logits[:, 1:], wanted["tags"]) if wanted["tags"].numel() else loss
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            wanted = {name: inputs.pop(name) for name in ("better", "worse", "weight", "margin", "tags")}
-            outputs = model(**inputs, use_cache=False)
-            loss = self.loss_of(outputs.logits, wanted)
-            tokens = (inputs["attention_mask"] if "attention_mask" in inputs else inputs["position_ids"] >= 0).sum()
-            self._total_train_tokens += self.accelerator.gather(tokens).sum().item()
-            scores = outputs.logits[:, 0].detach()
-            margin = scores[wanted["better"]] - scores[wanted["worse"]]
-            batch = {
-                "accuracy": (wanted["weight"] * (margin > 0)).sum(),
-                "margin": (wanted["weight"] * margin).sum(),
-                "mean_reward": scores.mean(),
-            }
-            for name, value in batch.items():
-                self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-            return (loss, outputs) if return_outputs else loss
-
-        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-            """The training loss and the figures of `preference_metrics`, each ranking counted once at any world size."""
-            dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-            was_training = self.model.training
-            self.model.eval()  # TRL logs the figures of training with what is logged in between
-            logits = answer_logits(self, dataset, collate)
-            found = preference_metrics(*pair_scores(dataset, logits))
-            found["loss"] = self.loss_of(torch.from_numpy(np.concatenate(logits)), collate.wanted(list(dataset))).item()
-            shown = ("loss", "accuracy", "margin", "mean_score")
-            metrics = {f"{metric_key_prefix}_{name}": found[name] for name in shown}
-            self.log(dict(metrics))
-            self.model.train(was_training)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
 
     set_seed(stage.seed)
     section = stage.section("model")
@@ -160,7 +164,7 @@ def run(stage) -> dict:
 
     model = adapters.adapt(model, section, "SEQ_CLS", tokenizer.convert_tokens_to_ids(added))
     args.max_length = None  # rows that are too long are already dealt with, and counted
-    trainer = Trainer_(
+    trainer = RankingTrainer(
         model=model,
         args=args,
         train_dataset=train_set,
@@ -197,7 +201,6 @@ def _encode(stage, side: str, rows: list[dict], tags: list[str], tokenizer, cont
 
     Of each answer `tags` holds 1 or 0 for each of the tags, or -1 where the row says nothing about tags.
     """
-    from datasets import Dataset
 
     columns, long = {name: [] for name in ("ids", "ranks", "margin", "tags", "row", "where")}, []
     ranked = [row for row in rows if decided(row["ranks"])]

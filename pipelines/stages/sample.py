@@ -20,6 +20,9 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
 from pipelines import errors, files
 from pipelines.data import mixing
 from pipelines.generation import answers
@@ -57,8 +60,6 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
 
 def run(stage) -> dict:
     """Let every model answer, write the file; returns the counts."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
 
     state, settings = PartialState(), stage.section("sample")
     rows, _ = mixing.load(stage.data, stage.spec.rows, stage.seed)

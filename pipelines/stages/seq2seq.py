@@ -17,6 +17,13 @@ import json
 import logging
 from collections.abc import Iterator
 
+import evaluate
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Seq2SeqTrainer, set_seed
+
 from pipelines import IGNORE_INDEX, errors
 from pipelines.data import encoded_rows, fingerprint, mixing, train_tokenizer
 from pipelines.errors import ModelError
@@ -75,55 +82,51 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     yield from best_checkpoint.problems(args, bool(stage.sections.get("data", {}).get("validation")), figures)
 
 
+class TranslationTrainer(ChainTrainer, Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer with losses that are means over target tokens, at any batch and world size.
+
+    The losses inside T5 and BART ignore `num_items_in_batch`: gradient accumulation and several processes would
+    train something else.
+    """
+
+    loss_is_scaled_for_ga = True  # divided by the tokens of the whole step
+    validation_tokens = 0
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        count = sum(batch["labels"].ne(IGNORE_INDEX).sum() for batch in batch_samples)
+        return self.accelerator.reduce(torch.as_tensor(count, device=device), "sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
+        loss = torch.nn.functional.cross_entropy(
+            outputs.logits.float().flatten(0, 1),
+            inputs["labels"].flatten(),
+            reduction="sum",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        if model.training:
+            loss = loss / num_items_in_batch * self.accelerator.num_processes  # DDP averages over processes
+        else:
+            loss = loss / inputs["labels"].ne(IGNORE_INDEX).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args, **kwargs):
+        # The parent's `evaluate` also counts the rows that only fill up the last batch.
+        self.gather_function = self.accelerator.gather_for_metrics
+        if self.is_fsdp_enabled:  # processes decode for different times, and transformers knows of ZeRO-3 alone
+            self._gen_kwargs["synced_gpus"] = True
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **settings):
+        inputs = self._prepare_inputs(inputs)
+        loss, generated, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **settings)
+        # The parent averages these over rows: weighed so, the result is the mean over all validation tokens.
+        loss = loss * inputs["labels"].ne(IGNORE_INDEX).sum() / len(inputs["labels"])
+        return loss * len(self.eval_dataset) / self.validation_tokens, generated, labels
+
+
 def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
-    import torch
-    from accelerate import PartialState
-    from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, set_seed
-
-    class TranslationTrainer(ChainTrainer, Seq2SeqTrainer):
-        """transformers' Seq2SeqTrainer with losses that are means over target tokens, at any batch and world size.
-
-        The losses inside T5 and BART ignore `num_items_in_batch`: gradient accumulation and several processes would
-        train something else.
-        """
-
-        loss_is_scaled_for_ga = True  # divided by the tokens of the whole step
-        validation_tokens = 0
-
-        def _get_num_items_in_batch(self, batch_samples, device):
-            count = sum(batch["labels"].ne(IGNORE_INDEX).sum() for batch in batch_samples)
-            return self.accelerator.reduce(torch.as_tensor(count, device=device), "sum")
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
-            loss = torch.nn.functional.cross_entropy(
-                outputs.logits.float().flatten(0, 1),
-                inputs["labels"].flatten(),
-                reduction="sum",
-                label_smoothing=self.args.label_smoothing_factor,
-            )
-            if model.training:
-                loss = loss / num_items_in_batch * self.accelerator.num_processes  # DDP averages over processes
-            else:
-                loss = loss / inputs["labels"].ne(IGNORE_INDEX).sum()
-            return (loss, outputs) if return_outputs else loss
-
-        def evaluation_loop(self, *args, **kwargs):
-            # The parent's `evaluate` also counts the rows that only fill up the last batch.
-            self.gather_function = self.accelerator.gather_for_metrics
-            if self.is_fsdp_enabled:  # processes decode for different times, and transformers knows of ZeRO-3 alone
-                self._gen_kwargs["synced_gpus"] = True
-            return super().evaluation_loop(*args, **kwargs)
-
-        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **settings):
-            inputs = self._prepare_inputs(inputs)
-            loss, generated, labels = super().prediction_step(
-                model, inputs, prediction_loss_only, ignore_keys, **settings
-            )
-            # The parent averages these over rows: weighed so, the result is the mean over all validation tokens.
-            loss = loss * inputs["labels"].ne(IGNORE_INDEX).sum() / len(inputs["labels"])
-            return loss * len(self.eval_dataset) / self.validation_tokens, generated, labels
 
     set_seed(stage.seed)
     section, task = stage.section("model"), stage.section("task")
@@ -180,8 +183,6 @@ def run(stage) -> dict:
 
 def load_tokenizer(stage, section, train: list[dict]):
     """The model's tokenizer, or one trained on sources and targets that ends every text with EOS."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
 
     words = stage.section("tokenizer")
     if words.train and section.model_name_or_path:
@@ -213,7 +214,6 @@ def load_tokenizer(stage, section, train: list[dict]):
 
 def new_settings(config: dict, tokenizer) -> dict:
     """Config values without which a new encoder-decoder would start and end with ids of another vocabulary."""
-    from transformers import AutoConfig
 
     settings = {"decoder_start_token_id": config.get("decoder_start_token_id", tokenizer.pad_token_id)}  # as T5
     if getattr(AutoConfig.for_model(config["model_type"]), "forced_eos_token_id", None) is not None:  # as BART
@@ -249,7 +249,6 @@ def check(model, tokenizer, args) -> None:
 
 def _encode(stage, side: str, rows: list[dict], tokenizer, args, too_long: str):
     """`Dataset` of input_ids, attention_mask, labels, row, source, target, where; long rows are counted and recorded."""
-    from datasets import Dataset
 
     sources, targets = [row["source"] for row in rows], [row["target"] for row in rows]
     limits = {"source": args.max_source_length, "target": args.max_target_length}
@@ -277,7 +276,6 @@ class Measure:
     """`compute_metrics` of the Trainer: generated ids against the texts of the data; `generated` are the last texts."""
 
     def __init__(self, tokenizer, references: list[str], names: list[str]):
-        import evaluate
 
         self.tokenizer, self.references, self.generated = tokenizer, references, []
         self.combined = evaluate.combine([GENERATION[name]() for name in names])

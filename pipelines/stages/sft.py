@@ -14,8 +14,13 @@ with `data.streaming` read and encoded while training goes on (pipelines/streami
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
+
+import numpy as np
+from transformers import Trainer, set_seed
+from trl import SFTTrainer
 
 from pipelines import IGNORE_INDEX, errors
 from pipelines.data import encoded_rows, mixing, streaming
@@ -55,16 +60,15 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         yield "model.model_name_or_path", "sft starts from a model: a hub id, a folder or stage:NAME", None
 
 
+class AnswerTrainer(language_model.LanguageModelTrainer, ChainTrainer, SFTTrainer):
+    """TRL's trainer on packed batches, with the model's own (fast, packed) loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
 def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
-    from transformers import Trainer, set_seed
-    from trl import SFTTrainer
-
-    class Trainer_(language_model.LanguageModelTrainer, ChainTrainer, SFTTrainer):
-        """TRL's trainer on packed batches, with the model's own (fast, packed) loss."""
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     set_seed(stage.seed)
     section = stage.section("model")
@@ -117,7 +121,7 @@ def run(stage) -> dict:
     args.prediction_loss_only = True
     args.packing = False  # the packs are made; TRL would otherwise pack them again
     args.dataset_kwargs = {"skip_prepare_dataset": True}
-    trainer = Trainer_(
+    trainer = AnswerTrainer(
         model=model,
         args=args,
         train_dataset=train_set.with_format("numpy"),
@@ -175,9 +179,6 @@ def _example(row: dict, tokenizer, context: int, too_long: str) -> tuple[list[in
 
 def _encoder(tokenizer, context: int, too_long: str):
     """`encode` of a `streaming.Stream`: `_example` of each row, as arrays; raises `DataError` where `too_long` says so."""
-    import copy
-
-    import numpy as np
 
     tokenizer = copy.deepcopy(tokenizer)  # it is used in a thread, while the Trainer may save its own
 

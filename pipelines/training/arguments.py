@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sysconfig
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from torch._inductor import cpp_builder, exc
 
 from pipelines import files
 from pipelines.errors import SetupError
@@ -116,9 +118,6 @@ def _fit_to_cpu(values: dict, device: str) -> None:
 
 def _has_compiler() -> bool:
     """Whether inductor, which writes C++ for a CPU, finds what turns it into code."""
-    import sysconfig
-
-    from torch._inductor import cpp_builder, exc
 
     try:
         cpp_builder.get_cpp_compiler()

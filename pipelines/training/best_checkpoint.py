@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from transformers import EarlyStoppingCallback
+
 from pipelines import errors
 
 LOWER_IS_BETTER = ("loss", "mse", "perplexity")
@@ -74,7 +76,6 @@ def problems(args: dict, has_validation: bool, metrics: tuple[str, ...]) -> Iter
 
 def callbacks(args) -> list:
     """The callbacks for `args.early_stopping_patience`; none when it is null."""
-    from transformers import EarlyStoppingCallback
 
     class EarlyStopping(EarlyStoppingCallback):
         """Transformers' own, but a run that was killed after it had stopped is still stopped when it is resumed."""

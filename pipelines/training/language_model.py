@@ -6,6 +6,7 @@ import math
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset, Features, List, Value
 
 from pipelines import IGNORE_INDEX
 from pipelines.speed.packing import plan_packs
@@ -55,7 +56,6 @@ def rows_dataset(rows: list[dict], packs: list[list[int]] | None = None):
 
     `rows` hold `input_ids`, `labels` and `where`; item i carries `row` = i, and in `where` the names of its rows.
     """
-    from datasets import Dataset, Features, List, Value
 
     packs = [[i] for i in range(len(rows))] if packs is None else packs
     columns = {

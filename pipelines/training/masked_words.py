@@ -11,6 +11,7 @@ import math
 import numpy as np
 import torch
 from accelerate import PartialState
+from transformers import DataCollatorForLanguageModeling
 
 from pipelines import IGNORE_INDEX
 from pipelines.errors import SetupError
@@ -26,7 +27,6 @@ class Masker:
 
     def __init__(self, tokenizer, probability: float, whole_words: bool, seed: int):
         """Raises ValueError where the tokenizer lacks [MASK], [CLS] or [SEP], or its words cannot be told apart."""
-        from transformers import DataCollatorForLanguageModeling
 
         self.begin, self.end = edges(tokenizer)
         self.seed = seed

@@ -9,6 +9,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch.nn.functional import softplus
+from trl.trainer.utils import pad
+
 from pipelines.speed.packing import pack_branches
 
 
@@ -36,7 +42,6 @@ class RankingCollator:
 
     def wanted(self, features: list[dict]) -> dict:
         """What the loss needs beside the scores of the answers."""
-        import torch
 
         better, worse, weight, margin, start = [], [], [], [], 0
         for f in features:
@@ -57,8 +62,6 @@ class RankingCollator:
 
     def inputs(self, rankings: list[list[list[int]]]) -> dict:
         """What the model is given of the ids of the answers of each ranking."""
-        import torch
-        from trl.trainer.utils import pad
 
         if self.packed:
             return pack_branches(rankings, self.share)
@@ -75,7 +78,6 @@ def ranking_loss(better, worse, weight, center: float | None = None, margin=0.0)
 
     With pairs only (K = 2) it is the loss of `trl.RewardTrainer`, centring and margin included.
     """
-    from torch.nn.functional import softplus
 
     loss = (weight * softplus(worse - better + margin)).sum()
     return loss + center * (weight * (better + worse) ** 2).sum() if center is not None else loss
@@ -86,9 +88,6 @@ def answer_logits(trainer, dataset, collate: RankingCollator) -> list:
 
     Each process reads its share; rankings go through in order of length, so that there is little padding.
     """
-    import numpy as np
-    import torch
-    from accelerate.utils import gather_object
 
     args = trainer.args
     model = trainer.model_wrapped if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else trainer.model
@@ -112,7 +111,6 @@ def answer_logits(trainer, dataset, collate: RankingCollator) -> list:
 
 def pair_scores(dataset, logits: list):
     """Scores of the better and the worse answer of every decided pair, two float32 arrays, from `answer_logits`."""
-    import numpy as np
 
     pairs = [(own[a, 0], own[b, 0]) for row, own in zip(dataset, logits) for a, b in decided(row["ranks"])]
     return tuple(np.array(side, np.float32) for side in zip(*pairs))

@@ -7,6 +7,7 @@ import pytest
 
 from pipelines import files
 from pipelines.chain import chain, record
+from pipelines.commands.run import run_and_report
 from pipelines.errors import ChainError
 from pipelines.recipe import recipe as recipe_recipe
 from pipelines.stages import sft
@@ -85,17 +86,17 @@ def test_settings_that_cannot_change_the_result_are_not_a_change(two):
 def test_a_report_is_written_at_the_end_of_a_run_and_of_a_failed_one(two):
     two.fail.append("two")
     with pytest.raises(RuntimeError):
-        chain.run(two.load())
+        run_and_report(two.load(), [], [])
     page = two.load().output_dir / "report.html"
     assert "1 of 2" in page.read_text() and "stopped" in page.read_text()
     two.fail.clear()
-    chain.run(two.load())
+    run_and_report(two.load(), [], [])
     assert "2 of 2" in page.read_text() and 'http-equiv="refresh"' not in page.read_text()
 
 
 def test_a_report_that_cannot_be_drawn_is_said_and_the_run_goes_on(two, monkeypatch, caplog):
     monkeypatch.setattr("pipelines.report.page.page", lambda *args: 1 / 0)
-    chain.run(two.load())
+    run_and_report(two.load(), [], [])
     assert two.runs == ["one", "two"] and actions(two.load()) == [("one", "finished"), ("two", "finished")]
     warning = next(r for r in caplog.records if "report.html" in r.getMessage())
     assert warning.levelname == "WARNING" and warning.exc_info[0] is ZeroDivisionError
