@@ -187,7 +187,7 @@ def dropout(trainer: PPOTrainer) -> None:
 
 def sampled_colder(trainer: PPOTrainer) -> None:
     """Sampled at temperature 0.8, trained at 1."""
-    sample = trainer._sample
+    sample = trainer.rollout_maker._sample
 
     def colder(*args):
         trainer.args.temperature = 0.8
@@ -195,12 +195,12 @@ def sampled_colder(trainer: PPOTrainer) -> None:
         trainer.args.temperature = 1.0
         return answers
 
-    trainer._sample = colder
+    trainer.rollout_maker._sample = colder
 
 
 def engine_behind(trainer: PPOTrainer) -> None:
     """Sampled, with log-probs, from the weights of one update before."""
-    sample, behind = trainer._sample, copy.deepcopy(trainer.policy.state_dict())
+    sample, behind = trainer.rollout_maker._sample, copy.deepcopy(trainer.policy.state_dict())
 
     def old(*args):
         nonlocal behind
@@ -210,7 +210,7 @@ def engine_behind(trainer: PPOTrainer) -> None:
         trainer.policy.load_state_dict(now)
         return answers
 
-    trainer._sample = old
+    trainer.rollout_maker._sample = old
 
 
 class Engine:
@@ -234,17 +234,17 @@ class Engine:
 
 
 def hotter_engine(trainer: PPOTrainer) -> None:
-    trainer.vllm = Engine(trainer, temperature=1.4)
+    trainer.rollout_maker.vllm = Engine(trainer, temperature=1.4)
 
 
 def eos_held_back(trainer: PPOTrainer) -> None:
     """Of four answers the longest is taken, much as a minimal length does."""
-    trainer.vllm = Engine(trainer, tries=4)
+    trainer.rollout_maker.vllm = Engine(trainer, tries=4)
 
 
 def forgotten_engine(trainer: PPOTrainer) -> None:
     """It never gets the new weights."""
-    trainer.vllm = Engine(trainer, old=True)
+    trainer.rollout_maker.vllm = Engine(trainer, old=True)
 
 
 def frozen_critic(trainer: PPOTrainer) -> None:
@@ -356,7 +356,7 @@ def run(world: World, seed: int) -> dict:
         "finds": world.finds,
         "seed": seed,
         "updates": [short(row, USED) for row in rows if "objective/kl" in row],
-        "evaluations": [e["held_out"] for e in trainer.watch.evaluations],
+        "evaluations": [e["held_out"] for e in trainer.monitor.watch.evaluations],
         "evaluated": [short(row, shown) for row in rows if "eval_score" in row],
     }
 

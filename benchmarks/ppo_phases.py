@@ -75,7 +75,7 @@ def bare_scoring(trainer, batch: dict, autocast) -> None:
     with torch.no_grad(), autocast():
         trainer.critic.score(states_of(trainer.critic, batch))
         F.cross_entropy(states_of(trainer.ref_model, batch) @ trainer.ref_model.lm_head.weight.T, batch["labels"])
-        trainer.reward_funcs[0].score(states_of(trainer.reward_funcs[0], batch))
+        trainer.rollout_maker.scorer.functions[0].score(states_of(trainer.rollout_maker.scorer.functions[0], batch))
 
 
 def bare_update(trainer, batch: dict, autocast) -> None:
@@ -97,11 +97,11 @@ def measure(args, folder: str) -> None:
     import torch
     from transformers import GenerationConfig
 
-    import pipelines.ppo.trainer as module
+    from pipelines.generation import decode as decoding
 
     trainer = our_trainer(args.precision, args.vocabulary, args.lengths, args.prompts, folder)
     trainer._set_up(None)
-    policy, end, generate = trainer.policy, trainer.eos_token_ids[0], module.generate
+    policy, end, generate = trainer.policy, trainer.rollout_maker.eos_token_ids[0], decoding.generate
     autocast = trainer.accelerator.autocast
     spent, tokens, same = {}, {}, []
 
@@ -132,7 +132,9 @@ def measure(args, folder: str) -> None:
 
         def decode(batch=batch, seeds=seeds):
             with torch.no_grad(), autocast():
-                how = dict(max_new_tokens=RESPONSE, eos_token_ids=trainer.eos_token_ids, batch_size=args.prompts)
+                how = dict(
+                    max_new_tokens=RESPONSE, eos_token_ids=trainer.rollout_maker.eos_token_ids, batch_size=args.prompts
+                )
                 return generate(policy, batch, seeds=seeds, **how)
 
         def bare(batch=batch, seeds=seeds):
@@ -145,7 +147,7 @@ def measure(args, folder: str) -> None:
         said = timed("decode, bare", bare).tolist()
         same.append(sum(a == b[: len(a)] for a, b in zip(answers[0], said, strict=True)) / len(said))
         timed("decode, HF generate", lambda batch=batch: hf_generate(batch), lambda out: int((out != end + 1).sum()))
-        module.generate = lambda *_, answers=answers, **__: answers
+        decoding.generate = lambda *_, answers=answers, **__: answers
         rollouts = timed(
             "score", lambda rows=rows: trainer._rollout(trainer.train_dataset, trainer.train_prompts, rows, rows)
         )

@@ -24,6 +24,19 @@ class ModelError(SetupError):
     """A model or tokenizer that cannot be used as asked, with the fix."""
 
 
+class CannotPack(ModelError):
+    """An architecture that cannot be trained on packed sequences.
+
+    Args:
+        model: what cannot, as the class of a model or of its attention.
+        reason: why not, a sentence that ends the message "… cannot be trained on packed sequences: ".
+    """
+
+    def __init__(self, model: str, reason: str):
+        self.model, self.reason = model, reason
+        super().__init__(f"{model} cannot be trained on packed sequences: {reason}. Set `packing: false`.")
+
+
 class PlanError(SetupError):
     """What cannot be planned, with the fix."""
 

@@ -12,6 +12,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from pipelines.errors import CannotPack
 from pipelines.speed.fast_model import fast_gelu
 from pipelines.speed.fused_head import linear_logprobs
 from pipelines.speed.packed_attention import enable_packed_attention
@@ -36,8 +37,8 @@ def make_ready(model: nn.Module) -> bool:
     fast_gelu(model)
     try:
         enable_packed_attention(model)
-    except ValueError as reason:
-        logger.warning("%s PPO pads its batches instead.", str(reason).partition(" Set `packing")[0])
+    except CannotPack as error:
+        logger.warning("%s cannot be packed (%s): its batches are padded instead.", error.model, error.reason)
         return False
     return True
 

@@ -120,11 +120,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: f
     return 0.5 * torch.maximum(plain, clipped), clipped > plain
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy (…) in nats of softmax(`logits`), logits (…, V): logsumexp − Σ p·logit."""
-    return torch.logsumexp(logits, -1) - (torch.softmax(logits, -1) * logits).sum(-1)
-
-
 def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """½(log π − log π_old)² per token (…): how far the update has moved (KL note's k2, as TRL logs it)."""
     return 0.5 * (logprobs - old_logprobs).square()

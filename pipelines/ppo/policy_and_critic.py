@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from trl.models import prepare_deepspeed
 
 from pipelines.generation.logprobs import plain_model, states_of, token_logprobs, token_values
 
@@ -35,6 +36,24 @@ class ValueHead(nn.Module):
     def load(self, folder) -> None:
         """Read what `save_pretrained` wrote, in place."""
         self.load_state_dict(load_file(Path(folder) / self.FILE))
+
+
+def runs_on_fsdp(accelerator) -> bool:
+    """Whether the trained model is cut up by FSDP."""
+    return getattr(accelerator.state, "fsdp_plugin", None) is not None
+
+
+def place_frozen(model: nn.Module, accelerator) -> nn.Module:
+    """A model that is only read, without gradients, where the launcher wants it; in place."""
+    model.requires_grad_(False)
+    if hasattr(model, "full_precision"):  # quantized: it is where it was loaded, and cannot be moved
+        return model.eval()
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        return prepare_deepspeed(model, accelerator).module
+    if runs_on_fsdp(accelerator):
+        return shard_frozen(model, accelerator)
+    return model.to(accelerator.device).eval()
 
 
 def shard_frozen(model: nn.Module, accelerator) -> nn.Module:

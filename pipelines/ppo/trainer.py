@@ -8,38 +8,37 @@ shared out.
 Nothing depends on a global random state: prompts, sampling and minibatches are drawn from generators seeded
 by (seed, position), so a resumed run continues with exactly what an uninterrupted one would have done.
 
-What is no part of the algorithm is in the classes this one is built on: `machinery.py` (models as launchers want
-them, checkpoints, vLLM) and `watching.py` (log, evaluation, diagnosis, samples).
+The trainer holds a `RolloutMaker` (rollouts.py: sampling, scoring, vLLM) and a `Monitor` (monitoring.py: metrics, held-out
+figures, diagnosis, samples). Saving and loading two models is its base class's (base_trainer.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 import time
-from collections import defaultdict
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint, speed_metrics
+from transformers.trainer_utils import SaveStrategy, TrainOutput, get_last_checkpoint, speed_metrics
 
 from pipelines.errors import NotFinite, SetupError
 from pipelines.generation.answers import end_tokens
-from pipelines.generation.decode import generate
-from pipelines.generation.logprobs import collate, make_ready, sequence_scores, within
+from pipelines.generation.logprobs import collate, make_ready
+from pipelines.models.chat_template import as_text
 from pipelines.models.sharding import whole
 from pipelines.ppo import algorithm, checks
-from pipelines.ppo.base_trainer import PTX, TRAIN, vllm_engine
+from pipelines.ppo.base_trainer import STATE, TwoModelTrainer
 from pipelines.ppo.config import PPOConfig
-from pipelines.ppo.diagnosis import Watch
-from pipelines.ppo.monitoring import Watching
-from pipelines.ppo.policy_and_critic import PolicyAndCritic, ValueHead
-from pipelines.ppo.rewards import read_anew
+from pipelines.ppo.monitoring import Monitor
+from pipelines.ppo.policy_and_critic import ValueHead, place_frozen
+from pipelines.ppo.rollouts import RewardScorer, RolloutMaker, Rollouts, chunks, encode_prompts, vllm_engine
 
+TRAIN, EVAL, PTX = 0, 1, 2  # which random streams an answer or a pretraining row is drawn from
 STATISTICS = (  # of each optimizer step
     "loss/policy_avg",
     "loss/value_avg",
@@ -55,25 +54,11 @@ class Diagnosed(SetupError):
     """`diagnosis: stop` found a pathology; the run is saved, and the same command goes on from there."""
 
 
-@dataclass
-class Rollouts:
-    """B answers of the global batch, the same on every process. Tensors are (B, T) right-padded, or (B,)."""
-
-    rows: list[int]  # of the dataset
-    prompts: list[list[int]]
-    responses: list[list[int]]
-    mask: Tensor  # (B, T) True on real tokens
-    logprobs: Tensor  # (B, T) when sampled
-    ref_logprobs: Tensor  # (B, T)
-    values: Tensor  # (B, T) when sampled
-    rewards: Tensor  # (B, reward functions) as they came
-    scores: Tensor  # (B,) their weighted sum
-    ended: Tensor  # (B,) True where the answer ends with EOS
-    seconds: dict[str, float]  # per phase, on this process
-
-
-class PPOTrainer(Watching):
+class PPOTrainer(TwoModelTrainer):
     """Trains a policy and its critic by PPO.
+
+    Beside the models a checkpoint holds `ppo_state.json`: the KL coefficient, the moments of the scores, what was not
+    logged yet and what the diagnosis has seen.
 
     Args:
         model: the policy, a causal language model (or a PEFT model around one).
@@ -114,21 +99,21 @@ class PPOTrainer(Watching):
         optimizers=(None, None),
     ):
         reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-        self.reward_tokenizers = list(reward_processing_classes or [None] * len(reward_funcs))
-        self.reward_weights = [1.0] * len(reward_funcs) if reward_weights is None else list(reward_weights)
-        self.eos_token_ids = end_tokens(model, processing_class)
+        reward_weights = [1.0] * len(reward_funcs) if reward_weights is None else list(reward_weights)
+        reward_tokenizers = list(reward_processing_classes or [None] * len(reward_funcs))
+        eos_token_ids = end_tokens(model, processing_class)
         value_model = ValueHead(model) if value_model == "shared" else value_model
         checks.check_models(model, value_model, ref_model, reward_funcs, processing_class)
-        checks.check_counts(reward_funcs, self.reward_weights, self.reward_tokenizers)
+        checks.check_counts(reward_funcs, reward_weights, reward_tokenizers)
         checks.check_ptx(args, ptx_dataset)
         if ref_model is None and not hasattr(model, "peft_config"):
             with whole(*model.parameters()):
                 ref_model = copy.deepcopy(model)
         together = [m for m in (model, value_model, ref_model) if m is not None and not isinstance(m, ValueHead)]
         self.packed = all([make_ready(module) for module in together])
-        self.reward_packed = [isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f) for f in reward_funcs]
         super().__init__(
-            model=PolicyAndCritic(model, value_model),
+            model,
+            value_model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -136,15 +121,6 @@ class PPOTrainer(Watching):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.policy, self.critic, self.ptx_dataset = model, value_model, ptx_dataset
-        self.decoder = copy.deepcopy(model).eval() if self.is_fsdp_enabled else None  # see `_whole_policy`
-        self.reward_funcs = [self._frozen(f) if isinstance(f, nn.Module) else f for f in reward_funcs]
-        self.reward_tokenizers = [
-            None if t is None or checks.same_tokenizer(t, processing_class) else t for t in self.reward_tokenizers
-        ]
-        self.reward_names = _unique([checks.name_of(f) for f in reward_funcs])
-        self.ref_model = None if ref_model is None else self._frozen(ref_model)
-
         world = self.accelerator.num_processes
         self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
         self.mini_batch_size = self.batch_size // args.num_mini_batches
@@ -155,17 +131,33 @@ class PPOTrainer(Watching):
         if self.max_steps <= 0:
             episodes = args.total_episodes or math.ceil(args.num_train_epochs * len(train_dataset))
             self.max_steps = math.ceil(episodes / self.batch_size)
-        self.train_prompts = self._encode_prompts(train_dataset, "train_dataset")
-        self.eval_prompts = None if eval_dataset is None else self._encode_prompts(eval_dataset, "eval_dataset")
+        self.ptx_dataset, self.ref_model = ptx_dataset, ref_model
+        self.train_prompts = self._encode(train_dataset, "train_dataset")
+        self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset, "eval_dataset")
 
+        vllm = None
+        if args.use_vllm:
+            longest = max(map(len, self.train_prompts + (self.eval_prompts or [])))
+            vllm = vllm_engine(model, processing_class, self.accelerator, args, longest, eos_token_ids)
+        scorer = RewardScorer(
+            reward_funcs,
+            reward_weights,
+            reward_tokenizers,
+            processing_class,
+            eos_token_ids,
+            args.local_rollout_forward_batch_size,
+            self.accelerator,
+        )
+        self.ref_model = None if ref_model is None else place_frozen(ref_model, self.accelerator)
+        self.rollout_maker = RolloutMaker(
+            args, self.accelerator, model, self.ref_model, scorer, eos_token_ids, self.packed, vllm
+        )
+        self.monitor = Monitor(args, processing_class, scorer.names, reward_weights, self.max_steps)
         if args.kl_target is None:
             self.kl_controller = algorithm.FixedKL(args.kl_coef)
         else:
             self.kl_controller = algorithm.AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
         self.score_normalizer = algorithm.ScoreNormalizer() if args.normalize_scores else None
-        self.watch, self._stopped_by = Watch(), None
-        self.vllm = vllm_engine(self) if args.use_vllm else None
-        self._unlogged = defaultdict(list)  # metrics of the updates since the last log line
 
     # --- the loop -------------------------------------------------------------------------------------------
 
@@ -182,25 +174,23 @@ class PPOTrainer(Watching):
 
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         if args.eval_on_start and checkpoint is None:
-            self.watch.add_evaluation(self._held_out(self.evaluate()))
+            self.monitor.add_evaluation(self.evaluate(), len(self.eval_dataset))
         first_step = self.state.global_step
         while self.state.global_step < self.max_steps and not self.control.should_training_stop:
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
             seen = self.state.global_step * self.batch_size
-            rollouts = self._train_rollout(range(seen, seen + self.batch_size))
-            metrics = self._update(rollouts)
+            batch = self._train_rollout(range(seen, seen + self.batch_size))
+            metrics = self._update(batch)
             self.lr_scheduler.step()
 
             self.state.global_step += 1
             self.state.epoch = (seen + self.batch_size) / len(self.train_dataset)
-            for name, value in metrics.items():
-                self._unlogged[name].append(value)
-            if self._is_sample_step(self.state.global_step):
-                self._write_samples("train", rollouts)
+            self.monitor.add_update(self.state.global_step, metrics)
+            if self.monitor.is_sample_step(self.state.global_step):
+                self.monitor.write_samples("train", batch, self.state.global_step)
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
             if int(self.state.epoch) > seen // len(self.train_dataset):
                 self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
-            self.watch.add_update(self.state.global_step, metrics)
             self._log_evaluate_save()
 
         if args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
@@ -214,12 +204,78 @@ class PPOTrainer(Watching):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
         self.is_in_train = False
-        if self._stopped_by is not None:
+        if self.monitor.stopped_by is not None:
             raise Diagnosed(
-                f"{self._stopped_by}\nStopped (diagnosis: stop) and saved in {get_last_checkpoint(args.output_dir)}. "
+                f"{self.monitor.stopped_by}\nStopped (diagnosis: stop) and saved in {get_last_checkpoint(args.output_dir)}. "
                 "Running the same again goes on; diagnosis: warn does not stop any more."
             )
         return TrainOutput(self.state.global_step, float("nan"), metrics)
+
+    def _set_up(self, checkpoint: str | None) -> None:
+        """Everything that is trained, and PPO's own state, from the checkpoint where there is one."""
+        self._begin(self.max_steps, self.batch_size, checkpoint)
+        self.monitor.unlogged.clear()
+        if checkpoint is None:
+            return
+        state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
+        if state["batch_size"] != self.batch_size:
+            raise SetupError(
+                f"{checkpoint} was made with batches of {state['batch_size']} answers, this run has "
+                f"{self.batch_size}: it would not continue with the right prompts. Keep "
+                "per_device_train_batch_size × gradient_accumulation_steps × processes as it was"
+            )
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        if self.score_normalizer is not None and state["score_normalizer"] is not None:
+            self.score_normalizer.load_state_dict(state["score_normalizer"])
+        self.monitor.load_state_dict(state)
+        self._load_rng_state(checkpoint)  # for reward functions that use one
+        self.monitor.forget_samples_after(self.state.global_step)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and not self.args.save_only_model:
+            state = {
+                "batch_size": self.batch_size,
+                "kl_controller": self.kl_controller.state_dict(),
+                "score_normalizer": self.score_normalizer and self.score_normalizer.state_dict(),
+                **self.monitor.state_dict(),
+            }
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _log_evaluate_save(self) -> None:
+        logs = self.monitor.log_entry() if self.control.should_log else None
+        if logs is not None:
+            self.log(logs)
+        if self.control.should_evaluate:
+            metrics = self.evaluate()
+            too_far = self.args.best_kl_cap is not None and metrics["eval_kl"] > self.args.best_kl_cap
+            is_best = not too_far and self._determine_best_metric(metrics=metrics, trial=None)
+            if self.args.save_strategy == SaveStrategy.BEST:
+                self.control.should_save = is_best
+            self.monitor.add_evaluation(metrics, len(self.eval_dataset))
+        if self.monitor.diagnose():
+            self.control.should_save = self.control.should_training_stop = True
+        if self.control.should_save:
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """One answer to each held-out prompt, each time from the same random streams; returns `Monitor.of_held_out`."""
+        began = time.time()
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise SetupError("evaluate needs an eval_dataset")
+        prompts = self.eval_prompts if eval_dataset is None else self._encode(dataset, "eval_dataset")
+        n, world = len(dataset), self.accelerator.num_processes
+        rows = [i % n for i in range(math.ceil(n / world) * world)]  # equal shares; the repeats are not counted
+        batch = self._rollout(dataset, prompts, rows, [(self.args.seed, EVAL, row) for row in rows])
+        found = self.monitor.of_held_out(batch, n) | {"runtime": time.time() - began}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.monitor.write_samples(metric_key_prefix, batch, self.state.global_step)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # --- rollouts -------------------------------------------------------------------------------------------
 
@@ -238,110 +294,28 @@ class PPOTrainer(Watching):
             self._epoch_order = epoch, order
         return int(self._epoch_order[1][place])
 
-    @torch.no_grad()
     def _rollout(self, dataset, prompts: list[list[int]], rows: list[int], seeds: list) -> Rollouts:
-        """Sample and score an answer to each of `rows` of the dataset: each process its share."""
-        args, device = self.args, self.accelerator.device
-        share = len(rows) // self.accelerator.num_processes
-        assert share * self.accelerator.num_processes == len(rows)
-        mine = slice(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
-        my_rows, my_prompts = rows[mine], [prompts[row] for row in rows[mine]]
-        seconds = {}
-        self.model_wrapped.eval()
+        """An answer to each of `rows` of the dataset, whose prompts' token ids are `prompts`; scores that are finite."""
+        batch = self.rollout_maker.make(self.model_wrapped, dataset, prompts, rows, seeds)
+        for name, column in zip(self.monitor.names, batch.rewards.T.tolist(), strict=True):
+            bad = [i for i, reward in enumerate(column) if not math.isfinite(reward)]
+            if bad:
+                raise NotFinite(self._where(f"reward function {name} returned {column[bad[0]]}", dataset, rows, bad))
+        return batch
 
-        began = time.perf_counter()
-        responses, logprobs = self._sample(my_prompts, seeds[mine])
-        seconds["generate"] = time.perf_counter() - began
+    def _encode(self, dataset, name: str) -> list[list[int]]:
+        return encode_prompts(dataset, name, self.processing_class, self.model, self.ref_model, self.args)
 
-        began = time.perf_counter()
-        answers = list(zip(my_prompts, responses, strict=True))
-        per_token: list = [None] * share  # (3, length): log-probs of policy and reference, values
-        for chunk in _chunks(_by_length(answers), args.local_rollout_forward_batch_size):
-            batch = collate([answers[i] for i in chunk], self.packed, device)
-            if self.vllm is None:
-                sampled = torch.cat([logprobs[i] for i in chunk])
-                values = self.model_wrapped(batch, values_only=True)
-            else:
-                sampled, _, values = self.model_wrapped(batch, temperature=args.temperature)
-            with self.accelerator.autocast():
-                ref_logprobs = self._reference_logprobs(batch)
-            columns = torch.stack([sampled.cpu(), ref_logprobs.cpu(), values.cpu()])
-            for i, part in zip(chunk, columns.split([len(responses[i]) for i in chunk], dim=1), strict=True):
-                per_token[i] = part
-        rewards = self._rewards(dataset, my_rows, answers)  # (share, functions)
-        seconds["score"] = time.perf_counter() - began
-        self.model_wrapped.train()
-
-        gathered = gather_object(list(zip(responses, per_token, rewards, strict=True)))
-        responses, per_token, rewards = map(list, zip(*gathered, strict=True))
-        lengths = torch.tensor([len(r) for r in responses], device=device)
-        padded = nn.utils.rnn.pad_sequence([p.T for p in per_token], batch_first=True).to(device)  # (B, T, 3)
-        rewards = torch.stack(rewards).to(device)
-        self._check_rewards(rewards, dataset, rows)
-        return Rollouts(
-            rows=rows,
-            prompts=[prompts[row] for row in rows],
-            responses=responses,
-            mask=torch.arange(padded.shape[1], device=device) < lengths[:, None],
-            logprobs=padded[..., 0],
-            ref_logprobs=padded[..., 1],
-            values=padded[..., 2],
-            rewards=rewards,
-            scores=rewards @ torch.tensor(self.reward_weights, device=device),
-            ended=torch.tensor([r[-1] in self.eos_token_ids for r in responses], device=device),
-            seconds=seconds,
+    def _where(self, what: str, dataset, rows: list[int], of: list[int]) -> str:
+        """An error text: what, when, for which prompts, and what to go back to."""
+        shown = [rows[i] for i in of[:5]]
+        last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        return (
+            f"{what} in update {self.state.global_step + 1}, in {len(of)} answer(s), first dataset rows "
+            f"{shown} "
+            f"({'; '.join(repr(as_text(dataset[r]['prompt'])[:60]) for r in shown)}). "
+            f"Last checkpoint: {last or 'none'}"
         )
-
-    def _sample(self, prompts: list[list[int]], seeds: list) -> tuple[list[list[int]], list[Tensor] | None]:
-        """An answer to each prompt, and the log-probs of its tokens (None: vLLM's would not be ours)."""
-        args = self.args
-        if self.vllm is not None:
-            self.vllm.sync_weights()
-            return [list(ids) for ids in self.vllm.generate(prompts, None, 1)[1]], None
-        with self._whole_policy() as policy, self.accelerator.autocast():
-            return generate(
-                policy,
-                prompts,
-                max_new_tokens=args.response_length,
-                eos_token_ids=self.eos_token_ids,
-                seeds=seeds,
-                temperature=args.temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                batch_size=args.local_rollout_forward_batch_size,
-            )
-
-    def _rewards(self, dataset, rows: list[int], answers: list[tuple[list[int], list[int]]]) -> Tensor:
-        """What each reward function says of each answer (prompt ids, response ids): (answers, functions)."""
-        responses = [response for _, response in answers]
-        completions = self.processing_class.batch_decode(responses, skip_special_tokens=True)
-        columns = dataset[rows]
-        prompts = columns.pop("prompt")
-        out = torch.empty(len(rows), len(self.reward_funcs))
-        for i, function in enumerate(self.reward_funcs):
-            if isinstance(function, nn.Module):
-                out[:, i] = self._model_scores(i, answers, prompts, completions)
-                continue
-            scores = function(prompts=prompts, completions=completions, completion_ids=responses, **columns)
-            if len(scores) != len(rows):
-                raise SetupError(
-                    f"reward function {self.reward_names[i]} returned {len(scores)} scores for {len(rows)} answers"
-                )
-            out[:, i] = torch.tensor([float(score) for score in scores])
-        return out
-
-    def _model_scores(self, i: int, answers: list, prompts: list, completions: list[str]) -> Tensor:
-        """Scores (answers,) of reward model number `i`, of the ids as they are or under its own tokenizer."""
-        model, tokenizer, packed = self.reward_funcs[i], self.reward_tokenizers[i], self.reward_packed[i]
-        sequences = read_anew(tokenizer, answers, prompts, completions, self.eos_token_ids)
-        checks.check_lengths(sequences, model, self.reward_names[i])
-        scores = torch.empty(len(sequences))
-        for chunk in _chunks(_by_length([(ids,) for ids in sequences]), self.args.local_rollout_forward_batch_size):
-            with self.accelerator.autocast():
-                ids = [sequences[j] for j in chunk]
-                found = within(model, sequence_scores, ids, packed, self.accelerator.device)
-            scores[chunk] = found.cpu()
-        return scores
 
     # --- the update -----------------------------------------------------------------------------------------
 
@@ -362,7 +336,7 @@ class PPOTrainer(Watching):
         ptx = args.ptx_coef > 0 and self.state.global_step >= args.critic_warmup_steps
         first = None
         for epoch in range(args.num_ppo_epochs):
-            for number, minibatch in enumerate(_chunks(self._order(epoch), self.mini_batch_size)):
+            for number, minibatch in enumerate(chunks(self._order(epoch), self.mini_batch_size)):
                 ptx_losses += [self._ptx_backward(epoch, number)] if ptx else []
                 stats = self._backward(rollouts, advantages, returns, minibatch, first=epoch == 0)
                 first = stats if first is None else first
@@ -385,7 +359,9 @@ class PPOTrainer(Watching):
         self.kl_controller.update(torch.where(mask, kl, 0.0).sum(1).mean().item(), self.batch_size)
 
         seconds = rollouts.seconds | {"update": time.perf_counter() - began}
-        metrics = self._metrics(rollouts, scores, kl, kl_coef, returns, seconds)
+        metrics = self.monitor.of_rollouts(rollouts, scores, kl, kl_coef, returns, seconds)
+        metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
+        metrics["episode"] = (self.state.global_step + 1) * self.batch_size
         before = dict(zip(STATISTICS, self.accelerator.reduce(first, "sum").tolist(), strict=True))  # any step
         metrics["val/first_ratio_rms"] = math.sqrt(2 * before["policy/approxkl_avg"])  # of log π/π_old, ideally 0
         taken = self._order(0)[: self.mini_batch_size]  # if they were sampled from π, −log π is on average its entropy
@@ -416,7 +392,7 @@ class PPOTrainer(Watching):
         rows = [[int(i) for i in self.ptx_dataset[int(row)]["input_ids"]] for row in chosen]
         tokens = sum(len(ids) - 1 for ids in rows)
         total = torch.zeros((), device=accelerator.device)
-        for micro in _chunks(rows[accelerator.process_index :: world], args.per_device_train_batch_size):
+        for micro in chunks(rows[accelerator.process_index :: world], args.per_device_train_batch_size):
             accelerator.gradient_state._set_sync_gradients(False)  # the minibatch's own backward comes last
             batch = collate([(ids[:1], ids[1:]) for ids in micro], self.packed, accelerator.device)
             with contextlib.nullcontext() if self.is_deepspeed_enabled else accelerator.no_sync(self.model_wrapped):
@@ -499,7 +475,7 @@ class PPOTrainer(Watching):
         shares = [ordered[rank::world] for rank in range(world)]  # of like size
         mine = shares[self.accelerator.process_index]
         if not self.packed:
-            return _chunks(mine, args.per_device_train_batch_size)
+            return chunks(mine, args.per_device_train_batch_size)
         room = args.per_device_train_batch_size * (max(map(len, rollouts.prompts)) + args.response_length)
         cuts = max(math.ceil(sum(size[i] for i in share) / room) for share in shares)
         return [mine[cut::cuts] for cut in range(cuts)]
@@ -514,16 +490,3 @@ class PPOTrainer(Watching):
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * (~rollouts.ended).float()
         return scores
-
-
-def _chunks(items: list, size: int) -> list[list]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _by_length(items: list[tuple]) -> list[int]:
-    """Indices of `items` (tuples of token lists), shortest first."""
-    return sorted(range(len(items)), key=lambda i: sum(map(len, items[i])))
-
-
-def _unique(names: list[str]) -> list[str]:
-    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]

@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from pipelines.errors import SetupError
-from pipelines.speed.fast_model import fuse_loss
+from pipelines.errors import CannotPack, SetupError
 from pipelines.speed.packing import pack, packed_positions
 
 logger = logging.getLogger(__name__)
@@ -135,10 +134,8 @@ def packed_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
     seams, rows = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("packed_rows", None)
     if seams is None:
         if attention_mask is not None and attention_mask.numel() == 0:  # the stand-in of _before_forward
-            raise SetupError(
-                f"{type(module).__name__} is not handed `cu_seq_lens_q` by its model, so sequences would "
-                "see each other: train this model unpacked."
-            )
+            reason = "its model does not hand it `cu_seq_lens_q`, so sequences would see each other"
+            raise CannotPack(type(module).__name__, reason)
         if key.dtype == query.dtype:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         with torch.autocast(key.device.type, enabled=False):  # a cache of float32 (`KVBuffer`)
@@ -146,7 +143,7 @@ def packed_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
         return output.to(query.dtype), None
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unsupported:
-        raise SetupError(f"packed SDPA attention cannot do {', '.join(unsupported)}: train this model unpacked.")
+        raise CannotPack(type(module).__name__, f"packed SDPA attention cannot do {', '.join(unsupported)}")
     rows = PackedRows.of(seams) if rows is None else rows
     if query.size(0) != 1 or not query.size(2) == key.size(2) == rows.places.numel():
         raise SetupError(
@@ -233,7 +230,7 @@ def _block_mask(lengths: torch.Tensor, width: int, causal: bool, window: int | N
     if causal:
         return ((at <= at[:, None]) & (at > at[:, None] - window))[None, None]
     if window is not None:
-        raise SetupError("packed SDPA attention has no bidirectional sliding window: train this encoder unpacked.")
+        raise CannotPack("this encoder", "packed SDPA attention has no bidirectional sliding window")
     return (at < lengths[:, None])[:, None, None, :].expand(-1, -1, width, -1)
 
 
@@ -244,8 +241,8 @@ def enable_packed_attention(model) -> None:
     model already on flash-attention is left alone: transformers' own path takes the same batch there.
 
     Raises:
-        ValueError: the architecture cannot be packed this way (attention outside transformers' interface,
-            encoder-decoder, recurrent or chunked layers), with what to do instead.
+        CannotPack: the architecture cannot be packed this way (attention outside transformers' interface,
+            encoder-decoder, recurrent or chunked layers).
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -266,14 +263,14 @@ def enable_packed_attention(model) -> None:
     elif not model._can_set_attn_implementation():
         reason = "its attention does not go through transformers' attention interface"
     if reason:
-        raise SetupError(f"{kind} cannot be trained on packed sequences: {reason}. Set `packing: false`.")
+        raise CannotPack(kind, reason)
 
     before = config._attn_implementation
     AttentionInterface.register(NAME, packed_sdpa_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     if model.config.get_text_config()._attn_implementation != NAME:
-        raise SetupError(f"{kind} did not accept packed attention. Set `packing: false`.")
+        raise CannotPack(kind, "it did not accept packed attention")
     backbone = model.base_model
     if not any(hook is _before_forward for hook in backbone._forward_pre_hooks.values()):
         hook = backbone.register_forward_pre_hook(_before_forward, with_kwargs=True)
@@ -281,7 +278,7 @@ def enable_packed_attention(model) -> None:
         if reason:
             hook.remove()
             model.set_attn_implementation(before)
-            raise SetupError(f"{kind} cannot be trained on packed sequences: {reason}. Set `packing: false`.")
+            raise CannotPack(kind, reason)
         if before != "sdpa":
             logger.warning("%s: packed sequences are attended to by SDPA, not by %s.", kind, before)
 
@@ -301,8 +298,10 @@ def _why_not_exact(backbone) -> str | None:
         with torch.no_grad():
             packed = backbone(**batch, use_cache=False)[0][0].float()
             apart = [backbone(input_ids=torch.tensor([x], device=device), use_cache=False)[0][0] for x in ids]
-    except (SetupError, TypeError) as error:  # refused by packed attention, or a forward without such arguments
-        return str(error).partition(": train this")[0]
+    except CannotPack as error:
+        return error.reason
+    except (SetupError, TypeError) as error:  # a forward that does not know such arguments
+        return str(error)
     finally:
         for module, training in modes:
             module.training = training
@@ -319,12 +318,12 @@ def enable_packed_scores(model) -> bool:
     window of attention would be counted over other branches.
 
     Raises:
-        ValueError: as `enable_packed_attention`, or the model reads its score elsewhere (encoders).
+        CannotPack: as `enable_packed_attention`, or the model reads its score elsewhere (encoders).
     """
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
     if not hasattr(model, "score"):
-        raise SetupError(f"{type(model).__name__} cannot be trained on packed sequences: it has no `score` head.")
+        raise CannotPack(type(model).__name__, "it has no `score` head")
     enable_packed_attention(model)
     model.unpacked_forward = model.forward  # an attribute, so that deepcopy binds it to the copy
     wanted = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "branches")
@@ -340,22 +339,3 @@ def enable_packed_scores(model) -> bool:
     model.forward = types.MethodType(forward, model)
     config = model.config.get_text_config()
     return config._attn_implementation == NAME and getattr(config, "sliding_window", None) is None
-
-
-def packed_loss(model, batch: dict, num_items: int | torch.Tensor | None = None) -> torch.Tensor:
-    """Mean next-token loss of a packed batch, without a KV cache and without the logits of the whole batch.
-
-    Goes through `model(...)`, so DDP and FSDP synchronise as usual. The head is fused where it can be
-    (`pipelines.kernels.fuse_loss`); otherwise the model's own loss is used, said once in the log.
-
-    Args:
-        model: as given to `enable_packed_attention`, bare or wrapped (DDP, PEFT).
-        batch: from `pack` or `PackedCollator`; padded batches work as well.
-        num_items: divisor, the targets of the whole global batch; None divides by this batch's.
-
-    Returns:
-        Scalar float32 loss in nats.
-    """
-    inner = model.module if hasattr(model, "module") else model
-    fuse_loss(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)
-    return model(**{**batch, "use_cache": False}, num_items_in_batch=num_items).loss

@@ -163,7 +163,7 @@ def run(stage) -> dict:
     )
     loop.fit(stage, trainer)
     metrics = saving.final_metrics(trainer)
-    metrics["diagnosis"] = trainer.watch.said
+    metrics["diagnosis"] = trainer.monitor.watch.said
     saving.save(trainer, stage.folder, tokenizer)
     _keep_samples(stage)
     return metrics

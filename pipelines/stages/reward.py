@@ -35,7 +35,6 @@ from trl import RewardTrainer
 
 from pipelines import errors
 from pipelines.data import encoded_rows, mixing
-from pipelines.errors import SetupError
 from pipelines.evaluation.metrics import preference_metrics
 from pipelines.models import adapters, chat_template, loading, sharding, tag_heads, tokenizer_setup
 from pipelines.speed import fast_model, packed_attention
@@ -191,8 +190,8 @@ def _packs(model) -> dict[str, bool]:
 
     try:
         return {"packed": True, "share": packed_attention.enable_packed_scores(model)}
-    except SetupError as reason:
-        logger.info("%s Its batches are padded.", str(reason).partition(" Set `packing")[0])
+    except errors.CannotPack as error:
+        logger.info("%s cannot be packed (%s): its batches are padded.", error.model, error.reason)
         return {"packed": False}
 
 

@@ -24,7 +24,6 @@ from trl import SFTTrainer
 
 from pipelines import IGNORE_INDEX, errors
 from pipelines.data import encoded_rows, mixing, streaming
-from pipelines.errors import SetupError
 from pipelines.models import adapters, chat_template, loading, tokenizer_setup
 from pipelines.speed import fast_model, packed_attention, packing
 from pipelines.training import arguments, language_model, loop, saving
@@ -111,10 +110,10 @@ def run(stage) -> dict:
     collator = packing.PackedCollator()
     try:
         packed_attention.enable_packed_attention(model)
-    except SetupError as reason:
+    except errors.CannotPack as error:
         if args.packing:
             raise
-        logger.warning("%s Its batches are padded instead.", str(reason).partition(" Set `packing")[0])
+        logger.warning("%s cannot be packed (%s): its batches are padded instead.", error.model, error.reason)
         collator = packing.PaddedCollator(tokenizer.pad_token_id)
     model = adapters.adapt(model, section, "CAUSAL_LM", tokenizer.convert_tokens_to_ids(added))
 

@@ -248,7 +248,10 @@ def test_three_adapters_on_one_base_train_like_three_networks(run, tmp_path, che
     changed = moved(start, {n.removeprefix("critic."): w for n, w in ours.items()})
     assert any("lora_B" in n for n in changed) and any("score" in n for n in changed)
     assert all(torch.equal(w, frozen_before[n]) for n, w in shared.policy.named_parameters() if n in frozen_before)
-    assert all(frozen.keys() <= storages(m.parameters()).keys() for m in (shared.critic, shared.reward_funcs[0]))
+    assert all(
+        frozen.keys() <= storages(m.parameters()).keys()
+        for m in (shared.critic, shared.rollout_maker.scorer.functions[0])
+    )
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])

@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.__main__ import main
 from pipelines.generation import decode
-from pipelines.ppo import trainer
+from pipelines.ppo import rollouts, trainer
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [{"prompt": f"what colour is the {w} {i}"} for i in range(8) for w in ("cat", "dog", "bird")]
@@ -42,7 +42,7 @@ def die_in(phase: str) -> None:
     if phase == "rollout":
         patched(decode, "inverse_cdf", 60)  # a token in the midst of an answer
     elif phase == "scoring":
-        patched(trainer.PPOTrainer, "_rewards", 5)
+        patched(rollouts.RewardScorer, "__call__", 5)
     elif phase == "update":
         patched(trainer.PPOTrainer, "_backward", 11)  # two of four steps of the third update are done
     elif phase == "saving":
@@ -57,7 +57,7 @@ def test_kill_in_each_phase_changes_nothing(tmp_path, write, recipe, tiny_gpt2):
         stage = {
             "kind": "ppo",
             "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"},
-            "reward": {"functions": ["tests.test_ppo_kill:count_of_the"]},
+            "reward": {"functions": ["tests.ppo.test_ppo_kill:count_of_the"]},
             "data": {"train": write("p.jsonl", PROMPTS), "validation": 0.2, "ptx": write("t.jsonl", TEXTS)},
             "args": {
                 "global_batch_size": 8, "max_steps": 12, "response_length": 8, "learning_rate": 1e-3, "save_steps": 2,

@@ -141,7 +141,8 @@ def test_neither_micro_batches_nor_padding_change_it(reference, tmp_path, monkey
     for packed in (True, False):
         split = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4)
         trainer = our_trainer(reference, "full", tmp_path, **split)
-        trainer.packed, trainer.reward_packed = packed, [packed]
+        trainer.packed = trainer.rollout_maker.packed = packed
+        trainer.rollout_maker.scorer.packed = [packed]
         rollouts = roll_out(trainer, reference, "full", answers_of(reference, "full")[1], monkeypatch)
         ours = update(trainer, rollouts, reference("full/k1/orders"), monkeypatch)
         for name in ("pg_loss", "vf_loss"):

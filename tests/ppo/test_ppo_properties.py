@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decode import tiny_gpt2, tiny_llama
 from test_ppo_trainer import assert_same_weights, make, weights_of
 from transformers import GPT2ForSequenceClassification, LlamaForSequenceClassification
 
 from pipelines.generation.decode import lean_decode
 from pipelines.generation.logprobs import collate, make_ready, sequence_scores, token_logprobs, token_values
 from pipelines.ppo import algorithm
+from tests.generation.test_decode import tiny_gpt2, tiny_llama
 
 settings.register_profile("ppo", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("ppo")

@@ -23,7 +23,7 @@ from pipelines.errors import NotFinite
 from pipelines.generation import decode
 from pipelines.generation.decode import generate
 from pipelines.generation.logprobs import collate
-from pipelines.ppo import base_trainer
+from pipelines.ppo import trainer as trainer_module
 from pipelines.ppo.config import PPOConfig
 from pipelines.ppo.rewards import length_penalty, log_odds
 from pipelines.ppo.trainer import Diagnosed, PPOTrainer
@@ -350,8 +350,7 @@ def test_reward_functions_get_prompts_completions_and_columns(tmp_path):
         seen.append((prompts, completions, completion_ids, number))
         return [float(n) for n in number]
 
-    trainer = make(tmp_path, reward_funcs=[spy, count_goal], max_steps=1)
-    trainer.reward_weights = [1.0, 0.0]
+    trainer = make(tmp_path, reward_funcs=[spy, count_goal], weights=[1.0, 0.0], max_steps=1)
     trainer.train()
     data = prompts()
     texts, completions, ids, numbers = seen[-1]
@@ -368,7 +367,7 @@ def test_reward_model_scores_the_last_real_token(tmp_path, own_tokenizer):
     reward_model = critic(seed=5)
     theirs = tokenizer(reverse=own_tokenizer)
     trainer = make(tmp_path, reward_funcs=[reward_model], reward_tokenizers=[theirs])
-    assert trainer.reward_tokenizers == [theirs if own_tokenizer else None]
+    assert trainer.rollout_maker.scorer.tokenizers == [theirs if own_tokenizer else None]
     trainer._set_up(None)
     rollouts = trainer._rollout(trainer.train_dataset, trainer.train_prompts, list(range(6)), list(range(6)))
     for i in range(6):
@@ -571,20 +570,20 @@ def test_diagnosis_names_a_policy_that_runs_away_and_stops_resumably(tmp_path, c
     warned = make(tmp_path / "warn", **settings)
     with caplog.at_level("WARNING", logger="pipelines"):
         warned.train()
-    said = [finding["name"] for finding in warned.watch.said]
+    said = [finding["name"] for finding in warned.monitor.watch.said]
     assert "kl_running_away" in said and len(set(said)) == len(said)
     assert [r.message for r in caplog.records if "kl running away" in r.message][0].endswith("each update.")
-    assert make(tmp_path / "off", **settings, diagnosis="off").watch.said == []
+    assert make(tmp_path / "off", **settings, diagnosis="off").monitor.watch.said == []
 
     stopped = make(tmp_path / "stop", **settings, diagnosis="stop")
     with pytest.raises(Diagnosed, match=r"(?s)PPO diagnosis after update \d+.*saved in .*checkpoint-"):
         stopped.train()
     at = stopped.state.global_step
-    assert at < 12 and stopped.watch.said[0]["step"] == at
+    assert at < 12 and stopped.monitor.watch.said[0]["step"] == at
     resumed = make(tmp_path / "stop", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(weights_of(resumed), weights_of(warned))
-    assert resumed.watch.said == warned.watch.said
+    assert resumed.monitor.watch.said == warned.monitor.watch.said
 
 
 def test_a_judge_of_weight_0_is_watched_but_not_trained_on(tmp_path):
@@ -604,7 +603,7 @@ def test_a_judge_of_weight_0_is_watched_but_not_trained_on(tmp_path):
         kl_coef=0.0,
     )
     trainer.train()
-    falls = [finding for finding in trainer.watch.said if finding["name"] == "held_out_falls"]
+    falls = [finding for finding in trainer.monitor.watch.said if finding["name"] == "held_out_falls"]
     assert len(falls) == 1 and "held-out reward/judge fell" in falls[0]["what"]
 
 
@@ -614,7 +613,7 @@ def test_sampling_that_does_not_match_the_log_probs_is_noticed(tmp_path, monkeyp
     monkeypatch.setattr(decode, "generate", lambda *a, **k: plain(*a, **k | {"temperature": 0.5}))
     broken = make(tmp_path, max_steps=1)
     broken.train()
-    assert [finding["name"] for finding in broken.watch.said] == ["ratio_not_one"]
+    assert [finding["name"] for finding in broken.monitor.watch.said] == ["ratio_not_one"]
 
 
 @pytest.mark.parametrize("top_k, found", [(0, []), (8, ["sampled_otherwise"])])
@@ -622,7 +621,7 @@ def test_sampling_from_another_distribution_than_the_measured_one_is_noticed(tmp
     settings = dict(max_steps=3, per_device_train_batch_size=64, temperature=0.3, learning_rate=1e-4)
     trainer = make(tmp_path, top_k=top_k, **settings)
     trainer.train()
-    assert [finding["name"] for finding in trainer.watch.said] == found
+    assert [finding["name"] for finding in trainer.monitor.watch.said] == found
     gaps = [abs(r["val/surprise_gap"] / r["val/surprise_sem"]) for r in trainer.state.log_history if "val/ratio" in r]
     assert all(gap > 5 for gap in gaps) if found else all(gap < 4 for gap in gaps)
 
@@ -632,16 +631,16 @@ def test_the_score_before_training_counts_as_an_evaluation(tmp_path):
     trainer = make(tmp_path, normalize_scores=True, **settings)
     trainer.train()
     evaluated = [row["eval_score"] for row in trainer.state.log_history if "eval_score" in row]
-    assert [e["held_out"]["score"][0] for e in trainer.watch.evaluations] == evaluated and len(evaluated) == 3
+    assert [e["held_out"]["score"][0] for e in trainer.monitor.watch.evaluations] == evaluated and len(evaluated) == 3
     raw = [row["reward/count_goal"] for row in trainer.state.log_history if "reward/count_goal" in row]
-    trained = [e["train_score"] for e in trainer.watch.evaluations]  # as they came, not as they were normalised
+    trained = [e["train_score"] for e in trainer.monitor.watch.evaluations]  # as they came, not as they were normalised
     assert trained == pytest.approx([evaluated[0], sum(raw[:2]) / 2, sum(raw) / 4])
 
 
 def test_samples_survive_an_interruption_whatever_characters_they_hold(tmp_path):
     rows = [json.dumps({"step": step, "completion": "a\x85b\u2028c"}, ensure_ascii=False) for step in (1, 2, 3)]
     (tmp_path / "samples.jsonl").write_text("\n".join(rows) + '\n{"step": 3, "compl')
-    make(tmp_path)._forget_samples_after(2)
+    make(tmp_path).monitor.forget_samples_after(2)
     assert (tmp_path / "samples.jsonl").read_text() == "\n".join(rows[:2]) + "\n"
 
 
@@ -662,11 +661,11 @@ def test_vllm_samples_with_the_weights_of_now_and_our_log_probs(tmp_path, monkey
     """A stand-in for the engine: it answers from the weights it was given last, and knows no log-probs."""
 
     class Engine:
-        def __init__(self, trainer):
-            self.trainer, self.copy, self.synced = trainer, gpt2(seed=7), 0
+        def __init__(self, policy, *_):
+            self.policy, self.copy, self.synced = policy, gpt2(seed=7), 0
 
         def sync_weights(self):
-            self.copy.load_state_dict(self.trainer.policy.state_dict())
+            self.copy.load_state_dict(self.policy.state_dict())
             self.synced += 1
 
         def generate(self, prompts, images, num_generations):
@@ -677,11 +676,11 @@ def test_vllm_samples_with_the_weights_of_now_and_our_log_probs(tmp_path, monkey
 
     with pytest.raises(ValueError, match="vLLM is not installed here"):
         make(tmp_path, use_vllm=True)
-    monkeypatch.setattr(base_trainer, "vllm_engine", Engine)
+    monkeypatch.setattr(trainer_module, "vllm_engine", Engine)
     trainer = make(tmp_path, use_vllm=True)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "objective/kl" in row]
-    assert trainer.vllm.synced == 5 and len(rows) == 4  # the gate before training, then once an update
+    assert trainer.rollout_maker.vllm.synced == 5 and len(rows) == 4  # the gate before training, then once an update
     assert all(row["val/first_ratio_rms"] < 1e-4 for row in rows)
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4) != rows[-1]["objective/kl"]
 

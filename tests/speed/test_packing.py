@@ -32,10 +32,19 @@ from transformers import (
 from pipelines import IGNORE_INDEX
 from pipelines.speed import packed_attention
 from pipelines.speed.fast_model import fast_model, fuse_loss
-from pipelines.speed.packed_attention import PackedRows, _attention_by_products, enable_packed_attention, packed_loss
+from pipelines.speed.packed_attention import PackedRows, _attention_by_products, enable_packed_attention
 from pipelines.speed.packing import PackedCollator, pack, plan_packs
 
 V = 61
+
+
+def packed_loss(model, batch, num_items=None):
+    """Mean next-token loss of a packed batch, with the head fused where it can be; of a model bare or wrapped."""
+    inner = model.module if hasattr(model, "module") else model
+    fuse_loss(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)
+    return model(**{**batch, "use_cache": False}, num_items_in_batch=num_items).loss
+
+
 COMMON = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
               max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=2)  # fmt: skip
 GQA = dict(COMMON, num_key_value_heads=2)

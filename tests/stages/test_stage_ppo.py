@@ -142,7 +142,7 @@ def test_reward_functions_alone_are_enough(recipe, write, tiny_gpt2):
     stage = {
         "kind": "ppo",
         "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"},
-        "reward": {"functions": ["tests.test_stage_ppo:count_of_red"]},
+        "reward": {"functions": ["tests.stages.test_stage_ppo:count_of_red"]},
         "data": {"train": write("p.jsonl", PROMPTS)},
         "args": {**ARGS, "allow_constant_scores": True},
     }
@@ -155,7 +155,7 @@ def test_a_policy_without_template_must_say_which(recipe, write, tiny_gpt2):
     stage = {
         "kind": "ppo",
         "model": {"model_name_or_path": str(tiny_gpt2)},
-        "reward": {"functions": ["tests.test_stage_ppo:count_of_red"]},
+        "reward": {"functions": ["tests.stages.test_stage_ppo:count_of_red"]},
         "data": {"train": write("p.jsonl", PROMPTS)},
         "args": ARGS,
     }

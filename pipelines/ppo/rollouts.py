@@ -1,0 +1,311 @@
+"""Rollouts: the policy answers prompts, and every answer gets its log-probs, values and rewards.
+
+`RolloutMaker` shares the answers of a batch out over the processes and gathers what came of them, so that all processes
+hold the same `Rollouts`. It knows nothing of the optimizer, of steps or of logs: `PPOTrainer` holds it, and gives it the
+wrapped model each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from trl.models import unwrap_model_for_generation
+
+from pipelines.errors import SetupError
+from pipelines.generation import decode
+from pipelines.generation.logprobs import collate, make_ready, sequence_scores, token_logprobs, within
+from pipelines.models import loading
+from pipelines.models.chat_template import encode_prompt
+from pipelines.ppo import checks
+from pipelines.ppo.config import PPOConfig
+from pipelines.ppo.policy_and_critic import PolicyAndCritic, ValueHead, place_frozen, runs_on_fsdp
+from pipelines.ppo.rewards import read_anew
+
+
+@dataclass
+class Rollouts:
+    """B answers of the global batch, the same on every process. Tensors are (B, T) right-padded, or (B,)."""
+
+    rows: list[int]  # of the dataset
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    mask: Tensor  # (B, T) True on real tokens
+    logprobs: Tensor  # (B, T) when sampled
+    ref_logprobs: Tensor  # (B, T)
+    values: Tensor  # (B, T) when sampled
+    rewards: Tensor  # (B, reward functions) as they came
+    scores: Tensor  # (B,) their weighted sum
+    ended: Tensor  # (B,) True where the answer ends with EOS
+    seconds: dict[str, float]  # per phase, on this process
+
+
+class RewardScorer:
+    """The reward functions of a run, and what each of them gives an answer.
+
+    Args:
+        functions: sequence-classification models with one label, and callables (see `PPOTrainer`). Models are frozen and
+            placed, in place.
+        weights: of each function in the score.
+        tokenizers: of each function, None where it reads the policy's own ids.
+        processing_class: the policy's tokenizer.
+        eos_token_ids: what ends an answer of the policy.
+        batch_size: answers that a model scores at once.
+    """
+
+    def __init__(
+        self,
+        functions: list,
+        weights: list[float],
+        tokenizers: list,
+        processing_class,
+        eos_token_ids: list[int],
+        batch_size: int,
+        accelerator: Accelerator,
+    ):
+        self.names = _unique([checks.name_of(f) for f in functions])
+        self.packed = [isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f) for f in functions]
+        self.functions = [place_frozen(f, accelerator) if isinstance(f, nn.Module) else f for f in functions]
+        self.tokenizers = [None if t is None or checks.same_tokenizer(t, processing_class) else t for t in tokenizers]
+        self.weights, self.processing_class, self.eos_token_ids = weights, processing_class, eos_token_ids
+        self.batch_size, self.accelerator = batch_size, accelerator
+
+    def __call__(self, dataset, rows: list[int], answers: list[tuple[list[int], list[int]]]) -> Tensor:
+        """Rewards (answers, functions), on the CPU, of `answers` (prompt ids, response ids) to `rows` of the dataset."""
+        responses = [response for _, response in answers]
+        completions = self.processing_class.batch_decode(responses, skip_special_tokens=True)
+        columns = dataset[rows]
+        prompts = columns.pop("prompt")
+        out = torch.empty(len(rows), len(self.functions))
+        for i, function in enumerate(self.functions):
+            if isinstance(function, nn.Module):
+                out[:, i] = self._model_scores(i, answers, prompts, completions)
+                continue
+            scores = function(prompts=prompts, completions=completions, completion_ids=responses, **columns)
+            if len(scores) != len(rows):
+                raise SetupError(
+                    f"reward function {self.names[i]} returned {len(scores)} scores for {len(rows)} answers"
+                )
+            out[:, i] = torch.tensor([float(score) for score in scores])
+        return out
+
+    def total(self, rewards: Tensor) -> Tensor:
+        """Scores (B,), the weighted sum of `rewards` (B, functions)."""
+        return rewards @ torch.tensor(self.weights, device=rewards.device)
+
+    def _model_scores(self, i: int, answers: list, prompts: list, completions: list[str]) -> Tensor:
+        """Scores (answers,) of reward model number `i`, of the ids as they are or under its own tokenizer."""
+        model, tokenizer, packed = self.functions[i], self.tokenizers[i], self.packed[i]
+        sequences = read_anew(tokenizer, answers, prompts, completions, self.eos_token_ids)
+        checks.check_lengths(sequences, model, self.names[i])
+        scores = torch.empty(len(sequences))
+        for chunk in chunks(_by_length([(ids,) for ids in sequences]), self.batch_size):
+            with self.accelerator.autocast():
+                ids = [sequences[j] for j in chunk]
+                found = within(model, sequence_scores, ids, packed, self.accelerator.device)
+            scores[chunk] = found.cpu()
+        return scores
+
+
+class RolloutMaker:
+    """Samples answers and measures them: see `make`.
+
+    Args:
+        args: `PPOConfig`.
+        accelerator: of the trainer.
+        policy: the policy as it was given, not wrapped. Under FSDP it is copied here, before it is cut up.
+        ref_model: frozen and placed already; None: the policy with its adapters off.
+        scorer: gives the rewards.
+        eos_token_ids: what ends an answer.
+        packed: whether sequences are laid end to end in one row, or padded.
+        vllm: an engine with `sync_weights()` and `generate(prompts, None, 1)` that samples instead; or None.
+    """
+
+    def __init__(
+        self,
+        args: PPOConfig,
+        accelerator: Accelerator,
+        policy: nn.Module,
+        ref_model: nn.Module | None,
+        scorer: RewardScorer,
+        eos_token_ids: list[int],
+        packed: bool,
+        vllm=None,
+    ):
+        self.args, self.accelerator, self.policy, self.ref_model = args, accelerator, policy, ref_model
+        self.scorer, self.eos_token_ids, self.packed, self.vllm = scorer, eos_token_ids, packed, vllm
+        self.decoder = copy.deepcopy(policy).eval() if runs_on_fsdp(accelerator) else None  # see `_whole_policy`
+
+    @torch.no_grad()
+    def make(self, model: nn.Module, dataset, prompts: list[list[int]], rows: list[int], seeds: list) -> Rollouts:
+        """Sample and score an answer to each of `rows` of the dataset: each process its share.
+
+        Args:
+            model: the `PolicyAndCritic`, wrapped as it is trained. It is in training mode afterwards.
+            prompts: token ids of the prompt of every row of the dataset.
+            seeds: for each of `rows` what `numpy.random.default_rng` takes.
+        """
+        args, device = self.args, self.accelerator.device
+        share = len(rows) // self.accelerator.num_processes
+        assert share * self.accelerator.num_processes == len(rows)
+        mine = slice(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
+        my_rows, my_prompts = rows[mine], [prompts[row] for row in rows[mine]]
+        seconds = {}
+        model.eval()
+
+        began = time.perf_counter()
+        responses, logprobs = self._sample(model, my_prompts, seeds[mine])
+        seconds["generate"] = time.perf_counter() - began
+
+        began = time.perf_counter()
+        answers = list(zip(my_prompts, responses, strict=True))
+        per_token: list = [None] * share  # (3, length): log-probs of policy and reference, values
+        for chunk in chunks(_by_length(answers), args.local_rollout_forward_batch_size):
+            batch = collate([answers[i] for i in chunk], self.packed, device)
+            if self.vllm is None:
+                sampled = torch.cat([logprobs[i] for i in chunk]).to(device)
+                values = model(batch, values_only=True)
+            else:
+                sampled, _, values = model(batch, temperature=args.temperature)
+            with self.accelerator.autocast():
+                ref_logprobs = self._reference_logprobs(model, batch)
+            columns = torch.stack([sampled, ref_logprobs, values]).cpu()
+            for i, part in zip(chunk, columns.split([len(responses[i]) for i in chunk], dim=1), strict=True):
+                per_token[i] = part
+        rewards = self.scorer(dataset, my_rows, answers)  # (share, functions)
+        seconds["score"] = time.perf_counter() - began
+        model.train()
+
+        gathered = gather_object(list(zip(responses, per_token, rewards, strict=True)))
+        responses, per_token, rewards = map(list, zip(*gathered, strict=True))
+        lengths = torch.tensor([len(r) for r in responses], device=device)
+        padded = nn.utils.rnn.pad_sequence([p.T for p in per_token], batch_first=True).to(device)  # (B, T, 3)
+        rewards = torch.stack(rewards).to(device)
+        return Rollouts(
+            rows=rows,
+            prompts=[prompts[row] for row in rows],
+            responses=responses,
+            mask=torch.arange(padded.shape[1], device=device) < lengths[:, None],
+            logprobs=padded[..., 0],
+            ref_logprobs=padded[..., 1],
+            values=padded[..., 2],
+            rewards=rewards,
+            scores=self.scorer.total(rewards),
+            ended=torch.tensor([r[-1] in self.eos_token_ids for r in responses], device=device),
+            seconds=seconds,
+        )
+
+    def _sample(
+        self, model: nn.Module, prompts: list[list[int]], seeds: list
+    ) -> tuple[list[list[int]], list[Tensor] | None]:
+        """An answer to each prompt, and the log-probs of its tokens (None: vLLM's would not be ours)."""
+        args = self.args
+        if self.vllm is not None:
+            self.vllm.sync_weights()
+            return [list(ids) for ids in self.vllm.generate(prompts, None, 1)[1]], None
+        with self._whole_policy(model) as policy, self.accelerator.autocast():
+            return decode.generate(
+                policy,
+                prompts,
+                max_new_tokens=args.response_length,
+                eos_token_ids=self.eos_token_ids,
+                seeds=seeds,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                batch_size=args.local_rollout_forward_batch_size,
+            )
+
+    @contextlib.contextmanager
+    def _whole_policy(self, model: nn.Module):
+        """The policy with all its weights on this process, for decoding: processes decode for different times."""
+        if self.decoder is None:
+            with unwrap_model_for_generation(model, self.accelerator) as unwrapped:
+                yield unwrapped.policy
+            return
+        weights = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in self.policy.state_dict().items()}
+        self.decoder.load_state_dict(weights, assign=True)
+        del weights
+        yield self.decoder
+        for weight in self.decoder.parameters():
+            weight.data = weight.new_empty(1).expand_as(weight)  # its shape, without its memory
+
+    def _reference_logprobs(self, model: nn.Module, batch: dict) -> Tensor:
+        """Log-probs (N,) of the answer tokens under the model that the policy is held to."""
+        if self.ref_model is not None:
+            return within(self.ref_model, token_logprobs, batch, self.args.temperature)[0]
+        with self.policy.disable_adapter():
+            logprobs = model(batch, logprobs_only=True, temperature=self.args.temperature)
+            if self.decoder is not None:  # FSDP: else what is whole now would be trained again, and not the shards
+                model.reshard()
+        return logprobs
+
+
+def encode_prompts(
+    dataset, name: str, tokenizer, model: PolicyAndCritic, ref_model, args: PPOConfig
+) -> list[list[int]]:
+    """Token ids of every prompt of `dataset`, called `name`; all that are empty or too long are reported at once."""
+    if "prompt" not in dataset.column_names:
+        raise SetupError(f"{name} has no column `prompt`, but {', '.join(dataset.column_names)}")
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in dataset["prompt"]]
+    readers = [m for m in (model.policy, model.critic, ref_model) if m is not None and not isinstance(m, ValueHead)]
+    context = min((c for c in map(loading.positions, readers) if c is not None), default=None)
+    limits = [args.max_prompt_length, None if context is None else context - args.response_length]
+    limit = min((x for x in limits if x is not None), default=None)
+    long = [i for i, ids in enumerate(prompts) if limit is not None and len(ids) > limit]
+    empty = [i for i, ids in enumerate(prompts) if not ids]
+    if long or empty:
+        found = ((long, f"longer than {limit} tokens"), (empty, "without a single token"))
+        found = "; ".join(f"{len(rows)} prompt(s) {what}, first rows {rows[:5]}" for rows, what in found if rows)
+        raise SetupError(
+            f"{name}: {found}. Drop or shorten them (response_length {args.response_length}, context {context})"
+        )
+    return prompts
+
+
+def vllm_engine(policy, tokenizer, accelerator: Accelerator, args: PPOConfig, longest: int, eos_token_ids: list[int]):
+    """TRL's vLLM engine around the policy: `sync_weights()` and `generate(prompts, None, 1)`.
+
+    `longest` is the length of the longest prompt in tokens.
+    """
+    from trl.import_utils import is_vllm_available
+
+    if not is_vllm_available():
+        raise SetupError("use_vllm: vLLM is not installed here: `pip install trl[vllm]` (NVIDIA GPUs), or leave it out")
+    from trl.generation.vllm_generation import VLLMGeneration  # needs vLLM
+
+    return VLLMGeneration(
+        policy,
+        accelerator,
+        tokenizer,
+        mode=args.vllm_mode,
+        server_base_url=args.vllm_server_base_url,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_model_length=longest + args.response_length,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        max_completion_length=args.response_length,
+        logprobs=None,
+        generation_kwargs={"stop_token_ids": eos_token_ids},
+    )
+
+
+def chunks(items: list, size: int) -> list[list]:
+    """`items` in lists of `size`, the last one perhaps shorter."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _by_length(items: list[tuple]) -> list[int]:
+    """Indices of `items` (tuples of token lists), shortest first."""
+    return sorted(range(len(items)), key=lambda i: sum(map(len, items[i])))
+
+
+def _unique(names: list[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
