@@ -30,10 +30,11 @@ from pipelines.chain import chain
 from pipelines.commands import plan
 from pipelines.data.train_tokenizer import train_bpe, train_wordpiece
 from pipelines.evaluation import metrics
+from pipelines.kinds import KINDS
 from pipelines.launch import FAST, SWITCH, start
 from pipelines.models import tokenizer_setup
 from pipelines.planning import costs
-from pipelines.planning.job import AUTO, describe
+from pipelines.planning.job import describe
 from pipelines.planning.planner import Planner, micro_batch
 from pipelines.recipe.recipe import load
 
@@ -179,11 +180,11 @@ def prepare(work: Path) -> None:
         (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
         for name in {"pretrain": (), "mlm": (), "ppo": ("model", "reward")}.get(kind, ("model",)):
             auto = (
-                AUTO["reward" if name == "reward" else kind]
+                KINDS["reward" if name == "reward" else kind].auto_class
                 if kind in AUTO or name == "reward"
                 else "AutoModelForCausalLM"
             )
-            settings = {"num_labels": 1} if auto == AUTO["reward"] and kind != "classify" else {}
+            settings = {"num_labels": 1} if auto == KINDS["reward"].auto_class and kind != "classify" else {}
             config = transformers.AutoConfig.for_model(**{**case.config, **settings})
             made = getattr(transformers, auto).from_config(config, dtype=torch.float32)
             told = named if kind == "seq2seq" else tokenizer

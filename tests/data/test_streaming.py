@@ -18,7 +18,7 @@ from pipelines.data import sources as data_sources
 from pipelines.data.sources import _parse
 from pipelines.errors import DataError
 from pipelines.planning import job
-from pipelines.recipe import problems
+from pipelines.recipe import data_checks, problems
 from pipelines.recipe.recipe import load
 from pipelines.training import trainer
 
@@ -293,7 +293,7 @@ def test_check_says_what_does_not_go_with_streaming(recipe, write, tiny_gpt2):
 
 
 def test_check_reads_only_the_beginning_of_a_stream(recipe, write, tiny_gpt2, monkeypatch):
-    monkeypatch.setattr(data_sources, "TRIED", 5)
+    monkeypatch.setattr(data_checks, "TRIED", 5)
     stage = stage_of("pretrain", write, tiny_gpt2)
     lines = Path(stage["data"]["train"]).read_text().splitlines(keepends=True)
     stage["data"]["train"] = write("bad.jsonl", "".join(lines[:5]) + "{\n")

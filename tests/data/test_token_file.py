@@ -244,14 +244,14 @@ def test_windows_in_a_data_loader(bpe, tmp_path):
 STREAM = """
 import resource, sys
 from transformers import AutoTokenizer
-from pipelines import corpus
+from pipelines.data import token_file
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 line = "the cat sat on the mat and said hello to the dogs. "
-corpus.tokenize_corpus(["warm " + line] , tokenizer, sys.argv[2], separator_id=0)
+token_file.tokenize_corpus(["warm " + line] , tokenizer, sys.argv[2], separator_id=0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 text = line * 400                                    # 20 kB, and 2000 of them: 40 MB of text
-index = corpus.tokenize_corpus((text + str(i) for i in range(2000)), tokenizer, sys.argv[2], separator_id=0)
-windows = corpus.Windows(sys.argv[2], 64)
+index = token_file.tokenize_corpus((text + str(i) for i in range(2000)), tokenizer, sys.argv[2], separator_id=0)
+windows = token_file.Windows(sys.argv[2], 64)
 windows[len(windows) - 1]
 print(index["tokens"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
@@ -299,7 +299,7 @@ def test_tokenizer_training_is_deterministic():
 def test_wordpiece_is_the_same_in_every_process():
     """Hash order differs from process to process: the vocabulary must not."""
     code = (
-        "from pipelines.corpus import train_wordpiece\n"
+        "from pipelines.data.train_tokenizer import train_wordpiece\n"
         "text = [f'the {a} {b} stands at the mill .' for a in ('red', 'green') for b in ('otter', 'kettle', 'wagon')]\n"
         "print(sorted(train_wordpiece(text * 5, 120).get_vocab().items()))"
     )

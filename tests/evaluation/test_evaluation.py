@@ -15,7 +15,7 @@ from pipelines.commands import evaluate
 from pipelines.data.labels import class_id
 from pipelines.errors import DataError, SetupError
 from pipelines.evaluation import measure as evaluation_measure
-from pipelines.evaluation.figures import figures, interval, wins
+from pipelines.evaluation.figures import figures, interval, table, wins
 from pipelines.evaluation.judges import judge, ranked_values
 from pipelines.generation.answers import translations
 from pipelines.models import chat_template
@@ -54,15 +54,15 @@ def test_pairs_are_compared_item_by_item():
     assert found["policy over sft/score"] == pytest.approx((0.1, 0.1, 0.1))
     assert found["policy/score"][1] < found["sft/score"][0]
     assert wins([1, 2, 3], [1, 3, 2]) == [0.5, 0.0, 1.0]
-    assert "win_rate" in figures.table(found) and "100.0%" in figures.table(found)
+    assert "win_rate" in table(found) and "100.0%" in table(found)
 
 
 def test_judges_give_numbers_or_named_numbers():
     answers = {"m": [[("a cat", True), ("dog", True)], [("", True), ("abc", False)]]}
-    assert judge("tests.test_evaluation:length", ["p", "q"], answers) == {
+    assert judge("tests.evaluation.test_evaluation:length", ["p", "q"], answers) == {
         "m": {"score": [-4.0, -1.5], "empty": [0.0, 0.5]}
     }
-    assert judge("tests.test_evaluation:starts_with_a", ["p", "q"], answers) == {"m": {"score": [0.5, 0.5]}}
+    assert judge("tests.evaluation.test_evaluation:starts_with_a", ["p", "q"], answers) == {"m": {"score": [0.5, 0.5]}}
 
 
 def test_people_decide_by_their_rankings(write):
@@ -103,7 +103,7 @@ def test_stage_and_verb_say_the_same(recipe, write, tiny_gpt2, task, tmp_path, c
         "text": write("text.jsonl", [{"text": t} for t in texts]),
         "tasks": [task],
         "prompts": write("p.jsonl", PROMPTS),
-        "judge": "tests.test_evaluation:length",
+        "judge": "tests.evaluation.test_evaluation:length",
         "samples": 2,
         "response_length": 8,
         "max_length": 32,

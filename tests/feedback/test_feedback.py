@@ -429,5 +429,5 @@ def test_a_killed_server_has_everything_and_comes_back_at_the_same_address(write
 
 
 def test_the_verb_needs_no_torch():
-    code = "import sys, pipelines.feedback.rank as r, pipelines.feedback.results; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipelines.commands.rank as r, pipelines.feedback.results; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -32,7 +32,7 @@ def test_the_loop_is_the_same_on_one_and_two_processes(tmp_path, write, tiny_gpt
     stages = {
         "sft": {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"}, "data": {"train": write("s.jsonl", [{**p, "completion": "it is red"} for p in PROMPTS])}, "args": args},
         "samples": {"kind": "sample", "sample": {"models": [str(tiny_gpt2), "stage:sft"], "completions": 4, "response_length": 6, "batch_size": 8}, "data": {"train": prompts}},
-        "rankings": {"kind": "rank", "rank": {"labeller": "tests.test_stage_sample:by_length"}, "data": {"train": "stage:samples/samples.jsonl"}},
+        "rankings": {"kind": "rank", "rank": {"labeller": "tests.stages.test_stage_sample:by_length"}, "data": {"train": "stage:samples/samples.jsonl"}},
         "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"}, "data": {"train": "stage:rankings/rankings.jsonl", "validation": [{"path": "stage:rankings/rankings.jsonl", "rows": 5}]}, "args": {**args, "tags": ["long"]}},
         "scores": {"kind": "evaluate", "evaluate": {"models": [str(tiny_gpt2), "stage:sft"], "text": write("t.txt", "\n".join(p["prompt"] for p in PROMPTS)), "prompts": prompts, "judge": "stage:reward", "response_length": 6, "samples": 2, "max_length": 32, "rankings": "stage:rankings/rankings.jsonl"}},
     }  # fmt: skip

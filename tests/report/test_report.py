@@ -312,4 +312,4 @@ def test_answers_may_hold_what_python_takes_for_line_ends(tmp_path):
     row = {"completion": "a\x85b\u2028c"}
     path = tmp_path / "samples.jsonl"
     path.write_text(json.dumps(row, ensure_ascii=False) + '\n{"complet')
-    assert run_folder._lines(path) == [row] and run_folder._lines(tmp_path / "none") == []
+    assert files.read_rows(path) == [row] and files.read_rows(tmp_path / "none") == []

@@ -31,7 +31,7 @@ def stages(write, tiny_gpt2):
     return {
         "other": {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"}, "data": {"train": write("s.jsonl", [{**p, "completion": "it is red"} for p in PROMPTS])}, "args": {"max_steps": 1, "global_batch_size": 8, "max_length": 64}},
         "samples": {"kind": "sample", "sample": {"models": [str(tiny_gpt2), "stage:other"], "completions": 4, "response_length": 6}, "data": {"train": prompts}},
-        "rankings": {"kind": "rank", "rank": {"labeller": "tests.test_stage_sample:by_length"}, "data": {"train": "stage:samples/samples.jsonl"}},
+        "rankings": {"kind": "rank", "rank": {"labeller": "tests.stages.test_stage_sample:by_length"}, "data": {"train": "stage:samples/samples.jsonl"}},
         "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:other"}, "data": {"train": ["stage:rankings/rankings.jsonl"]}, "args": {"max_steps": 2, "global_batch_size": 8, "max_length": 64, "tags": ["long"]}},
     }  # fmt: skip
 
@@ -136,7 +136,7 @@ def test_people_rank_when_they_are_named(recipe, stages, tmp_path, capsys):
 
 
 def test_a_labeller_that_answers_nonsense_is_named(recipe, stages):
-    stages["rankings"] |= {"rank": {"labeller": "tests.test_stage_sample:one_rank"}}
+    stages["rankings"] |= {"rank": {"labeller": "tests.stages.test_stage_sample:one_rank"}}
     stages.pop("reward")
     with pytest.raises(DataError, match=r"one_rank, asked about .*samples.jsonl:1: ranks must be a list"):
         chain.run(load(recipe(stages)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import WORDS
 
-from pipelines import __main__, errors, files, launch
+from pipelines import __main__, errors, files
 from pipelines.chain import chain
 from pipelines.chain import record as chain_record
 from pipelines.errors import SetupError
@@ -247,7 +247,7 @@ def test_settings_that_exclude_each_other_name_the_stage(run, stage, monkeypatch
 def test_what_computes_gets_the_fast_environment(monkeypatch, verb, expected):
 
     asked = []
-    monkeypatch.setattr(launch, "fast_environment", lambda: asked.append(verb))
+    monkeypatch.setattr(__main__, "fast_environment", lambda: asked.append(verb))
     monkeypatch.setattr(__main__, "main", lambda: 0)
     monkeypatch.setattr("sys.argv", ["pipelines", verb])
     with pytest.raises(SystemExit):

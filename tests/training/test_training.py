@@ -5,7 +5,7 @@ import types
 import pytest
 
 from pipelines import files
-from pipelines.chain import chain
+from pipelines.commands.run import run_and_report
 from pipelines.errors import NotFinite
 from pipelines.recipe.recipe import load
 from pipelines.training import checkpoints
@@ -80,7 +80,7 @@ def test_nan_names_step_rows_and_last_checkpoint(recipe, write, tiny_gpt2, tmp_p
     }  # fmt: skip
     loaded = load(recipe({"sft": stage}))
     with pytest.raises(NotFinite) as error:
-        chain.run(loaded)
+        run_and_report(loaded, [], [])
     text = str(error.value)
     assert "rows.jsonl:14" in text and "the loss is nan at step" in text and "last good checkpoint" in text
     # What was logged until then is on disk, and in the report.
