@@ -179,11 +179,7 @@ def prepare(work: Path) -> None:
         recipe = {"output_dir": str(folder / "out"), "stages": {"stage": stage}}
         (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
         for name in {"pretrain": (), "mlm": (), "ppo": ("model", "reward")}.get(kind, ("model",)):
-            auto = (
-                KINDS["reward" if name == "reward" else kind].auto_class
-                if kind in AUTO or name == "reward"
-                else "AutoModelForCausalLM"
-            )
+            auto = KINDS["reward" if name == "reward" else kind].auto_class
             settings = {"num_labels": 1} if auto == KINDS["reward"].auto_class and kind != "classify" else {}
             config = transformers.AutoConfig.for_model(**{**case.config, **settings})
             made = getattr(transformers, auto).from_config(config, dtype=torch.float32)
