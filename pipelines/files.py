@@ -51,12 +51,22 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def json_line(row: dict) -> str:
+    """A row as one line of JSON, readable where it can be: half a surrogate, which UTF-8 cannot hold, is escaped."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(row) + "\n"
+    return line
+
+
 def write_rows(path: Path, rows: Iterable[dict]) -> int:
     """As `write_json`, one JSON object a line; returns how many."""
     count = 0
     with replacing(path) as out:
         for count, row in enumerate(rows, 1):  # noqa: B007  returned below
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.write(json_line(row))
     return count
 
 
@@ -64,7 +74,7 @@ def append_rows(path: Path, rows: Iterable[dict]) -> None:
     """Add JSON lines to a file that `read_rows` reads; on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        stream.writelines(map(json_line, rows))
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipelines import files
 from pipelines.errors import SetupError
-from pipelines.feedback.server import create_app
+from pipelines.feedback.assignment import shared_keys
 from pipelines.feedback.store import Store, read_rows
 
 ABOUT = """\
@@ -31,9 +31,11 @@ examples
   python -m pipelines rank answers.jsonl --tags too_long,unsafe        two more tags
   python -m pipelines rank runs/demo/samples --export rankings.jsonl   rows for `reward`; ideal answers for `sft` go to
                                                                        rankings.ideal.jsonl; nothing is served
+  python -m pipelines rank runs/demo/samples --overlap 0.1             share the prompts out, a tenth goes to everybody
   ssh -L 8765:127.0.0.1:8765 HOST                                      then open the same address at home
 
-Several people can rank at once, each under a name; the results page has their agreement and how the models compare.
+Several people can rank at once, each under a name. The results page has their agreement, their pace, prompts worth a
+second look, and how the models compare.
 """
 
 
@@ -45,10 +47,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("sources", nargs="+", metavar="FILE_OR_STAGE", help="rows of prompt and completions")
     parser.add_argument("--store", metavar="FILE.db", help="where judgements are kept (default: SOURCE.rankings.db)")
     parser.add_argument("--tags", default="", metavar="A,B", help="tags beside inappropriate, irrelevant, inaccurate")
+    parser.add_argument(
+        "--overlap", type=float, default=1.0, metavar="SHARE",
+        help="share of the prompts that everybody ranks, to see how far people agree; each of the rest goes to one "
+        "labeller (default: 1, everybody ranks all)",
+    )  # fmt: skip
     parser.add_argument("--port", type=int, default=8765, help="port on 127.0.0.1 (default: 8765; 0: any free one)")
     parser.add_argument("--export", metavar="FILE.jsonl", help="write the rankings made so far, serve nothing")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
     args = parser.parse_args(argv)
+    if not 0 <= args.overlap <= 1:
+        raise SetupError(f"--overlap {args.overlap}: a share of the prompts is from 0 to 1, such as 0.1")
     path = Path(args.store) if args.store else _beside(Path(args.sources[0]))
     if args.export:
         return _export(path, Path(args.export))
@@ -74,9 +83,10 @@ def _export(store: Path, target: Path) -> int:
 
 
 def _serve(args, path: Path) -> int:
-    try:
+    try:  # an extra of its own, and its import takes longer than `--help` and `--export` together
         import uvicorn
 
+        from pipelines.feedback.server import create_app
     except ImportError as error:
         raise SetupError(
             f"the ranking page needs fastapi and uvicorn ({error}); install them: pip install -e '.[feedback]'"
@@ -89,13 +99,15 @@ def _serve(args, path: Path) -> int:
     address = f"http://127.0.0.1:{listener.getsockname()[1]}/{store.token}/"
     again = f" ({len(rows) - len(keys)} repeated rows are shown once)" if len(keys) < len(rows) else ""
     print(f"{len(keys)} prompts{again}; judgements are kept in {path}")
+    if args.overlap < 1:
+        print(f"{len(shared_keys(keys, args.overlap))} of them are for everybody, the others for one labeller each")
     print(f"\n  {address}\n\nOpen it on this machine. Ctrl-C ends the server; nothing is lost.", flush=True)
     # Without a display Python would open a text browser in this terminal.
     if not args.no_browser and (sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
         webbrowser.open(address)
     # No access log: every path holds the token.
     config = uvicorn.Config(
-        create_app(store, keys, tags), log_level="warning", access_log=False, server_header=False,
+        create_app(store, keys, tags, args.overlap), log_level="warning", access_log=False, server_header=False,
         timeout_graceful_shutdown=2,
     )  # fmt: skip
     try:

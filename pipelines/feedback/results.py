@@ -15,71 +15,162 @@ import statistics
 
 import numpy as np
 
+from pipelines.feedback.assignment import shuffled
+
 RESAMPLES = 1000
+FASTEST = 100  # characters a second: five times the pace of a fast reader
+MOST_LOOKS = 100  # prompts listed for a second look
 
 
 def summary(judgements: list[dict], tags: list[str], seed: int = 0) -> dict:
     """Everything on the results page from standing judgements (`Store.judgements`), ready for JSON."""
     ranked = [j for j in judgements if j["ranks"] is not None]
     chance = np.random.default_rng(seed)
+    taus = _taus(ranked)
     return {
         "prompts": len({j["item"] for j in ranked}),
         "rankings": len(ranked),
+        "several": sum(len(group) > 1 for group in _by_item(ranked).values()),
         "ideals": sum(bool(j["ideal"].strip()) for j in judgements),
-        "labellers": labellers(judgements),
-        "agreement": agreement(ranked, chance),
+        "labellers": labellers(judgements, taus, chance),
+        "agreement": agreement(ranked, taus, chance),
+        "second_look": second_look(judgements, taus),
         "models": models(ranked, tags, chance),
         "tags": tag_rates([tagged for j in ranked for tagged in j["tags"]], tags),
         "answers": sum(len(j["ranks"]) for j in ranked),
     }
 
 
-def labellers(judgements: list[dict]) -> list[dict]:
-    """For each labeller: rankings, skipped prompts, median seconds, and the share of pairs left as ties."""
+def labellers(judgements: list[dict], taus: dict, chance: np.random.Generator) -> list[dict]:
+    """For each labeller: how much, how fast, how decided, and whether they agree with the others.
+
+    `seconds` is the median of a ranking; `ties` the share of pairs left equal; `as_shown` the share of rankings that
+    leave the answers in the order in which they were shown, and `as_shown_by_chance` what guessing would give; `hasty`
+    counts rankings made faster than `FASTEST` characters a second; `tau` is the mean agreement with others over the
+    prompts that somebody else ranked too, with its interval over these prompts.
+    """
     out = []
     for name in sorted({j["labeller"] for j in judgements}):
         mine = [j for j in judgements if j["labeller"] == name]
         ranked = [j for j in mine if j["ranks"] is not None]
         pairs = [a == b for j in ranked for a, b in itertools.combinations(j["ranks"], 2)]
+        seconds = [j["seconds"] for j in ranked if j["seconds"]]
+        shown = [[j["ranks"][i] for i in shuffled(j, j["item"], name)] for j in ranked]
+        kept = [ranks == sorted(set(ranks)) for ranks in shown]
+        per_prompt: dict[str, list[float]] = {}
+        for (item, a, b), tau in taus.items():
+            if name in (a, b) and tau is not None:
+                per_prompt.setdefault(item, []).append(tau)
+        means = [float(np.mean(values)) for values in per_prompt.values()]
         out.append(
             {
                 "name": name,
                 "rankings": len(ranked),
                 "skipped": len(mine) - len(ranked),
-                "seconds": statistics.median(j["seconds"] for j in ranked) if ranked else None,
+                "seconds": statistics.median(seconds) if seconds else None,
+                "hasty": sum(_hasty(j) for j in ranked),
                 "ties": sum(pairs) / len(pairs) if pairs else None,
+                "as_shown": sum(kept) / len(kept) if kept else None,
+                "as_shown_by_chance": float(np.mean([1 / math.factorial(len(r)) for r in shown])) if shown else None,
+                "compared": len(means),
+                "tau": float(np.mean(means)) if means else None,
+                "tau_interval": _mean_interval(means, chance),
             }
         )
     return out
 
 
-def agreement(ranked: list[dict], chance: np.random.Generator) -> dict:
+def agreement(ranked: list[dict], taus: dict, chance: np.random.Generator) -> dict:
     """`pairs`: tau-b and same-order share for every two labellers with common prompts; `alpha` over all labellers."""
-    by_item: dict[str, dict[str, list[int]]] = {}
-    for j in ranked:
-        by_item.setdefault(j["item"], {})[j["labeller"]] = j["ranks"]
-    names, pairs = sorted({j["labeller"] for j in ranked}), []
-    for a, b in itertools.combinations(names, 2):
-        common = [(ranks[a], ranks[b]) for ranks in by_item.values() if a in ranks and b in ranks]
-        taus = [tau for x, y in common if (tau := kendall_tau_b(x, y)) is not None]
+    by_item, pairs = _by_item(ranked), []
+    for a, b in itertools.combinations(sorted({j["labeller"] for j in ranked}), 2):
+        common = [(group[a]["ranks"], group[b]["ranks"]) for group in by_item.values() if a in group and b in group]
+        known = [tau for (_, x, y), tau in taus.items() if (x, y) == (a, b) and tau is not None]
         signs = [s for x, y in common for s in _pair_signs(x, y) if s[0] and s[1]]
         if common:
             pairs.append(
                 {
                     "labellers": [a, b],
                     "prompts": len(common),
-                    "tau": float(np.mean(taus)) if taus else None,
-                    "interval": _percentiles(_resample(np.array(taus), chance)) if len(taus) > 1 else None,
+                    "tau": float(np.mean(known)) if known else None,
+                    "interval": _mean_interval(known, chance),
                     "same_order": sum(x == y for x, y in signs) / len(signs) if signs else None,
                 }
             )
     units = [
         list(values)
-        for ranks in by_item.values()
-        if len(ranks) > 1
-        for values in zip(*(positions(r) for r in ranks.values()))
+        for group in by_item.values()
+        if len(group) > 1
+        for values in zip(*(positions(j["ranks"]) for j in group.values()))
     ]
     return {"pairs": pairs, "alpha": krippendorff_alpha(units)}
+
+
+def second_look(judgements: list[dict], taus: dict) -> list[dict]:
+    """Prompts whose judgements somebody should look at again, most reasons first: `item`, `prompt`, `reasons`."""
+    found: dict[str, list[tuple[float, str]]] = {}
+    note = lambda item, weight, reason: found.setdefault(item, []).append((weight, reason))
+    for (item, a, b), tau in taus.items():
+        if tau is not None and tau < 0:
+            note(item, 2 - tau, f"{a} and {b} put the answers in different orders (τ {tau:.2f})".replace("-", "−"))
+    for item, group in _by_item(judgements).items():
+        skipped = [name for name, j in group.items() if j["ranks"] is None]
+        if skipped:
+            others = "" if len(skipped) == len(group) else ", others ranked it"
+            note(item, 1 if others else 0.5, f"skipped by {' and '.join(skipped)}{others}")
+        for name, j in group.items():
+            if j["ranks"] is None:
+                continue
+            tagged = [(rank, tags) for rank, tags in zip(j["ranks"], j["tags"]) if tags]
+            clean = [rank for rank, tags in zip(j["ranks"], j["tags"]) if not tags]
+            if tagged and clean and min(tagged)[0] < min(clean):
+                note(item, 2, f"{name} put an answer tagged {', '.join(min(tagged)[1])} above all without a tag")
+            if len(set(j["ranks"])) == 1:
+                note(item, 1, f"{name} left all answers tied")
+            if _hasty(j):
+                note(item, 1.5, f"{name} took {j['seconds']:.3g} s for {_characters(j):,} characters")
+    prompts = {j["item"]: j["prompt"] for j in judgements}
+    order = sorted(found, key=lambda item: -sum(weight for weight, _ in found[item]))[:MOST_LOOKS]
+    return [
+        {
+            "item": item,
+            "prompt": _excerpt(prompts[item]),
+            "reasons": [reason for _, reason in sorted(found[item])[::-1]],
+        }
+        for item in order
+    ]
+
+
+def _by_item(judgements: list[dict]) -> dict[str, dict[str, dict]]:
+    """item -> labeller -> judgement."""
+    by: dict[str, dict[str, dict]] = {}
+    for j in judgements:
+        by.setdefault(j["item"], {})[j["labeller"]] = j
+    return by
+
+
+def _taus(ranked: list[dict]) -> dict[tuple[str, str, str], float | None]:
+    """(item, labeller, other labeller) -> tau-b of their rankings; the names in order."""
+    return {
+        (item, a, b): kendall_tau_b(group[a]["ranks"], group[b]["ranks"])
+        for item, group in _by_item(ranked).items()
+        for a, b in itertools.combinations(sorted(group), 2)
+    }
+
+
+def _characters(judgement: dict) -> int:
+    prompt = judgement["prompt"]
+    read = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+    return sum(map(len, [*read, *dict.fromkeys(judgement["completions"])]))
+
+
+def _hasty(judgement: dict) -> bool:
+    return bool(judgement["seconds"]) and _characters(judgement) > FASTEST * judgement["seconds"]
+
+
+def _excerpt(prompt, most: int = 160) -> str:
+    text = " ".join((prompt if isinstance(prompt, str) else prompt[-1]["content"]).split())
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _pair_signs(x: list[float], y: list[float]) -> list[tuple[int, int]]:
@@ -90,9 +181,10 @@ def _pair_signs(x: list[float], y: list[float]) -> list[tuple[int, int]]:
 
 def kendall_tau_b(x: list[float], y: list[float]) -> float | None:
     """Rank correlation in [-1, 1] of two rankings (K,) with ties; None where one of them is all ties."""
-    signs = _pair_signs(x, y)
-    size = math.sqrt(sum(a != 0 for a, _ in signs) * sum(b != 0 for _, b in signs))
-    return sum(a * b for a, b in signs) / size if size else None
+    from scipy.stats import kendalltau  # late: its import takes longer than to serve the page
+
+    tau = kendalltau(x, y).statistic
+    return None if math.isnan(tau) else float(tau)
 
 
 def positions(ranks: list[int]) -> list[float]:
@@ -139,6 +231,7 @@ def models(ranked: list[dict], tags: list[str], chance: np.random.Generator) -> 
             answers[model].append((tagged, position))
     if not wins.any():
         return [_model(name, answers[name], tags) for name in names]
+    # By hand and not by scipy.stats.bootstrap: one draw of prompts serves both figures of all models, so they are paired.
     drawn = chance.multinomial(len(place), np.full(len(place), 1 / len(place)), RESAMPLES)  # how often each prompt
     total, resampled = wins.sum(0), np.tensordot(drawn, wins, 1)
     elo, rate = elo_scale(bradley_terry(total + TIE)), win_rates(total)
@@ -200,8 +293,14 @@ def tag_rates(answers: list[list[str]], tags: list[str]) -> dict[str, float]:
     return {tag: sum(tag in tagged for tagged in answers) / len(answers) for tag in tags} if answers else {}
 
 
-def _resample(values: np.ndarray, chance: np.random.Generator) -> np.ndarray:
-    return values[chance.integers(0, len(values), (RESAMPLES, len(values)))].mean(1)
+def _mean_interval(values: list[float], chance: np.random.Generator) -> list[float] | None:
+    """95 % percentile bootstrap interval of the mean; None of fewer than two values."""
+    from scipy.stats import bootstrap  # late: as above
+
+    if len(values) < 2:
+        return None
+    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", vectorized=True, rng=chance)
+    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
 
 
 def _percentiles(values: np.ndarray) -> list[float] | None:

@@ -7,16 +7,19 @@ indexes hold these rules even when two servers use the same file.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 from pipelines import errors, files
 from pipelines.data import sources
@@ -26,17 +29,19 @@ from pipelines.errors import SetupError
 TAGS = ("inappropriate", "irrelevant", "inaccurate")  # inappropriate language, irrelevance, factual inaccuracy
 MOST = 9  # answers to one prompt: each place has a digit key
 SHOWN = 5  # broken rows named in an error
+WAIT = 5.0  # seconds to wait for another program that holds the file
 
 # DELETE and EXTRA: a commit has reached the disk, its directory entry too, before `commit` returns. WAL would be faster
 # but does not work on the network file systems of clusters.
-SCHEMA = """
+PRAGMAS = """
 PRAGMA journal_mode = DELETE;
 PRAGMA synchronous = EXTRA;
-PRAGMA busy_timeout = 10000;
 PRAGMA foreign_keys = ON;
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS items (number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, row TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS judgements (
+"""
+SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE items (number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, row TEXT NOT NULL);
+CREATE TABLE judgements (
   number INTEGER PRIMARY KEY,
   id TEXT NOT NULL UNIQUE,
   item TEXT NOT NULL REFERENCES items (key),
@@ -48,30 +53,36 @@ CREATE TABLE IF NOT EXISTS judgements (
   UNIQUE (id, item, labeller),
   FOREIGN KEY (replaces, item, labeller) REFERENCES judgements (id, item, labeller)
 );
-CREATE UNIQUE INDEX IF NOT EXISTS one_first ON judgements (item, labeller) WHERE replaces IS NULL;
-CREATE VIEW IF NOT EXISTS current AS
+CREATE UNIQUE INDEX one_first ON judgements (item, labeller) WHERE replaces IS NULL;
+CREATE VIEW current AS
   SELECT * FROM judgements j WHERE NOT EXISTS (SELECT 1 FROM judgements k WHERE k.replaces = j.id);
 """
+PARTS = {"meta", "items", "judgements", "current"}
 
-Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=64)]
+# Everything a browser sends: type and range. No half surrogates anywhere: pydantic takes text that is Unicode only.
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=64, pattern=r"^\P{Cc}+$")]
 Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{8,64}$")]
+Key = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{20}$")]
 Text = Annotated[str, StringConstraints(max_length=100_000)]
+Rank = Annotated[int, Field(ge=1, le=MOST)]
 
 
 class Judgement(BaseModel):
     """What one labeller thinks of the K answers to one prompt; `ranks` is None where the prompt was skipped."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     id: Id
-    item: str
+    item: Key
     labeller: Name
     replaces: Id | None = None  # the judgement that this one corrects
-    ranks: list[Annotated[int, Field(ge=1)]] | None  # (K,) 1 is best, ties share a number
-    tags: list[list[Name]]  # (K,) what is wrong with each answer
+    ranks: Annotated[list[Rank], Field(min_length=2, max_length=MOST)] | None  # (K,) 1 is best, ties share a number
+    tags: Annotated[  # (K,) what is wrong with each answer
+        list[Annotated[list[Name], Field(max_length=100)]], Field(min_length=2, max_length=MOST)
+    ]
     note: Text = ""
     ideal: Text = ""  # the answer that the labeller would have given
-    seconds: Annotated[float, Field(ge=0)] = 0.0  # time spent on it
+    seconds: Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)] = 0.0  # time spent on it
 
     @model_validator(mode="after")
     def _close_gaps(self):
@@ -82,6 +93,10 @@ class Judgement(BaseModel):
     def content(self) -> str:
         """What was judged, as canonical JSON: equal for equal judgements."""
         return self.model_dump_json(include={"ranks", "tags", "note", "ideal"})
+
+
+class StoreError(SetupError):
+    """The file of judgements cannot be used now: gone, empty, another one, locked, damaged, no room. Nothing was written."""
 
 
 class Conflict(ValueError):
@@ -141,22 +156,82 @@ def _row(raw: dict) -> dict:
 
 
 class Store:
-    """Prompts and judgements in the SQLite file `path`, made where there is none, readable by its owner only."""
+    """Prompts and judgements in the SQLite file `path`, made where there is none, readable by its owner only.
+
+    Every call opens the file anew and looks whether it still is the one of the first call: a file that is moved away,
+    emptied or replaced meanwhile is a `StoreError`, and a judgement is never written into a file without a name. Any
+    thread may call.
+    """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self.token = Path(path), ""
+        if not self.path.exists():
+            self._make()
+        with self._open() as db:
+            damage = [row[0] for row in db.execute("PRAGMA quick_check(3)")]
+            # The token is kept: a page that is open when the server dies goes on when the server is back.
+            token = db.execute("SELECT value FROM meta WHERE name = 'token'").fetchone()
+        if damage != ["ok"] or token is None:
+            raise StoreError(
+                f"{self.path}: this store of judgements is damaged ({'; '.join(damage) if damage != ['ok'] else 'no token'}). "
+                f"Put a copy of it back, or read out what is left: sqlite3 {self.path} .recover | sqlite3 mended.db"
+            )
+        self.token: str = token[0]
+
+    def _make(self) -> None:
+        """The file appears under its name with its tables and token inside, or not at all."""
+        fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         try:
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # it holds the page's token
-            # One connection for all threads: SQLite is built to serialise it, and every use here is one short call.
-            self.db = sqlite3.connect(self.path, check_same_thread=False)
-            self.db.row_factory = sqlite3.Row
-            self.db.executescript(SCHEMA)
-            with self.db:
-                self.db.execute("INSERT OR IGNORE INTO meta VALUES ('token', ?)", [secrets.token_hex(16)])
-        except (OSError, sqlite3.DatabaseError) as error:
-            raise SetupError(f"{self.path}: cannot be used as a store of judgements: {error}") from error
-        # The token is kept: a page that is open when the server dies goes on when the server is back.
-        self.token: str = self.db.execute("SELECT value FROM meta WHERE name = 'token'").fetchone()[0]
+            os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))  # it holds the page's token
+            with contextlib.closing(sqlite3.connect(fresh)) as db, db:
+                db.executescript(PRAGMAS + SCHEMA)
+                db.execute("INSERT INTO meta VALUES ('token', ?)", [secrets.token_hex(16)])
+            with contextlib.suppress(FileExistsError):  # another server made it in the same moment
+                os.link(fresh, self.path)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"{self.path}: cannot be made as a store of judgements: {error}") from error
+        finally:
+            fresh.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """A connection for one call, committed at its end. Raises `StoreError` for whatever is wrong with the file."""
+        try:
+            if not self.path.is_file():
+                raise StoreError(
+                    f"{self.path}: the store of judgements is gone: moved, renamed or deleted. Put it back; "
+                    "what was saved is in it."
+                )
+            if self.path.stat().st_size == 0:
+                raise StoreError(
+                    f"{self.path}: the store of judgements is empty (0 bytes). Something cut it short: put a copy of it "
+                    "back, or delete the file to begin anew."
+                )
+            address = f"file:{quote(str(self.path.absolute()))}?mode=rw"  # never makes a file
+            with contextlib.closing(sqlite3.connect(address, uri=True, timeout=WAIT)) as db, db:
+                db.row_factory = sqlite3.Row
+                db.executescript(PRAGMAS)
+                self._check(db)
+                yield db
+        except sqlite3.IntegrityError:
+            raise  # a rule of the tables, for `save`
+        except (OSError, sqlite3.Error) as error:
+            told = "another program holds it locked" if "locked" in str(error) else str(error)
+            raise StoreError(f"{self.path}: the store of judgements cannot be used now: {told}.") from error
+
+    def _check(self, db: sqlite3.Connection) -> None:
+        names = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+        if not names >= PARTS:
+            found = ", ".join(sorted(names)[:5]) or "nothing"
+            raise StoreError(
+                f"{self.path}: a database of something else (it holds {found}), not a store of judgements."
+            )
+        token = db.execute("SELECT value FROM meta WHERE name = 'token'").fetchone()
+        if self.token and (token is None or token[0] != self.token):
+            raise StoreError(
+                f"{self.path}: another store of judgements than at the start of this server lies here. Put the right one "
+                "back, or restart the server."
+            )
 
     def add(self, rows: list[dict]) -> list[str]:
         """Take in rows of `read_rows`; returns their keys, in order, equal rows once. A row already known is kept."""
@@ -165,22 +240,30 @@ class Store:
             same = [row["prompt"], row["completions"], row.get("models")]
             key = hashlib.blake2b(json.dumps(same).encode(), digest_size=10).hexdigest()
             keys.setdefault(key, row)
-        with self.db:
+        with self._open() as db:
             for key, row in keys.items():
-                self.db.execute("INSERT OR IGNORE INTO items (key, row) VALUES (?, ?)", [key, json.dumps(row)])
+                db.execute("INSERT OR IGNORE INTO items (key, row) VALUES (?, ?)", [key, json.dumps(row)])
         return list(keys)
 
     def add_tags(self, tags: list[str]) -> list[str]:
         """Tags accumulate, so that an older judgement can always be shown and corrected; returns all of them."""
-        known = self.db.execute("SELECT value FROM meta WHERE name = 'tags'").fetchone()
-        merged = list(dict.fromkeys([*(json.loads(known[0]) if known else TAGS), *tags]))
-        with self.db:
-            self.db.execute("INSERT OR REPLACE INTO meta VALUES ('tags', ?)", [json.dumps(merged)])
+        for tag in tags:
+            try:
+                TypeAdapter(Name).validate_python(tag)
+            except ValidationError:
+                raise SetupError(
+                    f"--tags: {tag!a} cannot be a tag: at most 64 characters, no control characters"
+                ) from None
+        with self._open() as db:
+            known = db.execute("SELECT value FROM meta WHERE name = 'tags'").fetchone()
+            merged = list(dict.fromkeys([*(json.loads(known[0]) if known else TAGS), *tags]))
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('tags', ?)", [json.dumps(merged)])
         return merged
 
     def item(self, key: str) -> dict | None:
         """The row with this key."""
-        found = self.db.execute("SELECT row FROM items WHERE key = ?", [key]).fetchone()
+        with self._open() as db:
+            found = db.execute("SELECT row FROM items WHERE key = ?", [key]).fetchone()
         return json.loads(found[0]) if found else None
 
     def save(self, judgement: Judgement) -> None:
@@ -190,37 +273,41 @@ class Store:
         """
         j, content = judgement, judgement.content()
         try:
-            with self.db:
-                self.db.execute(
+            with self._open() as db:
+                db.execute(
                     "INSERT INTO judgements (id, item, labeller, replaces, content, seconds, saved_at) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?)",
                     [j.id, j.item, j.labeller, j.replaces, content, j.seconds, files.now()],
                 )
         except sqlite3.IntegrityError:
-            known = self.db.execute("SELECT * FROM judgements WHERE id = ?", [j.id]).fetchone()
+            with self._open() as db:
+                known = db.execute("SELECT * FROM judgements WHERE id = ?", [j.id]).fetchone()
             if known is None or (known["item"], known["labeller"], known["content"]) != (j.item, j.labeller, content):
                 raise Conflict(self.current(j.item, j.labeller)) from None
 
     def current(self, item: str, labeller: str) -> dict | None:
         """The judgement of a labeller that stands for a prompt: id, ranks, tags, note, ideal, seconds."""
-        found = self.db.execute("SELECT * FROM current WHERE item = ? AND labeller = ?", [item, labeller]).fetchone()
+        with self._open() as db:
+            found = db.execute("SELECT * FROM current WHERE item = ? AND labeller = ?", [item, labeller]).fetchone()
         return _judgement(found) if found else None
 
     def history(self, labeller: str) -> list[dict]:
         """The standing judgements of a labeller, in the order in which the prompts were first judged."""
-        found = self.db.execute(
-            "SELECT c.* FROM current c JOIN judgements f ON f.item = c.item AND f.labeller = c.labeller "
-            "AND f.replaces IS NULL WHERE c.labeller = ? ORDER BY f.number",
-            [labeller],
-        )
+        with self._open() as db:
+            found = db.execute(
+                "SELECT c.* FROM current c JOIN judgements f ON f.item = c.item AND f.labeller = c.labeller "
+                "AND f.replaces IS NULL WHERE c.labeller = ? ORDER BY f.number",
+                [labeller],
+            ).fetchall()
         return [_judgement(row) for row in found]
 
     def judgements(self) -> Iterator[dict]:
         """Every standing judgement with its prompt, completions, models and id, by prompt and then labeller."""
-        found = self.db.execute(
-            "SELECT c.*, i.row FROM current c JOIN items i ON i.key = c.item ORDER BY i.number, c.labeller"
-        )
-        for row in found.fetchall():
+        with self._open() as db:
+            found = db.execute(
+                "SELECT c.*, i.row FROM current c JOIN items i ON i.key = c.item ORDER BY i.number, c.labeller"
+            ).fetchall()
+        for row in found:
             yield json.loads(row["row"]) | _judgement(row)
 
     def rankings(self) -> Iterator[dict]:
@@ -238,10 +325,23 @@ class Store:
 
     def labellers(self) -> list[str]:
         """Everybody who has judged something, in order of arrival."""
-        found = self.db.execute("SELECT labeller FROM judgements GROUP BY labeller ORDER BY min(number)")
+        with self._open() as db:
+            found = db.execute("SELECT labeller FROM judgements GROUP BY labeller ORDER BY min(number)").fetchall()
         return [row[0] for row in found]
+
+    def ranked_by(self) -> dict[str, set[str]]:
+        """For every prompt that somebody has ranked (not skipped) who did."""
+        with self._open() as db:
+            found = db.execute("SELECT item, labeller, content FROM current").fetchall()
+        by: dict[str, set[str]] = {}
+        for row in found:
+            if json.loads(row["content"])["ranks"] is not None:
+                by.setdefault(row["item"], set()).add(row["labeller"])
+        return by
 
 
 def _judgement(row: sqlite3.Row) -> dict:
-    kept = {name: row[name] for name in ("item", "labeller", "seconds", "saved_at")}
+    kept = {name: row[name] for name in ("item", "labeller", "saved_at")}
+    # Older versions took any number of seconds; what is no length of time is not known.
+    kept["seconds"] = row["seconds"] if isinstance(row["seconds"], float) and math.isfinite(row["seconds"]) else None
     return kept | json.loads(row["content"]) | {"judgement": row["id"]}

@@ -33,6 +33,11 @@ def judged(item, number=1, labeller="Ann", **more):
     return Judgement(id=f"judgement-{number}", item=item, labeller=labeller, **given)
 
 
+def count(store):
+    with store._open() as db:
+        return db.execute("SELECT count(*) FROM judgements").fetchone()[0]
+
+
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "x.rankings.db")
@@ -42,8 +47,9 @@ def store(tmp_path):
 
 
 def test_a_commit_waits_for_the_disk_and_the_file_is_private(store):
-    assert store.db.execute("PRAGMA synchronous").fetchone()[0] == 3  # EXTRA
-    assert store.db.execute("PRAGMA journal_mode").fetchone()[0] == "delete"
+    with store._open() as db:
+        assert db.execute("PRAGMA synchronous").fetchone()[0] == 3  # EXTRA
+        assert db.execute("PRAGMA journal_mode").fetchone()[0] == "delete"
     assert store.path.stat().st_mode & 0o777 == 0o600
     assert Store(store.path).token == store.token and len(store.token) == 32
 
@@ -52,7 +58,7 @@ def test_the_same_judgement_twice_is_stored_once(store):
     key = store.add(ROWS)[0]
     store.save(judged(key))
     store.save(judged(key, seconds=9))  # the page tries again after a lost reply
-    assert store.db.execute("SELECT count(*) FROM judgements").fetchone()[0] == 1
+    assert count(store) == 1
     with pytest.raises(Conflict) as conflict:
         store.save(judged(key, ranks=[3, 2, 1]))  # the same id for something else
     assert conflict.value.current["ranks"] == [1, 2, 3]
@@ -65,7 +71,7 @@ def test_a_correction_replaces_and_the_history_stays(store):
     store.save(judged(key, 3, replaces="judgement-1", ranks=[2, 1, 1], note="better"))
     assert store.current(key, "Ann")["ranks"] == [2, 1, 1]
     assert [j["item"] for j in store.history("Ann")] == [key, other]  # the order of the first judgements
-    assert store.db.execute("SELECT count(*) FROM judgements").fetchone()[0] == 3
+    assert count(store) == 3
     store.save(judged(key, 1))  # a late copy of the first one changes nothing
     assert store.current(key, "Ann")["note"] == "better"
 
@@ -141,7 +147,7 @@ def test_mistakes_are_said(write, tmp_path, capsys, monkeypatch):
     assert __main__.main(["rank", path, "--export", str(tmp_path / "y.jsonl")]) == 2
     assert "no judgements yet" in capsys.readouterr().err
     assert __main__.main(["rank", path, "--store", write("no.db", "this is not a database, it is a text" * 50)]) == 2
-    assert "cannot be used as a store" in capsys.readouterr().err
+    assert "file is not a database" in capsys.readouterr().err
     taken = rank._listen(0)
     assert __main__.main(["rank", path, "--no-browser", "--port", str(taken.getsockname()[1])]) == 2
     assert "--port" in capsys.readouterr().err
@@ -174,12 +180,12 @@ def send(client, item, number=1, labeller="Ann", **more):
     return client.post("api/judgement", json={"id": f"judgement-{number}", "item": item, "labeller": labeller, **given})
 
 
-def test_answers_are_blind_and_shuffled_for_each_labeller(client):
-    orders = set()
+def test_answers_are_blind_and_shuffled_for_each_labeller(client, store):
+    orders, key = set(), store.add(ROWS)[0]
     for n in range(12):
-        shown = ask(client, labeller=f"labeller {n}")
+        shown = ask(client, labeller=f"labeller {n}", item=key)
         assert sorted(shown["answers"]) == ["2", "3", "two, silly"]
-        assert shown == ask(client, labeller=f"labeller {n}")  # the same after a reload
+        assert shown == ask(client, labeller=f"labeller {n}", item=key)  # the same after a reload
         assert "policy" not in json.dumps(shown) and "sft" not in json.dumps(shown)
         orders.add(tuple(shown["answers"]))
     assert len(orders) > 2
@@ -187,7 +193,7 @@ def test_answers_are_blind_and_shuffled_for_each_labeller(client):
 
 def test_ranks_and_tags_come_back_to_the_answers_they_were_given(client, store):
     for n in range(6):  # six labellers, six orders
-        shown = ask(client, labeller=f"labeller {n}")
+        shown = ask(client, labeller=f"labeller {n}", item=store.add(ROWS)[0])
         rank_of, tag_of = {"2": 1, "two, silly": 2, "3": 2}, {"2": [], "two, silly": ["too_long"], "3": ["inaccurate"]}
         reply = send(
             client, shown["item"], n, f"labeller {n}",
@@ -229,7 +235,7 @@ def test_every_prompt_once_then_done_and_back(client, store):
     assert end["progress"] == {"total": 3, "judged": 3, "skipped": 1, "an_hour": None}
     middle = ask(client, item=keys[1])
     assert (middle["back"], middle["forward"]) == (keys[0], keys[2]) and middle["judgement"]["ranks"] is None
-    assert ask(client, labeller="Ben")["item"] == keys[0]
+    assert ask(client, labeller="Ben")["item"] == keys[1]  # who comes second begins half way
 
 
 def test_two_tabs_of_a_labeller_get_different_prompts(client, store):
@@ -343,7 +349,8 @@ def test_bradley_terry_closed_form_and_fixed_point():
 
 
 def ranking(item, ranks, models, labeller="Ann", tags=None):
-    more = {"seconds": 10.0, "ideal": "", "tags": tags or [[] for _ in ranks]}
+    more = {"seconds": 10.0, "ideal": "", "tags": tags or [[] for _ in ranks], "prompt": "which?"}
+    more["completions"] = [f"answer {n}" for n in range(len(ranks))]
     return {"item": item, "labeller": labeller, "ranks": ranks, "models": models, **more}
 
 
@@ -429,5 +436,5 @@ def test_a_killed_server_has_everything_and_comes_back_at_the_same_address(write
 
 
 def test_the_verb_needs_no_torch():
-    code = "import sys, pipelines.commands.rank as r, pipelines.feedback.results; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipelines.commands.rank, pipelines.feedback.results, pipelines.feedback.server; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

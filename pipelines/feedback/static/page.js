@@ -46,9 +46,9 @@ async function call(path, body) {
         $("banner").hidden = true;
         return { ok: response.ok, code: response.status, data };
       }
-      trouble = `The server failed (${response.status}).`;
+      trouble = response.status === 503 ? (await response.json()).detail : `The server failed (${response.status}).`;
     } catch (error) {
-      if (!(error instanceof TypeError)) throw error; // fetch's way to say that there was no answer
+      if (!(error instanceof TypeError || error instanceof SyntaxError)) throw error; // no answer, or half of one
       trouble = "The server does not answer.";
     }
     $("banner").textContent = `${trouble} ${body ? "This is not saved yet. It" : "Your work"} is kept in this browser; trying again …`;
