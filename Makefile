@@ -13,7 +13,7 @@ LAUNCH ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU || echo --config_file 
 
 demo: $(VENV)/.ready
 	$(BIN)/accelerate launch $(LAUNCH) -m pipelines recipes/demo.yaml
-	$(BIN)/python data/judge.py runs/demo
+	$(BIN)/python data/bay/judge.py runs/demo
 
 # Half of a test's time is waiting (launches, imports): two side by side, those of one file one after the other.
 test: $(VENV)/.ready

@@ -31,7 +31,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rankings", type=Path, default=ROOT / "data/rankings.jsonl.gz", help="prompt, completions, ranks"
+        "--rankings", type=Path, default=ROOT / "data/bay/rankings.jsonl.gz", help="prompt, completions, ranks"
     )
     parser.add_argument("--batch", type=int, default=16, help="rankings per step")
     parser.add_argument("--steps", type=int, default=20)

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md: memory, traffic and time as the model and the world grow, from `plan`'s formulae.
+"""The tables of docs/planning.md: memory, traffic and time as the model and the world grow, from `plan`'s formulae.
 
     python benchmarks/scaling.py
 

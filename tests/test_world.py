@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parents[1] / "data" / "bay"
 spec = importlib.util.spec_from_file_location("world", DATA / "world.py")
 world = importlib.util.module_from_spec(spec)
 sys.modules["world"] = world
@@ -50,7 +50,7 @@ def made(tmp_path_factory):
 def test_committed_files_are_what_the_script_makes(made):
     folder, counts = made
     for name in counts:
-        assert read(name) == read(name, folder), f"{name}: run `python data/world.py make`"
+        assert read(name) == read(name, folder), f"{name}: run `python data/bay/world.py make`"
         assert len(rows(name)) == counts[name]
 
 

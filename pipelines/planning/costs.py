@@ -209,7 +209,7 @@ def traffic(
     scatter them, as in the paper, is half of that), ZeRO-2 those of every micro-batch. ZeRO-3 and FSDP2 gather weights
     for every forward and again for every backward, and scatter the gradients of every micro-batch. What stays gathered
     from the forward to the backward goes once: in FSDP2 all that lies `outside` the blocks, in ZeRO-3 as much as
-    `ZERO_LIVE`. Checked in runs: docs/scaling.md.
+    `ZERO_LIVE`. Checked in runs: docs/planning.md.
     """
     ring = (world - 1) / world
     if strategy in ("single", "ddp"):

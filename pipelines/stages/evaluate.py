@@ -6,7 +6,7 @@
         models: [stage:sft, stage:policy]             # win rates and differences: later ones over earlier ones
         text: validation.jsonl                        # perplexity, bits per byte
         pairs: heldout_pairs.jsonl                    # BLEU, chrF, ROUGE of what they write
-        tasks: [data/tasks/bay_quiz.yaml]             # lm-eval: task files, or names of its own tasks
+        tasks: [data/bay/tasks/bay_quiz.yaml]             # lm-eval: task files, or names of its own tasks
         shots: 2
         prompts: heldout_prompts.jsonl                # every model answers them,
         judge: stage:reward                           # and this judges: a reward model, or module:function

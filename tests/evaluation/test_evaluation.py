@@ -368,7 +368,7 @@ def test_generation_of_an_encoder_decoder_with_its_prefix(write, tiny_t5):
 def test_the_demos_tasks_ask_what_no_stage_asks_and_are_what_the_script_makes(tmp_path):
     import random
 
-    folder = Path(__file__).parents[2] / "data" / "tasks"
+    folder = Path(__file__).parents[2] / "data" / "bay" / "tasks"
     sys.path.insert(0, str(folder))
     import make
 

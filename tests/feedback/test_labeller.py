@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).parents[2] / "data"
+DATA = Path(__file__).parents[2] / "data" / "bay"
 sys.path.insert(0, str(DATA))
 
 import labeller  # noqa: E402

@@ -351,7 +351,7 @@ def test_rows_that_an_earlier_stage_will_write_are_left_out_and_said(tiny_gpt2, 
     stages = {
         "samples": {"kind": "sample", "sample": {"models": [str(tiny_gpt2)]},
                     "data": {"train": write("prompts.jsonl", [{"prompt": "the cat"}] * 4)}},
-        "rankings": {"kind": "rank", "rank": {"labeller": "data.labeller:script_labeller"},
+        "rankings": {"kind": "rank", "rank": {"labeller": "data.bay.labeller:script_labeller"},
                      "data": {"train": "stage:samples/samples.jsonl"}},
         "judge": {"kind": "reward", "model": {"model_name_or_path": str(tiny_gpt2)},
                   "data": {"train": [write("rows.jsonl", rows), "stage:rankings/rankings.jsonl"]}},

@@ -1,6 +1,6 @@
 """Writes the questions of the two lm-eval tasks here, from the demo world: the same bytes each time.
 
-    python data/tasks/make.py
+    python data/bay/tasks/make.py
 
 bay_grammar.yaml  minimal pairs as in BLiMP (Warstadt et al. 2020, https://arxiv.org/abs/1912.00582): a sentence of the
                   Bay's language and the same with one mistake; is the right one the likelier? Zero-shot.

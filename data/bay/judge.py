@@ -1,6 +1,6 @@
 """Lets stages of a run answer prompts that no stage saw, and the world's oracle judge the answers.
 
-    python data/judge.py runs/demo [--stages base sft policy] [--samples 4] [--show 10]
+    python data/bay/judge.py runs/demo [--stages base sft policy] [--samples 4] [--show 10]
 
 The oracle knows the facts of the invented world. It evaluates; nothing is ever trained on it. Shares are given with a
 95 % bootstrap interval over the prompts, the same prompts for every stage.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import world  # noqa: E402  beside this file
 

@@ -1,7 +1,7 @@
 """Pennywhistle Bay: a small invented world, the demo data written from it, an oracle that knows the facts.
 
-    python data/world.py make              writes every data file of this folder, the same bytes each time
-    python data/world.py judge FILE.jsonl  grades rows {"prompt", "completion"}: rates and mean score
+    python data/bay/world.py make              writes every data file of this folder, the same bytes each time
+    python data/bay/world.py judge FILE.jsonl  grades rows {"prompt", "completion"}: rates and mean score
 
 Nothing here comes from anywhere but this file: some lists of words, some sentence patterns, one seed. As a
 program knows every fact of the Bay, it can write a corpus, ask questions, answer them well or badly on
@@ -1042,7 +1042,7 @@ def parse_question(prompt: str) -> Query:
             return Query(form, entity[e], name, entity.get(v, v), entity.get(o, ""))
     raise ValueError(
         f"not a question about Pennywhistle Bay: {prompt!r}. Give the bare prompt, as it stands "
-        "in data/prompts.jsonl, without chat template or earlier turns."
+        "in data/bay/prompts.jsonl, without chat template or earlier turns."
     )
 
 

@@ -1,6 +1,6 @@
 """Writes translation.jsonl: sentences and what they are in Velm, a language invented here (verb last, adjective after).
 
-    python data/translation.py
+    python data/bay/translation.py
 
 Velm has no articles. A noun takes -en in the plural and its adjective follows with the same ending; the place comes
 first; the object precedes the verb, which takes ma- in the past. Made from a seed: the file is always the same.

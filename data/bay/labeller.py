@@ -1,6 +1,6 @@
 """A script that stands in for a person who ranks what models of the demo wrote: for the `rank` stage.
 
-    rank: {labeller: data.labeller:script_labeller}
+    rank: {labeller: data.bay.labeller:script_labeller}
 
 It is no person and no oracle. It looks for a few words, as someone in a hurry does: is the one who was asked about
 named, do the values that are named agree with the facts of the Bay, is there a rude word. It shares the facts and the
@@ -37,7 +37,7 @@ def script_labeller(prompt: str, completions: list[str]) -> tuple[list[int], lis
 
 @cache
 def questions() -> dict[str, world.Query]:
-    """Every training prompt (data/prompts.jsonl and data/prompts_validation.jsonl) and what it asks."""
+    """Every training prompt (data/bay/prompts.jsonl and data/bay/prompts_validation.jsonl) and what it asks."""
     return world.prompts(random.Random(f"{world.SEED}/prompts"), 1100, held_out=False)
 
 
