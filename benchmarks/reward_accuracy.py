@@ -29,7 +29,9 @@ sys.path.insert(0, str(ROOT))
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rankings", default=str(ROOT / "data/bay/rankings.jsonl.gz"), help="prompt, completions, ranks")
+    parser.add_argument(
+        "--rankings", default=str(ROOT / "data/bay/rankings.jsonl.gz"), help="prompt, completions, ranks"
+    )
     parser.add_argument("--rows", type=int, help="only so many rankings")
     parser.add_argument("--batch", type=int, default=16, help="rankings per step")
     parser.add_argument("--epochs", type=int, default=4)
