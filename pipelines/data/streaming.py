@@ -157,10 +157,10 @@ def window(item: dict) -> dict:
 
 
 def packs(context: int, packing: bool):
-    """`build` of examples `(ids, labels, whether it was too long)`, ids None where it is dropped: rows, or best-fit packs."""
+    """`build` of examples `([(ids, labels)], whether one was too long)`, as many as are learned: rows, or best-fit packs."""
 
     def build(rows: list[dict], examples: list[tuple]) -> tuple[list[dict], dict]:
-        kept = [(row["where"], *example[:2]) for row, example in zip(rows, examples) if example[0] is not None]
+        kept = [(row["where"], *sequence) for row, (sequences, _) in zip(rows, examples) for sequence in sequences]
         lengths = [len(ids) for _, ids, _ in kept]
         items = [
             {
@@ -171,7 +171,8 @@ def packs(context: int, packing: bool):
             }
             for pack in (plan_packs(lengths, context) if packing else [[i] for i in range(len(kept))])
         ]
-        counts = {"rows": len(rows), "used": len(kept), "too_long": sum(example[2] for example in examples)}
+        used, long = sum(bool(sequences) for sequences, _ in examples), sum(is_long for _, is_long in examples)
+        counts = {"rows": len(rows), "used": used, "too_long": long}
         return items, counts | ({"packs": len(items)} if packing else {})
 
     return build

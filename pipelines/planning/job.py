@@ -248,22 +248,24 @@ def _sequences(stage, rows: list[dict], tokenizer) -> list[list[list[int]]]:
             return tokenizer(text)["input_ids"]
         return [made.setdefault(text, len(made))] * math.ceil(len(text) / CHARACTERS)
 
-    def chatted(prompt, answer: str) -> list[int]:
+    def chatted(prompt, answer, tools) -> list[int]:
         if tokenizer and tokenizer.chat_template:
-            return sum(chat_template.encode_answer(tokenizer, prompt, answer), [])
-        return tokens(chat_template.as_text(prompt)) + [-1] * TEMPLATE + tokens(answer)
+            return sum(chat_template.encode_answer(tokenizer, prompt, answer, tools), [])
+        return tokens(chat_template.as_text(prompt)) + [-1] * TEMPLATE + tokens(chat_template.as_text(answer))
 
     out = []
     for row in rows:
         if "completions" in row:
-            out.append([chatted(row["prompt"], answer) for answer in row["completions"]])
+            with chat_template.naming(row):
+                out.append([chatted(row["prompt"], answer, row.get("tools")) for answer in row["completions"]])
         elif "completion" in row:
-            out.append([chatted(row["prompt"], row["completion"])])
+            with chat_template.naming(row):
+                out.append([chatted(row["prompt"], row["completion"], row.get("tools"))])
         elif "messages" in row:
             out.append(
-                [chat_template.encode_messages(tokenizer, row["messages"])[0]]
+                [ids for ids, _ in chat_template.encode_row(tokenizer, row)]
                 if tokenizer and tokenizer.chat_template
-                else [[i for m in row["messages"] for i in tokens(m["content"]) + [-1] * TEMPLATE]]
+                else [[i for m in row["messages"] for i in tokens(m.get("content") or "") + [-1] * TEMPLATE]]
             )
         elif stage.kind == "ppo":
             known = tokenizer and tokenizer.chat_template

@@ -204,7 +204,11 @@ def _encode(stage, side: str, rows: list[dict], tags: list[str], tokenizer, cont
     columns, long = {name: [] for name in ("ids", "ranks", "margin", "tags", "row", "where")}, []
     ranked = [row for row in rows if decided(row["ranks"])]
     for row in ranked:
-        encoded = [sum(chat_template.encode_answer(tokenizer, row["prompt"], c), []) for c in row["completions"]]
+        with chat_template.naming(row):
+            read = lambda c, row=row: sum(
+                chat_template.encode_answer(tokenizer, row["prompt"], c, row.get("tools")), []
+            )
+            encoded = [read(answer) for answer in row["completions"]]
         if max(map(len, encoded)) > context:
             long.append(row["where"])
             if too_long == "drop":

@@ -138,42 +138,59 @@ def run(stage) -> dict:
 
 
 def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_long: str) -> list[dict]:
-    """Rows as `{"input_ids", "labels", "where"}`; what exceeds the context is counted, said and recorded."""
+    """Rows as `{"input_ids", "labels", "where"}`, a dialogue as one or several of them.
 
-    out, long = [], []
+    What exceeds the context, has nothing to learn or holds a control token's text is counted, logged and recorded.
+    """
+    out, long, used, split, unlearned, control = [], [], 0, 0, [], []
     for row in rows:
-        ids, labels, is_long = _example(row, tokenizer, context, too_long)
+        sequences, is_long, found = _example(row, tokenizer, context, too_long)
         if is_long:
             long.append(row["where"])
-        if ids is not None:
-            out.append({"input_ids": ids, "labels": labels, "where": row["where"]})
+        elif not sequences:
+            unlearned.append(row["where"])
+        if chat_template.holds_control_text(tokenizer, row):
+            control.append(row["where"])
+        used, split = used + bool(sequences), split + (found > 1)
+        out += [{"input_ids": ids, "labels": labels, "where": row["where"]} for ids, labels in sequences]
+    if len(unlearned) == len(rows):
+        raise errors.DataError(f"{side}: no row has an answer that is to be learned (the first: {unlearned[0]})")
     mixing.report_length(
         stage,
         side,
         len(rows),
-        len(out),
+        used,
         long,
         f"{context} tokens",
         too_long,
         "cut (what held no answer token was dropped)",
     )
-    stage.report[side]["tokens"] = sum(len(row["input_ids"]) for row in out)
+    report = stage.report[side]
+    report["tokens"] = sum(len(row["input_ids"]) for row in out)
+    report["dialogues"] = (
+        f"{split} of {len(rows)} as {chat_template.PER_ANSWER}" if split else chat_template.ONE_SEQUENCE
+    )
+    logger.info("%s: %s", side, report["dialogues"])
+    for key, where, what in (
+        ("nothing_to_learn", unlearned, "have no answer that is to be learned: left out"),
+        ("control_text", control, "hold the text of a control token, which is read as plain text"),
+    ):
+        if where:
+            report[key] = len(where)
+            logger.warning("%s: %d of %d rows %s (the first: %s)", side, len(where), len(rows), what, where[0])
     return out
 
 
-def _example(row: dict, tokenizer, context: int, too_long: str) -> tuple[list[int] | None, list[int] | None, bool]:
-    """`(ids, labels, whether it exceeds the context)`; ids and labels are None where nothing of it can be learned."""
-
-    if "messages" in row:
-        ids, labels = chat_template.encode_messages(tokenizer, row["messages"])
-    else:
-        prompt, answer = chat_template.encode_answer(tokenizer, row["prompt"], row["completion"])
-        ids, labels = prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
-    if len(ids) <= context:
-        return ids, labels, False
-    if too_long == "drop" or all(label == IGNORE_INDEX for label in labels[:context]):
-        return None, None, True
-    return ids[:context], labels[:context], True
+def _example(row: dict, tokenizer, context: int, too_long: str) -> tuple[list[tuple], bool, int]:
+    """`([(ids, labels)], whether any exceeds the context, how many there were)` of what can be learned of a row."""
+    sequences = chat_template.encode_row(tokenizer, row)
+    kept = []
+    for ids, labels in sequences:
+        if len(ids) <= context:
+            kept.append((ids, labels))
+        elif too_long != "drop" and any(label != IGNORE_INDEX for label in labels[:context]):
+            kept.append((ids[:context], labels[:context]))
+    return kept, any(len(ids) > context for ids, _ in sequences), len(sequences)
 
 
 def _encoder(tokenizer, context: int, too_long: str):
@@ -187,7 +204,7 @@ def _encoder(tokenizer, context: int, too_long: str):
         nonlocal said
         out = []
         for row in rows:
-            ids, labels, is_long = _example(row, tokenizer, context, too_long)
+            sequences, is_long, _ = _example(row, tokenizer, context, too_long)
             if is_long and too_long == "error":
                 raise errors.DataError(
                     f"{row['where']}: longer than {context} tokens; set data.too_long to drop or truncate, or raise the length"
@@ -197,8 +214,8 @@ def _encoder(tokenizer, context: int, too_long: str):
                 logger.warning(
                     "rows longer than %d tokens: data.too_long %s (first: %s)", context, too_long, row["where"]
                 )
-            arrays = (None, None) if ids is None else (np.array(ids, np.int32), np.array(labels, np.int32))
-            out.append((*arrays, is_long))
+            arrays = [(np.array(ids, np.int32), np.array(labels, np.int32)) for ids, labels in sequences]
+            out.append((arrays, is_long))
         return out
 
     return encode

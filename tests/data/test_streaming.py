@@ -179,17 +179,17 @@ def test_packs_hold_whole_examples_and_count_what_they_leave_out():
     rows = [{"where": f"r:{i}"} for i in range(4)]
     array = lambda n: np.full(n, n, np.int32)
     examples = [
-        (array(3), -array(3), False),
-        (None, None, True),
-        (array(5), -array(5), True),
-        (array(2), -array(2), False),
+        ([(array(3), -array(3))], False),
+        ([], True),
+        ([(array(5), -array(5))], True),
+        ([(array(2), -array(2)), (array(1), -array(1))], False),  # a dialogue learned from two sequences
     ]
     items, counts = streaming.packs(5, True)(rows, examples)
-    assert sorted(item["seq_lengths"] for item in items) == [[3, 2], [5]]
+    assert sorted(item["seq_lengths"] for item in items) == [[1], [3, 2], [5]]
     for item in items:
         assert (item["labels"] == -item["input_ids"]).all() and len(item["where"]) == len(item["seq_lengths"])
-    assert counts == {"rows": 4, "used": 3, "too_long": 2, "packs": 2}
-    assert len(streaming.packs(5, False)(rows, examples)[0]) == 3
+    assert counts == {"rows": 4, "used": 3, "too_long": 2, "packs": 3}
+    assert len(streaming.packs(5, False)(rows, examples)[0]) == 4
 
 
 # --- stages

@@ -40,7 +40,7 @@ def test_training_ids_begin_with_the_ids_of_inference_and_end_with_eos(model, to
 
 def test_only_assistant_answers_and_their_eos_are_labelled(model, tok):
     tokenizer_setup.install_template(model, tok, "chatml")
-    ids, labels = chat_template.encode_messages(tok, DIALOGUE)
+    ((ids, labels),) = chat_template.encode_dialogue(tok, DIALOGUE)
     learned = tok.decode([t for t in labels if t != IGNORE_INDEX])
     assert learned == "blue<|im_end|>not blue<|im_end|>"
     assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels))
@@ -65,7 +65,7 @@ def test_a_template_is_installed_once_and_survives_saving(model, tok, tmp_path):
     model.save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)
     again, loaded = AutoTokenizer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert chat_template.encode_messages(again, DIALOGUE) == chat_template.encode_messages(tok, DIALOGUE)
+    assert chat_template.encode_dialogue(again, DIALOGUE) == chat_template.encode_dialogue(tok, DIALOGUE)
     assert again.eos_token == "<|im_end|>" and again.pad_token_id != again.eos_token_id
     ends = loaded.generation_config.eos_token_id
     assert again.eos_token_id in (ends if isinstance(ends, list) else [ends])
@@ -84,8 +84,9 @@ def test_templates_that_cannot_be_trained_on_are_refused(model, tok):
     with pytest.raises(errors.TemplateError, match="does not end an answer with the EOS"):
         chat_template.encode_answer(tok, "q", "a")
     tok.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
-    with pytest.raises(errors.TemplateError, match="prefix"):
-        chat_template.encode_answer(tok, "q", "a")
+    # one that rewrites what came before is learned as inference shows it
+    prompt, answer = chat_template.encode_answer(tok, "q", "a")
+    assert prompt == chat_template.encode_prompt(tok, "q") and tok.decode(answer) == "a" + tok.eos_token
 
 
 def test_a_template_from_a_file(model, tok, tmp_path):
