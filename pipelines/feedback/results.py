@@ -135,7 +135,7 @@ def second_look(judgements: list[dict], taus: dict) -> list[dict]:
         {
             "item": item,
             "prompt": _excerpt(prompts[item]),
-            "reasons": [reason for _, reason in sorted(found[item])[::-1]],
+            "reasons": [reason for _, reason in sorted(found[item], key=lambda pair: -pair[0])],
         }
         for item in order
     ]

@@ -357,3 +357,27 @@ def test_two_tabs_of_one_labeller(opened, server):
     second.keyboard.press("Enter")
     expect(second.locator("#status")).to_have_text("Saved")
     assert server.count() == 3 and len(server.rows()) == 1
+
+
+def test_a_store_that_is_moved_away_is_reported_and_the_work_is_kept(opened, server, tmp_path):
+    page = opened("Ann")
+    give(page, good=1, fair=2, attack=3, bad=4)
+    shutil.move(server.store, tmp_path / "away.db")
+    page.keyboard.press("Enter")
+    expect(page.locator("#banner")).to_contain_text("the store of judgements is gone")
+    expect(page.locator("#banner")).to_contain_text("not saved yet")
+    shutil.move(tmp_path / "away.db", server.store)
+    ready(page, 1)
+    expect(page.locator("#status")).to_have_text("Saved")
+    assert server.count() == 1
+
+
+def test_a_prompt_worth_a_second_look_is_opened_from_the_results(opened, server):
+    ann, ben = opened("Ann"), opened("Ben", color_scheme="dark")
+    expect(ben.locator("#prompt")).to_contain_text("Question 2")  # who comes second begins half way
+    ann.keyboard.press("s")
+    ready(ann, 1)
+    ben.goto(server.url + "results")
+    ben.get_by_role("link", name="Question 0").click()
+    expect(ben.locator("#prompt")).to_contain_text("Question 0")
+    assert ben.url == server.url

@@ -81,7 +81,7 @@ const draftKey = (item) => `draft:${session.store}:${labeller}:${item}`;
 async function load(item, notice = "") {
   const query = new URLSearchParams({ labeller, tab, ...(item ? { item } : {}) });
   const { ok, code, data } = await call(`item?${query}`);
-  if (code === 404 && item) return load(null, notice);
+  if ((code === 404 || code === 422) && item) return load(null, notice);
   if (!ok) return status(refusal(data), "bad");
   shown = data;
   progress(data.progress);
@@ -493,6 +493,11 @@ async function start() {
   const { ok, data } = await call("session");
   if (!ok) return status(refusal(data), "bad");
   session = data;
+  const asked = new URLSearchParams(location.search).get("item"); // a link of the results page
+  if (asked) {
+    sessionStorage.setItem("item", asked);
+    history.replaceState(null, "", "./");
+  }
   if (!tab) sessionStorage.setItem("tab", (tab = newId()));
   if (labeller) return locked(() => load(sessionStorage.getItem("item")));
   $("known").hidden = !data.labellers.length;
@@ -506,7 +511,7 @@ function enter(name) {
   labeller = name.trim();
   if (!labeller) return;
   sessionStorage.setItem("labeller", labeller);
-  locked(() => load());
+  locked(() => load(sessionStorage.getItem("item")));
 }
 
 $("start-form").addEventListener("submit", (event) => { event.preventDefault(); enter($("name").value); });

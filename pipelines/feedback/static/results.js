@@ -66,16 +66,59 @@ function models(found) {
   return out;
 }
 
+// What a labeller's row may hold against it is marked: somebody should talk to them, or look at what they did.
+function doubtful(text, doubt, why) {
+  return doubt ? make("span", { className: "doubt", title: why }, text) : text;
+}
+
+function pace(l) {
+  if (l.seconds == null) return "–";
+  return `${l.seconds < 90 ? `${Math.round(l.seconds)} s` : `${(l.seconds / 60).toFixed(1)} min`}`;
+}
+
+function labellers(found) {
+  const rows = found.map((l) => {
+    const kept = l.rankings >= 10 && l.as_shown > 2 * l.as_shown_by_chance + 0.15;
+    return [
+      l.name, String(l.rankings), String(l.skipped), pace(l),
+      doubtful(String(l.hasty), l.hasty > 0.1 * l.rankings, "More than a tenth of the rankings are faster than anybody reads"),
+      percent(l.ties),
+      doubtful(percent(l.as_shown), kept, `By chance it would be ${percent(l.as_shown_by_chance)}`),
+      l.tau == null ? "–" : make("span", {}, doubtful(fixed(l.tau), l.compared >= 5 && l.tau < 0.2, "Hardly more than by chance"),
+        ...(l.tau_interval ? [" ", make("span", { className: "range" }, `[${l.tau_interval.map(fixed).join(", ")}]`)] : [])),
+      String(l.compared),
+    ];
+  });
+  return panel("Labellers", "Time: median of a ranking. Too fast: more than 100 characters a second. Ties: share of pairs left equal. As shown: rankings that leave the answers in the order in which the page showed them. Agreement: mean Kendall’s τ-b with others over the prompts that somebody else ranked too, and how many these are. What is marked deserves a question.",
+    table(["Name", "Rankings", "Skipped", "Time", "Too fast", "Ties", "As shown", "Agreement", "Compared"], rows));
+}
+
+function looks(found) {
+  const entry = (look) => make("li", {},
+    make("a", { href: `./?item=${encodeURIComponent(look.item)}` }, look.prompt || "(no text)"),
+    make("ul", {}, ...look.reasons.map((reason) => make("li", {}, reason))));
+  if (!found.length) return panel("Worth a second look", "Prompts with contradictions will be listed here.", make("p", {}, "None so far."));
+  const more = found.slice(5);
+  return panel("Worth a second look", "Where people contradict each other or themselves, skipped, or were very fast. A link opens the prompt for ranking under your own name.",
+    make("ul", { className: "looks" }, ...found.slice(0, 5).map(entry)),
+    ...(more.length ? [make("details", {}, make("summary", {}, `${more.length} more`), make("ul", { className: "looks" }, ...more.map(entry)))] : []));
+}
+
 function figure(value, text) {
   return make("div", { className: "panel figure" }, make("b", {}, value), make("span", {}, text));
 }
 
 async function start() {
-  const response = await fetch("api/results");
   const target = document.getElementById("results");
+  let response;
+  try {
+    response = await fetch("api/results");
+  } catch {
+    return target.replaceChildren(make("p", { className: "panel" }, "The server does not answer. Start it again and reload this page."));
+  }
   if (!response.ok) {
-    target.replaceChildren(make("p", { className: "panel" }, `The server failed (${response.status}).`));
-    return;
+    const told = response.status === 503 ? (await response.json()).detail : `The server failed (${response.status}).`;
+    return target.replaceChildren(make("p", { className: "panel", role: "alert" }, `${told} Reload this page when it is mended.`));
   }
   const found = await response.json();
   const tags = Object.keys(found.tags);
@@ -85,21 +128,20 @@ async function start() {
     make("div", { className: "figures" },
       figure(String(found.prompts), "prompts ranked"),
       figure(String(found.rankings), "rankings"),
+      figure(String(found.several), "prompts ranked by several"),
       figure(String(found.ideals), "ideal answers"),
       figure(fixed(alpha), "Krippendorff’s α (ordinal)")),
     ...models(found.models),
     panel("Tags", `Share of the ${found.answers} ranked answers with each tag.`,
       table(["", ...tags.map((tag) => tag.replaceAll("_", " "))], [...tagRows, ["all", ...tags.map((tag) => percent(found.tags[tag]))]])),
-    panel("Labellers", "Ties: share of pairs left equal.",
-      table(["Name", "Rankings", "Skipped", "Median time", "Ties"], found.labellers.map((l) => [
-        l.name, String(l.rankings), String(l.skipped), l.seconds == null ? "–" : `${Math.round(l.seconds)} s`, percent(l.ties),
-      ]))),
-    panel("Agreement", "Kendall’s τ-b between two labellers, mean over the prompts that both ranked: 1 the same order, 0 none in common, −1 reversed. Same order: of the pairs that both decided.",
+    labellers(found.labellers),
+    panel("Labeller with labeller", "Kendall’s τ-b between two labellers, mean over the prompts that both ranked: 1 the same order, 0 none in common, −1 reversed. Same order: of the pairs that both decided.",
       pairs.length
         ? table(["Labellers", "τ-b", "Same order", "Prompts"], pairs.map((p) => [
             p.labellers.join(" and "), ranged(p.tau, p.interval, fixed), percent(p.same_order), String(p.prompts),
           ]))
         : make("p", {}, "No prompt was ranked by two labellers yet.")),
+    looks(found.second_look),
     make("p", { className: "small" }, "Download: ",
       make("a", { href: "export/rankings.jsonl" }, "rankings (for a reward stage)"), " · ",
       make("a", { href: "export/ideal.jsonl" }, "ideal answers (for an sft stage)")),
