@@ -1,0 +1,142 @@
+"""Rankings as a loss on the policy itself (DPO): answer log-probs behind one copy of a prompt, pairs or whole rankings.
+
+With r = beta (log pi(y|x) - log pi_ref(y|x)), the implicit reward of an answer (Rafailov et al. 2023,
+https://arxiv.org/abs/2305.18290), a ranking is learned from as all the pairs it decides, under any of the pair losses of
+`trl.DPOTrainer`, or as a whole under the Plackett-Luce model (appendix A.3 there). For two answers both are TRL's loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from pipelines.generation.logprobs import collate, token_logprobs
+from pipelines.speed.packing import alike, pack_branches
+from pipelines.training.rankings import decided
+
+
+def collate_rankings(rankings: list[dict], packed: bool, share: bool) -> dict:
+    """One batch of rankings {"prompts": K lists of ids, "answers": K lists of ids}, all answers of the first, then the next.
+
+    As `generation.logprobs.collate` (inputs, states, labels), and `lengths` (answers,): tokens of each answer. With
+    `packed` and `share` the answers of a ranking stand behind one copy of what their prompts have in common.
+    """
+    members = [
+        (prompt, answer)
+        for ranking in rankings
+        for prompt, answer in zip(ranking["prompts"], ranking["answers"], strict=True)
+    ]
+    lengths = torch.tensor([len(answer) for _, answer in members])
+    if not (packed and share):
+        return {**collate(members, packed, "cpu"), "lengths": lengths}
+    states, start = [], 0
+    groups = [
+        [prompt + answer[:-1] for prompt, answer in zip(r["prompts"], r["answers"], strict=True)] for r in rankings
+    ]
+    for ranking, group in zip(rankings, groups, strict=True):
+        common = alike(group) if len(group) > 1 else 0
+        branch = start + common
+        for prompt, answer, member in zip(ranking["prompts"], ranking["answers"], group, strict=True):
+            places = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
+            states.append(torch.where(places < common, start + places, branch + places - common))
+            branch += len(member) - common
+        start = branch
+    inputs = pack_branches(groups)
+    del inputs["last"]
+    labels = torch.tensor([token for _, answer in members for token in answer])
+    return {"inputs": inputs | {"use_cache": False}, "states": torch.cat(states), "labels": labels, "lengths": lengths}
+
+
+def enable_answer_logprobs(model) -> None:
+    """Let `model(answers=batch)` give the summed log-prob (answers,) of each answer of a batch of `collate_rankings`.
+
+    The model's own forward does it, so that DDP, FSDP and autocast see a forward like any other; without `answers` it is
+    what it was.
+    """
+    model.forward_without_answers = model.forward  # an attribute, so that deepcopy binds it to the copy
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, answers=None, **kwargs):
+        if answers is None:
+            return self.forward_without_answers(*args, **kwargs)
+        logprobs, _ = token_logprobs(self, answers, 1.0)
+        numbers = torch.arange(len(answers["lengths"]), device=logprobs.device)
+        owner = numbers.repeat_interleave(answers["lengths"], output_size=len(logprobs))
+        return logprobs.new_zeros(len(numbers)).index_add(0, owner, logprobs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def pair_loss(name: str, better: Tensor, worse: Tensor, lengths: tuple[Tensor, Tensor], args) -> Tensor:
+    """`trl.DPOTrainer`'s loss `name` of each pair (P,), from the log-ratios (P,) to the reference of its two answers.
+
+    `lengths` are the tokens (P,) of the two answers, which `ipo` and `sigmoid_norm` divide by (as TRL does, by the
+    completion's tokens); `args` has `beta` and `label_smoothing`.
+    """
+    beta, epsilon = args.beta, args.label_smoothing
+    delta = better - worse
+    if name == "sigmoid":
+        return -logsigmoid(beta * delta)
+    if name == "hinge":
+        return torch.relu(1 - beta * delta)
+    if name == "ipo":
+        return (better / lengths[0] - worse / lengths[1] - 1 / (2 * beta)) ** 2
+    if name == "sigmoid_norm":
+        return -logsigmoid(beta * (better / lengths[0] - worse / lengths[1]))
+    if name == "robust":
+        right, flipped = logsigmoid(beta * delta), logsigmoid(-beta * delta)
+        return ((epsilon - 1) * right + epsilon * flipped) / (1 - 2 * epsilon)
+    if name == "apo_zero":
+        return 1 - torch.sigmoid(beta * better) + torch.sigmoid(beta * worse)
+    if name == "apo_down":
+        return torch.sigmoid(beta * better) + 1 - torch.sigmoid(beta * delta)
+    if name == "nca_pair":
+        return -logsigmoid(beta * better) - 0.5 * logsigmoid(-beta * better) - 0.5 * logsigmoid(-beta * worse)
+    assert name == "bco_pair", name
+    return -logsigmoid(beta * better) - logsigmoid(-beta * worse)
+
+
+PAIR_LOSSES = ("sigmoid", "hinge", "ipo", "sigmoid_norm", "robust", "apo_zero", "apo_down", "nca_pair", "bco_pair")
+
+
+def plackett_luce(rewards: Tensor, ranks: list[float]) -> Tensor:
+    """-log P(ranking) of K answers with rewards (K,) under Plackett and Luce, a scalar.
+
+    The best answer is drawn first, then the best of the rest (appendix A.3 of 2305.18290). Of answers that share a rank
+    each is drawn against those that are worse, and none against its equals; a ranking without ties is exact.
+    """
+    terms = []
+    for i, rank in enumerate(ranks):
+        worse = [j for j, other in enumerate(ranks) if other > rank]
+        if worse:
+            terms.append(rewards[i] - torch.logsumexp(rewards[[i, *worse]], 0))
+    return -torch.stack(terms).sum()
+
+
+def rankings_loss(logratios: Tensor, rankings: list[dict], lengths: Tensor, args) -> Tensor:
+    """The mean over rankings of `plackett_luce`, or of the mean of `pair_loss` over the pairs that a ranking decides.
+
+    Args:
+        logratios: (answers,) log pi - log pi_ref, in the order of `collate_rankings`.
+        rankings: their `ranks`.
+        lengths: (answers,) tokens of each answer.
+        args: `ranking_loss`, `loss_type`, `loss_weights`, `beta`, `label_smoothing`.
+    """
+    losses, start = [], 0
+    names = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+    weights = args.loss_weights or [1.0] * len(names)
+    for ranking in rankings:
+        count = len(ranking["ranks"])
+        own, tokens = logratios[start : start + count], lengths[start : start + count].clamp(min=1)
+        start += count
+        if args.ranking_loss == "plackett_luce":
+            losses.append(plackett_luce(args.beta * own, ranking["ranks"]))
+            continue
+        first, second = (list(side) for side in zip(*decided(ranking["ranks"]), strict=True))
+        pairs = own[first], own[second], (tokens[first], tokens[second]), args
+        losses.append(sum(w * pair_loss(name, *pairs).mean() for name, w in zip(names, weights, strict=True)))
+    return torch.stack(losses).mean()
