@@ -82,6 +82,15 @@ KINDS: dict[str, Kind] = {
         headline=(("accuracy", "accuracy"), *LOSS),
         adapters=True,
     ),
+    "dpo": Kind(
+        "a policy learned from rankings directly, without a reward model",
+        {**MODEL, "data": "DataSection", "args": "DPOArguments"},
+        rows="rankings",
+        auto_class=LANGUAGE_MODEL,
+        hub_task="text-generation",
+        headline=(("accuracy", "accuracy"), *LOSS),
+        adapters=True,
+    ),
     "ppo": Kind(
         "a policy optimised against reward models and functions",
         {**MODEL, "reward": "RewardSection", "data": "PPODataSection", "args": "PPOArguments"},

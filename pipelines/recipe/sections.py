@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.sft_config import SFTConfig
 
@@ -169,6 +170,20 @@ class RewardArguments(Batching, RewardConfig):
         metadata={
             "help": "Learn these of the rows' `tags` too, each as one more output of the score head: the probability "
             "that an answer is inappropriate, irrelevant, … Kept in tags.safetensors; PPO can take them as penalties."
+        },
+    )
+
+
+@dataclass
+class DPOArguments(Batching, DPOConfig):
+    """`args:` of dpo: TRL's `DPOConfig` plus what a ranking of more than two answers is learned as."""
+
+    ranking_loss: str = field(
+        default="pairs",
+        metadata={
+            "help": "`pairs`: the mean of loss_type over the pairs that a ranking decides; `plackett_luce`: the ranking as "
+            "a whole (DPO's appendix A.3). For two answers and `sigmoid` they are the same.",
+            "choices": ["pairs", "plackett_luce"],
         },
     )
 

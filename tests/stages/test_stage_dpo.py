@@ -1,0 +1,192 @@
+"""DPO: for two answers it is TRL's trainer, for more it is the Plackett-Luce model; layouts do not change it; it resumes."""
+
+import copy
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import WORDS
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from pipelines.chain import chain
+from pipelines.recipe.problems import RecipeError
+from pipelines.recipe.recipe import load
+from pipelines.speed.packed_attention import enable_packed_attention
+from pipelines.training.preferences import (
+    PAIR_LOSSES,
+    collate_rankings,
+    enable_answer_logprobs,
+    plackett_luce,
+    rankings_loss,
+)
+
+ARGS = {"global_batch_size": 8, "learning_rate": 1e-3, "max_steps": 4, "save_steps": 2, "logging_steps": 1}
+
+
+def rankings(count, answers, seed=0):
+    """Encoded rankings of random tokens: answers of different lengths to the same prompt."""
+    draw = torch.Generator().manual_seed(seed)
+    some = lambda n: torch.randint(5, 300, (n,), generator=draw).tolist()  # noqa: E731
+    out = []
+    for row in range(count):
+        prompt = some(4 + row % 3)
+        out.append(
+            {"prompts": [prompt] * answers, "answers": [some(2 + (row + k) % 4) for k in range(answers)],
+             "ranks": [float(k + 1) for k in range(answers)], "row": row}
+        )  # fmt: skip
+    return out
+
+
+def policy(folder, packed=True):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if packed:
+        enable_packed_attention(model)
+    enable_answer_logprobs(model)
+    return model.train()
+
+
+def settings(**changes):
+    fixed = {
+        "ranking_loss": "pairs",
+        "loss_type": ["sigmoid"],
+        "loss_weights": None,
+        "beta": 0.3,
+        "label_smoothing": 0.1,
+    }
+    return SimpleNamespace(**fixed | changes)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_two_answers_give_the_loss_gradients_and_weights_of_trl(tiny_gpt2, tmp_path, name):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    ours, theirs = policy(tiny_gpt2), AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    reference = copy.deepcopy(theirs)
+    with torch.no_grad():  # another model, so that the log-ratios are not 0
+        for weight in reference.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    rows = rankings(6, 2)
+    pairs = [
+        {"prompt_ids": r["prompts"][0], "chosen_ids": r["answers"][0], "rejected_ids": r["answers"][1]} for r in rows
+    ]
+    config = DPOConfig(
+        str(tmp_path), loss_type=[name], beta=0.3, label_smoothing=0.1, bf16=False, use_cpu=True, report_to=[],
+        gradient_checkpointing=False, per_device_train_batch_size=6,
+    )  # fmt: skip
+    text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    trl = DPOTrainer(theirs, reference, config, train_dataset=text, processing_class=tokenizer)
+    frozen = policy(tiny_gpt2)
+    frozen.load_state_dict(trl.ref_model.state_dict())
+    optimizers = [torch.optim.AdamW(model.parameters(), 1e-3, eps=1e-5) for model in (ours, trl.model)]
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    for _ in range(3):
+        batch = collate_rankings(rows, True, True)
+        with torch.no_grad():
+            base = frozen(answers=batch)
+        our_loss = rankings_loss(ours(answers=batch) - base, rows, batch["lengths"], settings(loss_type=[name]))
+        their_loss = trl._compute_loss(trl.model, DataCollatorForPreference(tokenizer.pad_token_id)(pairs), False)
+        torch.testing.assert_close(our_loss, their_loss, atol=1e-5, rtol=1e-5)
+        for loss, optimizer in zip((our_loss, their_loss), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for key, weight in trl.model.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], weight, atol=1e-5, rtol=0)
+    assert max((ours.state_dict()[k] - v).abs().max() for k, v in before.items()) > 1e-3
+
+
+def test_a_shared_prompt_a_pack_and_padding_give_the_same(tiny_gpt2):
+    rows = [*rankings(3, 4), *rankings(2, 2, seed=1)]
+    rows[0]["answers"][1] = [7]  # one token: the state before it is the prompt's last
+    rows[0]["answers"][2] = rows[0]["answers"][0][:1] + [9, 9]  # begins as another answer
+    found = []
+    for packed, share in ((True, True), (True, False), (False, False)):
+        model = policy(tiny_gpt2, packed)
+        loss = model(answers=collate_rankings(rows, packed, share))
+        loss.sum().backward()
+        found.append((loss.detach(), model.transformer.wte.weight.grad.clone()))
+    for values, gradient in found[1:]:
+        torch.testing.assert_close(values, found[0][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradient, found[0][1], atol=1e-4, rtol=1e-4)
+
+
+def test_plackett_luce_is_a_distribution_over_rankings_and_dpo_for_two():
+    rewards = torch.tensor([0.3, -1.2, 0.8, 2.0])
+    chances = [(-plackett_luce(rewards[list(order)], [1, 2, 3, 4])).exp() for order in itertools.permutations(range(4))]
+    torch.testing.assert_close(sum(chances), torch.tensor(1.0))
+    two = plackett_luce(rewards[:2], [2, 1])
+    torch.testing.assert_close(two, -torch.nn.functional.logsigmoid(rewards[1] - rewards[0]))
+    torch.testing.assert_close(plackett_luce(rewards[:3], [1, 1, 2]), plackett_luce(rewards[[1, 0, 2]], [1, 1, 2]))
+    assert plackett_luce(rewards[[0, 0, 1]], [1, 1, 2]).isfinite()
+
+
+def rows_of(count):
+    """Rankings in which an answer of more "red" is better."""
+    return [
+        {"prompt": f"the {WORDS[i % 20]}", "completions": ["red red red", "red red a", "a red a", "a a a"], "ranks": [1, 2, 3, 4]}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def stage(write, folder, **args):
+    return {"kind": "dpo", "model": {"model_name_or_path": str(folder), "chat_template": "plain"},
+            "data": {"train": write("r.jsonl", rows_of(40)), "validation": 0.2}, "args": {**ARGS, **args}}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["pairs", "plackett_luce"])
+def test_the_stage_learns_the_ranking_and_resumes_to_the_bit(recipe, write, tiny_gpt2, tmp_path, monkeypatch, form):
+    body = stage(write, tiny_gpt2, ranking_loss=form, max_steps=8, learning_rate=3e-3)
+    loaded = load(recipe({"whole": body, "broken": body}))
+    chain.run(loaded, ["whole"])
+    metrics = json.loads((loaded["whole"].folder / "stage.json").read_text())["metrics"]
+    assert metrics["accuracy"] > 0.95 and metrics["margin"] > 0 and metrics["pairs"] % 6 == 0
+    from pipelines.stages import dpo
+
+    real = dpo.PreferenceTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(dpo.PreferenceTrainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        chain.run(loaded, ["broken"])
+    monkeypatch.undo()
+    chain.run(loaded, ["broken"])
+    weights = [load_file(loaded[name].folder / "model.safetensors") for name in ("whole", "broken")]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def test_lora_and_gradient_accumulation(recipe, write, tiny_gpt2):
+    body = stage(write, tiny_gpt2, per_device_train_batch_size=2)
+    whole = stage(write, tiny_gpt2, per_device_train_batch_size=8)
+    lora = stage(write, tiny_gpt2) | {
+        "model": {**body["model"], "use_peft": True, "lora_target_modules": ["all-linear"]}
+    }
+    loaded = load(recipe({"parts": body, "whole": whole, "lora": lora}))
+    chain.run(loaded)
+    parts, one = (load_file(loaded[name].folder / "model.safetensors") for name in ("parts", "whole"))
+    assert all(torch.allclose(value, one[key], atol=1e-5) for key, value in parts.items())
+    assert (loaded["lora"].folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "args, key",
+    [
+        ({"loss_type": ["sigmiod"]}, "args.loss_type"),
+        ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "args.loss_weights"),
+        ({"ranking_loss": "plackett_luce", "loss_type": ["ipo"]}, "args.loss_type"),
+        ({"beta": 0.0}, "args.beta"),
+        ({"sync_ref_model": True}, "args.sync_ref_model"),
+        ({"label_smoothing": 0.5}, "args.label_smoothing"),
+    ],
+)
+def test_what_cannot_be_done_is_found_by_check(recipe, write, tiny_gpt2, args, key):
+    with pytest.raises(RecipeError, match=key.replace(".", r"\.")):
+        load(recipe({"x": stage(write, tiny_gpt2, **args)}))
