@@ -157,6 +157,7 @@ class Dialogue:
         self.messages = self.control.marked([_shown(message) for message in messages])
         self.tools = self.control.marked(tools) if tools else None
         self._before: dict[int, tuple[str, list[int]]] = {}
+        self._after: dict[int, str] = {}
 
     def before(self, i: int) -> tuple[str, list[int]]:
         """Text and ids of what inference shows before message `i`."""
@@ -165,6 +166,12 @@ class Dialogue:
             ids = encode_rendered(self.tokenizer, text)
             self._before[i] = text, _bos(self.tokenizer) + ids
         return self._before[i]
+
+    def after(self, i: int) -> str:
+        """The template's text up to message `i` and with it."""
+        if i not in self._after:
+            self._after[i] = self._render(self.messages[: i + 1], False)
+        return self._after[i]
 
     def answer(self, i: int) -> tuple[list[int], list[int]]:
         """Ids of what is read before answer `i`, and of the answer with its EOS."""
@@ -202,12 +209,12 @@ class Dialogue:
                 other = [*before, {k: v for k, v in message.items() if k != key}]
                 advice = ": put it into content between <think> and </think>" if key == "reasoning_content" else ""
                 what = f"`{key}` of message {i + 1}{advice}"
-                shown = self._render([*before, message], False)
-                self._require((key, bool(message.get("content"))), shown, lambda m=other: self._render(m, False), what)
+                key = key, bool(message.get("content"))
+                self._require(key, self.after(i), lambda m=other: self._render(m, False), what)
         text = _thought(message)[1].strip()
-        if text and text not in (shown := self._render([*before, message], False)):
+        if text and text not in self.after(i):
             other = [*before, {**message, "content": "something else"}]
-            self._require(None, shown, lambda: self._render(other, False), f"the text of message {i + 1}")
+            self._require(None, self.after(i), lambda: self._render(other, False), f"the text of message {i + 1}")
 
     def _require(self, key, shown: str, without, what: str) -> None:
         """Raise `TemplateError` where `without()` renders as `shown`; what was once seen to be shown has a `key`."""
@@ -230,7 +237,7 @@ class Dialogue:
 
     def _answer_text(self, i: int) -> str:
         """What the template writes behind the prompt for answer `i`, up to its end."""
-        before, after = self.before(i)[0], self._render(self.messages[: i + 1], False)
+        before, after = self.before(i)[0], self.after(i)
         thought = _thought(self.messages[i])[0]
         opened = _opened_thought(before)
         if after.startswith(before):
