@@ -152,7 +152,12 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat()
 
 
+def recorded(folder: str, section: str, key: str):
+    """What the recipe of the stage in `folder` gave for `section.key`; None for other folders and keys not given."""
+    made = read_json(Path(folder) / FINISHED) or {}
+    return made.get("record", {}).get("sections", {}).get(section, {}).get(key)
+
+
 def source_prefix(folder: str) -> str:
     """What the stage in `folder` was trained to find before every source, so that it gets it later too; "" for others."""
-    made = read_json(Path(folder) / FINISHED) or {}
-    return made.get("record", {}).get("sections", {}).get("task", {}).get("prefix", "")
+    return recorded(folder, "task", "prefix") or ""

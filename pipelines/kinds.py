@@ -137,7 +137,9 @@ KINDS: dict[str, Kind] = {
     "evaluate": Kind(
         "perplexity, classification, generation, tasks and win rates of the chain's models",
         {"evaluate": "EvaluateSection"},
-        files=tuple(("evaluate", key) for key in ("text", "labelled", "pairs", "tasks", "prompts", "rankings")),
+        files=tuple(
+            ("evaluate", key) for key in ("text", "labelled", "preferences", "pairs", "tasks", "prompts", "rankings")
+        ),
     ),
 }
 

@@ -1,17 +1,18 @@
 """`python -m pipelines evaluate MODEL …`: what models are worth, with intervals, and against each other.
 
-Six measurements, each done where it is asked for; the stage of kind `evaluate` does the same inside a chain:
+Seven measurements, each done where it is asked for; the stage of kind `evaluate` does the same inside a chain:
 
-    text       perplexity of a text, and bits per byte, which compare across tokenizers
-    labelled   classifiers: accuracy, macro F1, Matthews correlation and confusion matrix
-    pairs      what a model writes for prompts or sources against given texts: BLEU, chrF, ROUGE
-    tasks      tasks of lm-eval, with or without examples before each question
-    prompts    answers to prompts, judged by a Python function or a reward model
-    rankings   win rates from people's rankings of answers by several models
+    text         loss per token, bits per byte, perplexity per token, word and byte of a text
+    labelled     classifiers: accuracy, macro F1, Matthews correlation, and which classes are confused
+    preferences  reward models: accuracy per pair and per ranking, margin, calibration, liking for length
+    pairs        what a model writes for prompts or sources against given texts: BLEU, chrF, ROUGE; and the texts' loss
+    tasks        tasks of lm-eval, with or without examples before each question
+    prompts      answers to prompts, judged by a Python function or a reward model
+    rankings     win rates from people's rankings of answers by several models
 
-Every figure is a mean over items (windows, rows, questions, prompts) with a 95 % bootstrap interval, but for those of a
-whole corpus: macro F1 and Matthews, computed anew for each resample, and BLEU and chrF, which have no interval. Models see
-the same items, so differences and win rates are paired: their intervals come from resampling the items, not the models' means.
+Every figure has a 95 % bootstrap interval over its items (windows, rows, rankings, questions, prompts), but for BLEU and
+chrF of pairs. Models see the same items, so differences and win rates are paired: their intervals come from resampling the
+items, not the models' means.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "models", nargs="*", metavar="MODEL", help="folders (runs/demo/sft) or hub ids; later over earlier"
     )
-    parser.add_argument("--text", help="perplexity: a file with text (.txt, .jsonl with the column text, …)")
+    parser.add_argument(
+        "--text", help="a file with text (.txt, .jsonl with the column text, …); EOS after every row or line"
+    )
+    parser.add_argument("--running-text", action="store_true", help="read that file as one text, without any EOS")
     parser.add_argument("--labelled", help="classifiers: a file with text and label (name or id of a class)")
+    parser.add_argument("--preferences", help="reward models: a file of pairs (chosen, rejected) or rankings (ranks)")
     parser.add_argument("--pairs", help="a file with prompt and completion, or source and target: BLEU, chrF, ROUGE")
     parser.add_argument("--tasks", nargs="+", help="lm-eval's names, or paths of task files (.yaml)")
     parser.add_argument("--shots", type=int, help="examples before each question (default: what the task says)")
@@ -47,7 +52,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=float, help="0: the likeliest (default: 1 for prompts, 0 for pairs)")
     parser.add_argument("--response-length", type=int, default=128, help="longest answer in tokens")
     parser.add_argument("--rankings", help="people's rankings with the column models: win rates")
-    parser.add_argument("--max-length", type=int, help="window in tokens, or where texts and sources are cut")
+    parser.add_argument(
+        "--max-length", type=int, help="window in tokens, or where texts are cut (default: where training did)"
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--json", type=Path, help="write the figures and intervals to this file too")

@@ -52,7 +52,7 @@ def encode(tokenizer, rows: list[dict], context: int) -> tuple[list[dict], list[
     if any(pair is None for pair in pairs) and any(pair is not None for pair in pairs):
         raise DataError(f"{rows[pairs.index(None)]['where']}: no text_pair, but other rows have one")
     pairs = None if pairs[0] is None else pairs
-    encoded = tokenizer([row["text"] for row in rows], pairs)
+    encoded = tokenizer([row["text"] for row in rows], pairs, verbose=False)  # what is too long is cut and counted here
     features, long = [], []
     for i, row in enumerate(rows):
         feature = {key: encoded[key][i] for key in encoded.keys()}

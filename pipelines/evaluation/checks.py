@@ -10,7 +10,9 @@ from pipelines.data import sources
 NEEDS = {
     "text": "a causal language model", "tasks": "a causal language model", "prompts": "a causal language model",
     "pairs": "a causal language model or an encoder-decoder", "labelled": "a sequence classifier",
+    "preferences": "a reward model",
 }  # fmt: skip
+ALONE = {"labelled": "classifier", "preferences": "reward model"}  # what only models of another kind can do
 
 
 def problems(section: dict):
@@ -20,10 +22,18 @@ def problems(section: dict):
     if not asked and not section.get("rankings"):
         yield f"{', '.join(NEEDS)}, rankings", "nothing to measure: give at least one of them", None
     if not section.get("models") and asked:
-        what = "classifier" if asked == ["labelled"] else "language model"
+        what = ALONE[asked[0]] if asked[0] in ALONE else "language model"
         yield "models", f"needs at least one {what}: stage:NAME, a folder or a hub id", None
-    if "labelled" in asked and len(asked) > 1:
-        yield "labelled", f"is for classifiers, {asked[0]} for models that write: measure them apart", None
+    for key in ALONE.keys() & asked:
+        if len(asked) > 1:
+            other = next(o for o in asked if o != key)
+            yield (
+                key,
+                f"is for {ALONE[key]}s, {other} for {ALONE.get(other, 'models that write')}: measure them apart",
+                None,
+            )
+    if section.get("running_text") and not section.get("text"):
+        yield "running_text", "goes with text: it says how that file is read", section["running_text"]
     if bool(section.get("prompts")) != bool(section.get("judge")):
         yield "judge", "goes with prompts: models answer the one, the other judges", section.get("judge")
     if (section.get("temperature") or 0) < 0:
@@ -33,7 +43,11 @@ def problems(section: dict):
             yield key, "must be above 0", section[key]
     if section.get("tasks") and importlib.util.find_spec("lm_eval") is None:
         yield "tasks", "need lm-eval: pip install 'finetune-pipelines[evaluate]'", None
-    paths = [(key, section[key]) for key in ("text", "labelled", "pairs", "prompts", "rankings") if section.get(key)]
+    paths = [
+        (key, section[key])
+        for key in ("text", "labelled", "preferences", "pairs", "prompts", "rankings")
+        if section.get(key)
+    ]
     paths += [("tasks", task) for task in section.get("tasks") or [] if task.endswith(".yaml")]
     for key, path in paths:
         local = path.endswith(".yaml") or sources.is_local(path)

@@ -361,12 +361,27 @@ class EvaluateSection:
     models: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Language models, or classifiers for `labelled`: `stage:NAME`, folders or hub ids. Differences and win "
-            "rates: later ones over earlier."
+            "help": "Language models, classifiers for `labelled`, reward models for `preferences`: `stage:NAME`, folders or "
+            "hub ids. Differences and win rates: later ones over earlier."
         },
     )
     text: str | None = field(
-        default=None, metadata={"help": "Perplexity: a file with the column `text` (any format that `data:` reads)."}
+        default=None,
+        metadata={
+            "help": "Loss per token, perplexity per token, word and byte, bits per byte: a file with the column `text` (any "
+            "format that `data:` reads). An EOS is put after every row, in plain text after every line."
+        },
+    )
+    running_text: bool = field(
+        default=False,
+        metadata={"help": "Read the file of `text` as one text, line ends and all, without any EOS (WikiText, books)."},
+    )
+    preferences: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reward models: a file of pairs or rankings, in any form that a reward stage reads. Accuracy per pair and "
+            "per ranking, margin, loss, calibration error, and whether it only likes long answers."
+        },
     )
     labelled: str | None = field(
         default=None,
@@ -379,7 +394,7 @@ class EvaluateSection:
         default=None,
         metadata={
             "help": "Models that write: a file with `prompt` and `completion`, for encoder-decoders `source` and `target`. "
-            "What the model writes is compared with the text: BLEU, chrF, ROUGE."
+            "What the model writes is compared with the text: BLEU, chrF, ROUGE; and the loss of the text, given the prompt."
         },
     )
     tasks: list[str] | None = field(
@@ -419,8 +434,8 @@ class EvaluateSection:
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of a window (text), or at which a text (labelled) or source (pairs) is cut (null: what the model "
-            "reads, at most 1024)."
+            "help": "Tokens of a window (text), or at which a text (labelled, preferences) or source (pairs) is cut (null: "
+            "where training cut them, of a stage's model; else what the model reads, at most 1024)."
         },
     )
     batch_size: int = field(default=16, metadata={"help": "Rows in memory at once: memory and speed."})

@@ -11,10 +11,11 @@
         prompts: heldout_prompts.jsonl                # every model answers them,
         judge: stage:reward                           # and this judges: a reward model, or module:function
 
-Classifiers get a stage of their own, with `labelled: test.jsonl`: accuracy, macro F1, Matthews, confusion matrix.
+Classifiers get a stage of their own, with `labelled: test.jsonl`: accuracy, macro F1, Matthews, confusion matrix. So do
+reward models, with `preferences: test.jsonl`: accuracy per pair and per ranking, margin, calibration.
 
 The figures stand in `stage.json` (metrics, figures: value, low and high of each), the values of single items in
-`values.json`; a table is printed. The work is done by `pipelines/evaluation.py`, which is also the verb `python -m pipelines evaluate`.
+`values.json`; a table is printed. The work is done by `pipelines/evaluation`, which is also the verb `python -m pipelines evaluate`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         able, what = of_kind(writes_text=True), "language model"
         if section.get("labelled"):
             able, what = ("classify",), "classifier"
+        elif section.get("preferences"):
+            able, what = ("reward",), "reward model"
         elif section.get("pairs") and not any(section.get(key) for key in ("text", "tasks", "prompts")):
             able = (*of_kind(writes_text=True), "seq2seq")
         yield from writer_problems("evaluate.models", section["models"], kinds, able, what)

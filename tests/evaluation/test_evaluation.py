@@ -15,7 +15,7 @@ from pipelines.commands import evaluate
 from pipelines.data.labels import class_id
 from pipelines.errors import DataError, SetupError
 from pipelines.evaluation import measure as evaluation_measure
-from pipelines.evaluation.figures import figures, interval, table, wins
+from pipelines.evaluation.figures import CLASSES, Items, confusion, figures, interval, matrices, table, wins
 from pipelines.evaluation.judges import judge, ranked_values
 from pipelines.generation.answers import translations
 from pipelines.models import chat_template
@@ -123,10 +123,17 @@ def test_stage_and_verb_say_the_same(recipe, write, tiny_gpt2, task, tmp_path, c
     ids = [t for text in texts for t in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     windows = [torch.tensor([ids[i : i + 32]]) for i in range(0, len(ids), 32)]
     with torch.no_grad():
-        nats = [model(w, labels=w).loss.item() for w in windows if w.shape[1] > 1]
-    assert metrics["sft/perplexity"]["value"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
-    per_byte = np.mean(nats) * len(ids) / sum(len(t) for t in texts) / math.log(2)
-    assert metrics["sft/bits_per_byte"]["value"] == pytest.approx(per_byte, rel=1e-4)
+        windows = [w for w in windows if w.shape[1] > 1]
+        nats = [model(w, labels=w).loss.item() * (w.shape[1] - 1) for w in windows]
+    per_token = sum(nats) / sum(w.shape[1] - 1 for w in windows)
+    per_byte = per_token * len(ids) / sum(len(t) for t in texts)
+    per_word = per_token * len(ids) / sum(len(t.split()) for t in texts)
+    for measure, value in {
+        "loss_per_token": per_token, "perplexity": math.exp(per_token), "bits_per_byte": per_byte / math.log(2),
+        "perplexity_per_byte": math.exp(per_byte), "perplexity_per_word": math.exp(per_word),
+    }.items():  # fmt: skip
+        figure = metrics[f"sft/{measure}"]
+        assert figure["value"] == pytest.approx(value, rel=1e-4) and figure["low"] < value < figure["high"]
     assert metrics["sft/tiny/acc"]["value"] == 1.0
     score = metrics["sft/score"]
     assert score["low"] <= score["value"] <= score["high"]
@@ -382,3 +389,42 @@ def test_the_demos_tasks_ask_what_no_stage_asks_and_are_what_the_script_makes(tm
             verdicts = [world.oracle(row["question"], choice).accurate for choice in row["choices"]]
             assert [i for i, right in enumerate(verdicts) if right] == [row["answer"]]
     assert all(row["sentence_good"] != row["sentence_bad"] for row in rows["bay_grammar.jsonl"])
+
+
+def test_many_classes_are_listed_in_label_order_with_the_worst_confusions():
+    names = [f"class {n}" for n in range(77)]
+    labels = [n for n in range(77) for _ in range(3)]
+    guesses = [76 if n == 2 else n for n in labels]
+    guesses[0] = 5
+    of = {key: Items([names[i] for i in ids], names=names) for key, ids in zip(CLASSES, (labels, guesses))}
+    assert confusion({"m": of})["m"]["labels"] == names  # not by the alphabet: class 10 would come second
+    text = matrices({"m": of})
+    lines = [line.strip() for line in text.splitlines()]
+    assert max(map(len, lines)) < 80 and lines[1] == "m: 77 classes in the order of their labels"
+    assert lines[3].split() == ["class", "0", "3", "0.667", "1.000", "0.800"]
+    assert lines[5].split() == ["class", "2", "3", "0.000", "–", "0.000"]
+    at = lines.index("m: the worst confusions")
+    assert lines[at + 1 : at + 3] == ["3 of 3 class 2 were taken for class 76", "1 of 3 class 0 were taken for class 5"]
+    assert lines[at + 3] == ""
+    few = {"m": {"labelled/label": ["a", "b"], "labelled/guess": ["a", "a"]}}
+    assert "rows of each class, and what they were taken for" in matrices(few)
+
+
+def test_texts_are_cut_where_training_cut_them(write, classifiers, tmp_path, caplog, capsys):
+    """A text whose end would change its class: the folder of a stage says how much of it was read."""
+    import shutil
+
+    folder = tmp_path / "stage"
+    shutil.copytree(classifiers["one"], folder)
+    chance = np.random.default_rng(5)
+    rows = [{"text": " ".join(chance.choice(WORDS, size=14)), "label": 0} for _ in range(30)]
+    file = write("l.jsonl", rows)
+    guesses = lambda **more: evaluation_measure.measure({"m": str(folder)}, EvaluateSection(labelled=file, **more), 0)["m"]["labelled/guess"]  # fmt: skip
+    whole = guesses()
+    assert "are cut" not in caplog.text
+    (folder / "stage.json").write_text(json.dumps({"record": {"sections": {"args": {"max_length": 6}}}}))
+    cut = guesses()
+    assert "m: 30 of 30 texts are cut at their end to 6 tokens, as in training (the first: " in caplog.text
+    assert cut != whole and cut == guesses(max_length=6) and whole == guesses(max_length=16)
+    assert "m: labelled: 100%" in capsys.readouterr().err  # progress
+    assert "sequence length is longer" not in caplog.text

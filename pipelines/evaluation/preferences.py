@@ -1,0 +1,107 @@
+"""A reward model on people's preferences: how often it agrees, by how much, and whether it only likes what is long."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from pipelines import files
+from pipelines.errors import DataError, SetupError
+from pipelines.evaluation.batches import by_length, rows_of
+from pipelines.evaluation.figures import Items, drawn, ratio
+from pipelines.generation.logprobs import sequence_scores
+from pipelines.models import chat_template, loading
+from pipelines.training.rankings import decided
+
+logger = logging.getLogger(__name__)
+
+BINS = 10  # of the probability 0.5 to 1 that the answer with the higher score is the preferred one
+
+
+def preference_values(name: str, path: str, model, tokenizer, settings, seed: int) -> dict[str, Items]:
+    """Figures of the pairs that the rankings of `settings.preferences` decide; the items are rankings.
+
+    `accuracy_per_pair`: share of pairs whose better answer has the higher score, equal scores being half.
+    `accuracy_per_ranking`: the mean over rankings of that share, so that a ranking of nine weighs as one of two.
+    `in_order`: share of rankings all of whose pairs are right. `margin` and `loss`: mean over pairs of the difference of
+    the scores and of -log sigmoid of it. `calibration_error`: expected calibration error over ten bins (Guo et al. 2017,
+    https://arxiv.org/abs/1706.04599) of the probability sigmoid(|difference|) that the higher score is preferred.
+    `longer_chosen`: share of pairs whose better answer has more characters, and `longer_scored_higher`: share of pairs
+    whose longer answer has the higher score; far above the former, the model likes length.
+    """
+    if model.config.num_labels != 1:
+        raise SetupError(
+            f"{name}: preferences need a model with one score; this one has {model.config.num_labels} outputs"
+        )
+    rows = rows_of(settings.preferences, "rankings", seed)
+    ranked = [row for row in rows if decided(row["ranks"])]
+    if len(ranked) < len(rows):
+        logger.warning("%s: %d of %d rankings decide nothing (all ranks equal): left out", name, len(rows) - len(ranked), len(rows))  # fmt: skip
+    if not ranked:
+        raise DataError(f"{settings.preferences}: no ranking decides anything")
+    scores = answer_scores(name, path, model, tokenizer, settings, ranked)
+    return pair_figures(ranked, scores)
+
+
+def answer_scores(name: str, path: str, model, tokenizer, settings, rows: list[dict]) -> list[list[float]]:
+    """The score of each answer of each ranking; what is too long is cut at its beginning, as the stage reward does."""
+    trained = files.recorded(path, "args", "max_length")
+    context = loading.context_length(model, settings.max_length or trained)
+    texts = [
+        sum(chat_template.encode_answer(tokenizer, row["prompt"], c), []) for row in rows for c in row["completions"]
+    ]
+    long = sum(len(ids) > context for ids in texts)
+    if long:
+        logger.warning("%s: %d of %d answers with their prompts are longer than %d tokens: cut at their beginning", name, long, len(texts), context)  # fmt: skip
+    texts = [ids[-context:] for ids in texts]
+    work = lambda some: sequence_scores(model, [texts[i] for i in some], False, model.device).tolist()
+    scores = iter(by_length([len(ids) for ids in texts], settings.batch_size, work, f"{name}: preferences"))
+    return [[next(scores) for _ in row["completions"]] for row in rows]
+
+
+def pair_figures(rows: list[dict], scores: list[list[float]]) -> dict[str, Items]:
+    """The figures of `preference_values` from rankings that decide something and the scores of their answers."""
+    pairs = [decided(row["ranks"]) for row in rows]
+    margins = [np.array([s[i] - s[j] for i, j in some], float) for some, s in zip(pairs, scores, strict=True)]
+    half = lambda values: (values > 0) + 0.5 * (values == 0)
+    right = [half(m).sum() for m in margins]
+    count = [len(m) for m in margins]
+    longer = [
+        np.sign([len(row["completions"][i]) - len(row["completions"][j]) for i, j in some])
+        for row, some in zip(rows, pairs, strict=True)
+    ]
+    uneven = [int((sign != 0).sum()) for sign in longer]
+    found = {
+        "accuracy_per_pair": ratio(right, count),
+        "accuracy_per_ranking": [float(r / n) for r, n in zip(right, count)],
+        "in_order": [float((m > 0).all()) for m in margins],
+        "margin": ratio([m.sum() for m in margins], count),
+        "loss": ratio([np.logaddexp(0, -m).sum() for m in margins], count),
+        "calibration_error": calibration(margins),
+        "longer_chosen": ratio([(sign > 0).sum() for sign in longer], uneven),
+        "longer_scored_higher": ratio(
+            [half((sign * m)[sign != 0]).sum() for sign, m in zip(longer, margins, strict=True)], uneven
+        ),
+    }
+    if not any(uneven):  # all pairs are of equal length
+        del found["longer_chosen"], found["longer_scored_higher"]
+    return {f"preferences/{measure}": items for measure, items in found.items()}
+
+
+def calibration(margins: list[np.ndarray]) -> Items:
+    """Expected calibration error of the pairs, resampled by rankings; an item is the mean |confidence - right| of one."""
+    confidence, right, pairs = (np.zeros((len(margins), BINS)) for _ in range(3))
+    for n, margin in enumerate(margins):
+        sure = 1 / (1 + np.exp(-np.abs(margin)))
+        bins = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
+        np.add.at(confidence[n], bins, sure)
+        np.add.at(right[n], bins, (margin > 0) + 0.5 * (margin == 0))
+        np.add.at(pairs[n], bins, 1)
+
+    def error(i):
+        counts = np.stack([np.bincount(one, minlength=len(margins)) for one in i])  # (samples, rankings)
+        return np.abs(counts @ confidence - counts @ right).sum(1) / (counts @ pairs).sum(1)
+
+    own = np.abs(confidence - right).sum(1) / pairs.sum(1)
+    return Items(own.tolist(), drawn(error, len(margins)))
