@@ -1,12 +1,16 @@
-"""Before and around training: the fast environment, and processes that are really the ones that were asked for."""
+"""Before and around training: the fast environment, the launcher, and processes that are really the ones asked for."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
-from pipelines.errors import WorldError
+from pipelines.errors import SetupError, WorldError, meant
+from pipelines.files import shipped
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +25,8 @@ FAST = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 SWITCH = "PIPELINES_FAST_ENV"
+ASKED = "PIPELINES_PROCESSES"  # how many processes `pipelines run --on` asked the launcher for
+CONFIGS = "accelerate_configs"
 
 
 def fast_environment() -> None:
@@ -96,11 +102,124 @@ def lost(error: Exception) -> bool:
     return isinstance(error, DistError) or "gloo/transport" in str(error)  # gloo raises plain RuntimeErrors
 
 
+def launched() -> bool:
+    """Whether a launcher (`accelerate launch`, torchrun, `pipelines run --on`) started this process."""
+    known = {"WORLD_SIZE", "TORCHELASTIC_RUN_ID", ASKED}
+    return bool(known & os.environ.keys() or _launcher()[0])
+
+
+def config_file(name: str) -> Path:
+    """The Accelerate configuration called `name`: a path, or a file of `accelerate_configs/` here or in the package.
+
+    Raises `SetupError` with the names there are.
+    """
+    places = [Path(CONFIGS), shipped(CONFIGS)]
+    for path in (Path(name), *(place / f"{name}.yaml" for place in places)):
+        if path.is_file():
+            return path
+    known = sorted({p.stem for place in places for p in place.glob("*.yaml")})
+    paths = [f"{CONFIGS}/{stem}.yaml" for stem in known] if "/" in name or name.endswith(".yaml") else known
+    raise SetupError(f"no launch configuration {name!r}{meant(name, paths)}; there are {', '.join(known)}, or give a path")
+
+
+def available() -> int:
+    """Accelerators on this machine."""
+    import torch
+
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def launch(name: str | None, gpus: int | None, words: list[str]) -> int:
+    """Run `python -m pipelines WORDS` on the processes of the configuration `name`, by Accelerate's own launcher.
+
+    Args:
+        name: as `config_file` takes it; None: `ddp`, or one process where `gpus` is 1.
+        gpus: processes, one on each GPU; None: all GPUs that are here (for a path: what the file says).
+        words: the command line of each process, from the recipe on.
+
+    Returns:
+        The exit code: 0, 130 after Ctrl-C, else that of the process that failed first.
+
+    Raises:
+        SetupError: there are not so many GPUs here, or the configuration is for several machines or for CPUs.
+    """
+    import yaml
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    here, name = available(), name or ("single_gpu" if gpus == 1 else "ddp")
+    path = config_file(name)
+    asked = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if int(asked.get("num_machines", 1)) > 1:
+        raise SetupError(
+            f"--on {name} is for several machines, each of which needs its rank and the address of the first: use "
+            f"`accelerate launch --config_file {path} --machine_rank N --main_process_ip ADDRESS -m pipelines RECIPE`"
+        )
+    if asked.get("use_cpu"):
+        if gpus is not None:
+            raise SetupError(f"--gpus {gpus}: --on {name} runs on CPUs; its processes are num_processes in {path}")
+        count = int(asked.get("num_processes", 1))
+    else:
+        if here < (gpus or 1):
+            raise SetupError(f"--on {name}{f' --gpus {gpus}' if gpus else ''}: {here or 'no'} GPUs are here (--on cpu_2: "
+                             "two processes on the CPU)")  # fmt: skip
+        alone = str(asked.get("distributed_type", "NO")).upper() == "NO"
+        count = gpus or (1 if alone else here if not Path(name).is_file() else int(asked.get("num_processes", here)))
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    line = ["--config_file", str(path), "--num_processes", str(count), "-m", "pipelines", *words]
+    # Ctrl-C reaches the processes themselves, which save and stop; the launcher waits for them without a traceback.
+    os.environ |= {ASKED: str(count), "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGHUP,SIGQUIT"}
+    signal.signal(signal.SIGINT, lambda *_: None)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args(line))
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    return 0
+
+
+# Waits until the process argv[1] is gone, then prints argv[2].
+AFTERWARDS = """
+import sys, time, psutil
+try:
+    for _ in range(600):
+        if psutil.Process(int(sys.argv[1])).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.1)
+except psutil.NoSuchProcess:
+    pass
+print(sys.argv[2], file=sys.stderr)
+"""
+
+
+def last_words(text: str) -> None:
+    """Print why this process ends to stderr, and once more below the traceback of an `accelerate launch` above it.
+
+    Whenever a process does not end with 0, and on Ctrl-C, that launcher prints a traceback of its own, up to 60 lines, in
+    which the reason is lost. Nothing keeps it from that (`pipelines run --on` starts the same without it), so the reason
+    is repeated when the launcher has ended.
+    """
+    print(text, file=sys.stderr, flush=True)
+    if _launcher()[0] and int(os.environ.get("RANK", "0")) == 0:
+        command = [sys.executable, "-c", AFTERWARDS, str(os.getppid()), f"\n{text}"]
+        subprocess.Popen(command, start_new_session=True)  # the launcher ends the session of its processes
+
+
 def asked_world() -> tuple[int, str]:
-    """`(processes asked for, where it was said)`: WORLD_SIZE, or what the parent `accelerate launch` was told."""
+    """`(processes asked for, by what)`: WORLD_SIZE, or the command line of the `accelerate launch` above this process.
+
+    `accelerate launch` sets WORLD_SIZE only where it starts several processes, and there are cases in which it starts one
+    although more were asked for: `--cpu --num_processes 2`, and configurations with `MULTI_CPU`
+    (https://github.com/huggingface/accelerate/issues/2741, closed without a change), each with exit code 0. A run would
+    then train on half the batch without a word. What was asked for stands nowhere but in the launcher's command line.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         return world, "WORLD_SIZE"
+    if ASKED in os.environ:
+        return int(os.environ[ASKED]), "pipelines run --on"
     return _launcher_world() or (1, "no launcher")
 
 
@@ -114,6 +233,7 @@ def _launcher() -> tuple[list[str], str | None, dict]:
         return [], None, {}
     if "launch" not in line or not any("accelerate" in part for part in line[: line.index("launch")]):
         return [], None, {}
+    line = line[line.index("launch") :]
     if "-m" in line:
         line = line[: line.index("-m")]
     config = _option(line, "config_file")
@@ -135,7 +255,7 @@ def _option(line: list[str], name: str) -> str | None:
 
 
 def _launcher_world() -> tuple[int, str] | None:
-    """What the `accelerate launch` above this process was told; it starts one process silently in some cases."""
+    """What the `accelerate launch` above this process was asked for; see `asked_world`."""
     line, config, told = _launcher()
     if (count := _option(line, "num_processes")) is not None:
         return int(count), f"--num_processes {count}"

@@ -1,17 +1,16 @@
-"""`accelerate launch -m pipelines RECIPE [STAGE …] [KEY=VALUE …]`: run the stages of a recipe that are due."""
+"""`pipelines run RECIPE [STAGE …] [KEY=VALUE …]`: run the stages of a recipe that are due, on one process or many."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
-import sys
 import warnings
 
 from pipelines import launch
 from pipelines.chain import chain
 from pipelines.commands import split_words
-from pipelines.errors import ChainError, Interrupted, NotFinite
+from pipelines.errors import ChainError, Interrupted, NotFinite, SetupError
 from pipelines.recipe import recipe
 from pipelines.recipe.problems import RecipeError
 from pipelines.recipe.stage import Recipe
@@ -19,14 +18,51 @@ from pipelines.report import page
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = """\
+examples
+  pipelines run recipes/demo.yaml                          all stages that are due; finished ones are skipped
+  pipelines run recipes/demo.yaml sft reward               only these
+  pipelines run recipes/demo.yaml --redo sft               again, with all that builds on it (old folders are kept)
+  pipelines run recipes/demo.yaml stages.sft.args.learning_rate=1e-4 output_dir=runs/hot
+  pipelines run recipes/demo.yaml --on cpu_2               two processes on the CPU
+  pipelines run recipes/qwen3_rlhf.yaml --on fsdp2 --gpus 4
+  accelerate launch --config_file accelerate_configs/ddp.yaml -m pipelines recipes/demo.yaml      the same by Accelerate
+
+Without --on a run takes all GPUs of this machine (data parallelism), or one process on the CPU where there are none.
+Ctrl-C saves and stops; the same command goes on from there. Exit codes: 0 done, 1 training failed, 2 the recipe, data
+or command is wrong, 130 stopped.
+"""
+
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="pipelines", description="Run a recipe, or some of its stages.")
-    parser.add_argument("recipe", help="a YAML file; see recipes/")
+    parser = argparse.ArgumentParser(
+        prog="pipelines run",
+        description="Run a recipe, or some of its stages.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="a YAML file; see recipes/, or `pipelines init`")
     parser.add_argument("words", nargs="*", metavar="STAGE | KEY=VALUE", help="stages to run (default: all); overrides")
     parser.add_argument("--redo", action="append", default=[], metavar="STAGE", help="make this stage again")
+    parser.add_argument("--on", metavar="NAME", help="start the processes of this file in accelerate_configs/ (ddp, fsdp2, "
+                        "zero3, cpu_2, …), or of a path")  # fmt: skip
+    parser.add_argument("--gpus", type=int, metavar="N", help="so many GPUs, one process on each (default: all)")
     args = parser.parse_intermixed_args(argv)
+    if launch.launched():
+        if args.on or args.gpus:
+            raise SetupError("--on and --gpus start a launcher, but one started this process: drop one of the two")
+        return run(args)
+    if args.gpus is not None and args.gpus < 1:
+        raise SetupError(f"--gpus {args.gpus}: must be 1 or more")
+    if args.on or args.gpus or launch.available() > 1:
+        redo = [word for name in args.redo for word in ("--redo", name)]
+        return launch.launch(args.on, args.gpus, [args.recipe, *args.words, *redo])
+    return run(args)
+
+
+def run(args) -> int:
+    """Run the recipe in this process, one of those that Accelerate started."""
     configure_logging()
     names, overrides = split_words(args.words)
     first = int(os.environ.get("RANK", "0")) == 0
@@ -41,18 +77,17 @@ def main(argv: list[str]) -> int:
     try:
         run_and_report(loaded, names, args.redo)
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(stop if str(stop) else "stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        launch.last_words(str(stop) or "stopped; the same command goes on from the last checkpoint")
         return 130
     except NotFinite as error:
-        print(f"error: {error}", file=sys.stderr)
+        launch.last_words(f"error: {error}")
         return 1
     except RuntimeError as error:
         if not launch.lost(error):
             raise
-        print(
+        launch.last_words(
             f"error: process {os.environ.get('RANK')} lost the others, or the network to them: "
-            f"{str(error).splitlines()[0]}\nThe same command (on every machine) goes on from the last checkpoint.",
-            file=sys.stderr,
+            f"{str(error).splitlines()[0]}\nThe same command (on every machine) goes on from the last checkpoint."
         )
         return 1
     return 0
