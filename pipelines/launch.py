@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -119,13 +120,17 @@ def config_file(name: str) -> Path:
             return path
     known = sorted({p.stem for place in places for p in place.glob("*.yaml")})
     paths = [f"{CONFIGS}/{stem}.yaml" for stem in known] if "/" in name or name.endswith(".yaml") else known
-    raise SetupError(f"no launch configuration {name!r}{meant(name, paths)}; there are {', '.join(known)}, or give a path")
+    raise SetupError(
+        f"no launch configuration {name!r}{meant(name, paths)}; there are {', '.join(known)}, or give a path"
+    )
 
 
 def available() -> int:
-    """Accelerators on this machine."""
+    """Accelerators that a run may use: none where Accelerate is told to use the CPU."""
     import torch
 
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        return 0
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
@@ -167,9 +172,9 @@ def launch(name: str | None, gpus: int | None, words: list[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     line = ["--config_file", str(path), "--num_processes", str(count), "-m", "pipelines", *words]
-    # Ctrl-C reaches the processes themselves, which save and stop; the launcher waits for them without a traceback.
+    # Ctrl-C is for the processes, which save and stop; the launcher waits for them and has no traceback to print.
     os.environ |= {ASKED: str(count), "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGHUP,SIGQUIT"}
-    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGINT, _pass_on)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         launch_command(launch_command_parser().parse_args(line))
@@ -178,6 +183,16 @@ def launch(name: str | None, gpus: int | None, words: list[str]) -> int:
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     return 0
+
+
+def _pass_on(number: int, frame) -> None:
+    """Send a signal to the processes of the launcher that the terminal does not reach: torchrun's are sessions of their own."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(child.pid) != os.getpgrp():
+                child.send_signal(number)
 
 
 # Waits until the process argv[1] is gone, then prints argv[2].

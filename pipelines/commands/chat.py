@@ -1,4 +1,4 @@
-"""`python -m pipelines chat RUN[/STAGE] …`: talk to what was trained, in the terminal, under its own chat template.
+"""`pipelines chat RUN[/STAGE] …`: talk to what was trained, in the terminal, under its own chat template.
 
 A model with a template keeps the dialogue; one without (a base model) continues each text as it stands; an
 encoder-decoder gets each text by itself. Several models answer the same prompt side by side, each with its own
@@ -7,7 +7,6 @@ dialogue. From a pipe there is one prompt, and only the answer goes to stdout.
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import sys
@@ -17,11 +16,18 @@ from dataclasses import fields
 from pathlib import Path
 
 from pipelines import errors, files
+from pipelines.commands import command_line
 from pipelines.errors import SetupError
 from pipelines.generation.speaker import Settings, Speaker
 
 TALKERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how architectures that write text are called
 NARROW = 36  # columns of a terminal that one of several answers needs to stand beside the others
+EXAMPLES = """
+pipelines chat runs/demo   its last finished stage that writes text
+pipelines chat runs/demo/sft runs/demo/policy   side by side
+pipelines chat Qwen/Qwen3-0.6B --system "Answer in one word." --temperature 0
+echo "Where is the lighthouse?" | pipelines chat runs/demo/sft
+"""
 HELP = """\
 /system TEXT      what the model is told before the dialogue (alone: nothing); starts over
 /reset            forget the dialogue
@@ -167,13 +173,8 @@ def _typed() -> Iterator[str]:
 
 def main(argv: list[str]) -> int:
     """`chat RUN[/STAGE] … [--system TEXT] [--temperature T] …`; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="pipelines chat",
-        description="Talk to stages, folders or hub models; several answer side by side. "
-        "From a pipe (echo … | python -m pipelines chat RUN/STAGE) only the answer goes to stdout.",
-        epilog=HELP.format(keys=", ".join(f.name for f in fields(Settings))),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Talk to stages, folders or hub models; several answer side by side. From a pipe there is one prompt, and\nonly the answer goes to stdout. In a dialogue:\n\n"
+    parser = command_line("chat", about + HELP.format(keys=", ".join(f.name for f in fields(Settings))), EXAMPLES)
     parser.add_argument("models", nargs="+", metavar="RUN[/STAGE]", help="a run (its last stage that writes), a stage, "
                         "a folder or a hub id")  # fmt: skip
     parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told beforehand")

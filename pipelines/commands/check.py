@@ -1,18 +1,19 @@
-"""`python -m pipelines check RECIPE [KEY=VALUE …]`: find every mistake in a recipe, start nothing."""
+"""`pipelines check RECIPE [KEY=VALUE …]`: find every mistake in a recipe, start nothing."""
 
 from __future__ import annotations
 
-import argparse
-
-from pipelines.commands import split_words
+from pipelines.commands import command_line, split_words
 from pipelines.recipe import recipe
+
+EXAMPLES = """
+pipelines check recipes/demo.yaml
+pipelines check recipes/demo.yaml stages.sft.args.learning_rate=1e-4   with a key changed, as `run` would have it
+"""
 
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="pipelines check", description="Find every mistake in a recipe, start nothing."
-    )
+    parser = command_line("check", "Find every mistake in a recipe, start nothing.", EXAMPLES)
     parser.add_argument("recipe", help="a YAML file; see recipes/")
     parser.add_argument("words", nargs="*", metavar="STAGE | KEY=VALUE", help="stages (default: all); overrides")
     args = parser.parse_intermixed_args(argv)

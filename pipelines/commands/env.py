@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import re
-import sys
 
 import psutil
 import torch
 
 from pipelines import __version__, launch
 from pipelines.chain.record import git_commit
+from pipelines.commands import command_line
 from pipelines.models.loading import native_bf16
 from pipelines.recipe import recipe
 
-EXAMPLES = """\
-examples
+EXAMPLES = """
   pipelines env                          paste what it prints into a bug report: no paths of yours, no names, no keys
   pipelines env recipes/demo.yaml        also what this recipe would use here
 """
@@ -27,12 +25,8 @@ examples
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="pipelines env",
-        description="Versions, devices and extras of this machine, for bug reports.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Versions, devices and extras of this machine, for bug reports."
+    parser = command_line("env", about, EXAMPLES)
     parser.add_argument("recipe", nargs="?", help="say what its stages would use, too")
     args = parser.parse_args(argv)
     rows = [("finetune-pipelines", f"{__version__} ({git_commit()})"), ("python", platform.python_version())]
@@ -49,7 +43,9 @@ def main(argv: list[str]) -> int:
         print(f"{f'[{extra}]':<20} {'installed' if not missing else 'not installed: ' + ', '.join(missing)}")
     if args.recipe:
         loaded = recipe.load(args.recipe, read_data=False)
-        device = "one process on the CPU" if not launch.available() else f"{launch.available()} processes by ddp, one a GPU"
+        device = (
+            "one process on the CPU" if not launch.available() else f"{launch.available()} processes by ddp, one a GPU"
+        )
         print(f"\n{args.recipe}: `pipelines run` takes {device}")
         for stage in loaded.stages:
             args_ = stage.sections.get("args", {})
@@ -63,7 +59,13 @@ def main(argv: list[str]) -> int:
 
 def _accelerators() -> list[tuple[str, str]]:
     """A row for each GPU, or one that there is none; and what torch was built for."""
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
+    built = (
+        f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else f"ROCm {torch.version.hip}"
+        if torch.version.hip
+        else "CPU"
+    )
     rows = [("torch built for", built)]
     for i in range(torch.cuda.device_count()):
         of = torch.cuda.get_device_properties(i)

@@ -1,4 +1,4 @@
-"""`python -m pipelines evaluate MODEL …`: what models are worth, with intervals, and against each other.
+"""`pipelines evaluate MODEL …`: what models are worth, with intervals, and against each other.
 
 Seven measurements, each done where it is asked for; the stage of kind `evaluate` does the same inside a chain:
 
@@ -17,22 +17,27 @@ items, not the models' means.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from pipelines import files, launch
+from pipelines.commands import command_line
 from pipelines.errors import SetupError
 from pipelines.evaluation.checks import problems
 from pipelines.evaluation.figures import confusion, figures, matrices, named, table
 from pipelines.evaluation.measure import measure
 from pipelines.recipe.sections import EvaluateSection
 
+EXAMPLES = """
+pipelines evaluate runs/demo/base runs/demo/sft --text data/bay/corpus_validation.jsonl.gz
+pipelines evaluate runs/demo/sft runs/demo/policy --prompts data/bay/heldout_prompts.jsonl --judge runs/demo/reward
+pipelines evaluate runs/demo/reviews --labelled data/bay/reviews_validation.jsonl --json figures.json
+pipelines evaluate Qwen/Qwen3-0.6B --tasks hellaswag --limit 200
+"""
+
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="pipelines evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("evaluate", __doc__.partition(": ")[2], EXAMPLES)
     parser.add_argument(
         "models", nargs="*", metavar="MODEL", help="folders (runs/demo/sft) or hub ids; later over earlier"
     )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 from pathlib import Path
 
+from pipelines.commands import command_line
 from pipelines.errors import SetupError, meant
 from pipelines.files import shipped
 
-EXAMPLES = """\
-examples
+EXAMPLES = """
   pipelines init                         the recipes there are, with the first line of each
   pipelines init demo                    demo.yaml and the files of data/ that it names
   pipelines init demo --as mine.yaml     under another name
@@ -21,13 +20,11 @@ examples
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="pipelines init",
-        description="Copy a recipe that comes with the package, and the small data that it names, to this folder. "
-        "Nothing that is here already is overwritten.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    about = (
+        "Copy a recipe that comes with the package, and the small data that it names, to this folder. "
+        "Nothing that is here already is overwritten."
     )
+    parser = command_line("init", about, EXAMPLES)
     parser.add_argument("name", nargs="?", metavar="NAME", help="a recipe; alone: list them")
     parser.add_argument("--as", dest="target", type=Path, metavar="FILE", help="where to (default: NAME.yaml)")
     args = parser.parse_args(argv)

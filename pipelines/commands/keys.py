@@ -1,21 +1,29 @@
-"""`python -m pipelines keys KIND [SECTION]`: every key that a kind of stage accepts, with its meaning."""
+"""`pipelines keys KIND [SECTION]`: every key that a kind of stage accepts, with its meaning."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 import textwrap
 
 from pipelines import errors
+from pipelines.commands import command_line
 from pipelines.kinds import KINDS
 from pipelines.recipe import schema
 from pipelines.recipe.stage import section_class
 
+EXAMPLES = """
+pipelines keys sft
+pipelines keys ppo reward   only this section
+pipelines keys classify args | grep -A2 patience
+"""
+
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="pipelines keys", description="Every key that a kind of stage accepts.")
+    parser = command_line(
+        "keys", "Every key that a kind of stage accepts, with its type, default and meaning.", EXAMPLES
+    )
     parser.add_argument("kind", help=", ".join(KINDS))
     parser.add_argument("section", nargs="?", help="only this section, e.g. args")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""`python -m pipelines push RUN/STAGE HUB_ID`: upload a finished stage to the Hugging Face hub, in one commit.
+"""`pipelines push RUN/STAGE HUB_ID`: upload a finished stage to the Hugging Face hub, in one commit.
 
 The folder goes up as it is: model card, weights, tokenizer, `stage.json` and `history.jsonl`. Not, unless asked:
 TensorBoard's logs, and the adapter that is already merged into the weights.
@@ -6,12 +6,16 @@ TensorBoard's logs, and the adapter that is already merged into the weights.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from pipelines.commands import command_line
 from pipelines.errors import SetupError
 from pipelines.files import FINISHED, STARTED, read_json
 
+EXAMPLES = """
+pipelines push runs/demo/policy you/policy --dry-run   what would go up; nothing is sent
+pipelines push runs/demo/policy you/policy --private
+"""
 LEFT_OUT = ("logs", "adapter", "checkpoints")  # folders, wherever they lie in the stage's
 
 
@@ -66,9 +70,7 @@ def push(folder: Path, hub_id: str, private: bool = False, also: list[str] = ())
 
 def main(argv: list[str]) -> int:
     """`push RUN/STAGE HUB_ID [--private] [--also logs] [--dry-run]`; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="pipelines push", description="Upload a finished stage to the Hugging Face hub."
-    )
+    parser = command_line("push", "Upload a finished stage to the Hugging Face hub, in one commit.", EXAMPLES)
     parser.add_argument(
         "folder", type=Path, metavar="RUN/STAGE", help="a finished stage's folder, e.g. runs/demo/policy"
     )

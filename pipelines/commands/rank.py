@@ -1,8 +1,7 @@
-"""`python -m pipelines rank FILE_OR_STAGE…`: a page on this machine where people rank answers."""
+"""`pipelines rank FILE_OR_STAGE…`: a page on this machine where people rank answers."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 import sys
@@ -10,6 +9,7 @@ import webbrowser
 from pathlib import Path
 
 from pipelines import files
+from pipelines.commands import command_line
 from pipelines.errors import SetupError
 from pipelines.feedback.assignment import shared_keys
 from pipelines.feedback.store import Store, read_rows
@@ -24,26 +24,21 @@ Who wrote an answer is not shown, and the answers are shuffled for each labeller
 
 Judgements go into one SQLite file, beside the first source unless --store says otherwise, and are on disk before the
 page says "saved". The server may be stopped or killed at any time: the same command goes on, at the same address.
-"""
-MORE = """\
-examples
-  python -m pipelines rank runs/demo/samples                           rank what the stage `samples` sampled
-  python -m pipelines rank answers.jsonl --tags too_long,unsafe        two more tags
-  python -m pipelines rank runs/demo/samples --export rankings.jsonl   rows for `reward`; ideal answers for `sft` go to
-                                                                       rankings.ideal.jsonl; nothing is served
-  python -m pipelines rank runs/demo/samples --overlap 0.1             share the prompts out, a tenth goes to everybody
-  ssh -L 8765:127.0.0.1:8765 HOST                                      then open the same address at home
-
 Several people can rank at once, each under a name. The results page has their agreement, their pace, prompts worth a
 second look, and how the models compare.
+"""
+EXAMPLES = """
+pipelines rank runs/demo/samples   rank what the stage `samples` sampled
+pipelines rank answers.jsonl --tags too_long,unsafe   two more tags
+pipelines rank runs/demo/samples --export rankings.jsonl   rows for `reward`, and rankings.ideal.jsonl for `sft`
+pipelines rank runs/demo/samples --overlap 0.1   share the prompts out, a tenth goes to everybody
+ssh -L 8765:127.0.0.1:8765 HOST   then open the same address at home
 """
 
 
 def main(argv: list[str]) -> int:
     """Serve the page until Ctrl-C, or export and return."""
-    parser = argparse.ArgumentParser(
-        prog="pipelines rank", description=ABOUT, epilog=MORE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("rank", ABOUT, EXAMPLES)
     parser.add_argument("sources", nargs="+", metavar="FILE_OR_STAGE", help="rows of prompt and completions")
     parser.add_argument("--store", metavar="FILE.db", help="where judgements are kept (default: SOURCE.rankings.db)")
     parser.add_argument("--tags", default="", metavar="A,B", help="tags beside inappropriate, irrelevant, inaccurate")

@@ -1,21 +1,26 @@
-"""`python -m pipelines report RUN`: one HTML file that shows a run: its chain, curves, samples, settings and costs."""
+"""`pipelines report RUN`: one HTML file that shows a run: its chain, curves, samples, settings and costs."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
+from pipelines.commands import command_line
 from pipelines.errors import SetupError
 from pipelines.report.page import PAGE, WATTS, write
 from pipelines.report.run_folder import read
 
+EXAMPLES = """
+pipelines report runs/demo
+pipelines report runs/demo --watch   again every 10 seconds while it runs; the page reloads itself
+pipelines report runs/demo --price-per-hour 2.5
+"""
+
 
 def main(argv: list[str]) -> int:
     """`report RUN [--watch [SECONDS]] [--out FILE] [--watts W] [--price-per-hour P]`; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="pipelines report", description="Write one HTML file that shows a run: chain, curves, samples, settings."
-    )
+    about = "Write one HTML file that shows a run: chain, curves, samples, settings, costs."
+    parser = command_line("report", about, EXAMPLES)
     parser.add_argument("run", type=Path, help="a run's folder (the recipe's output_dir)")
     parser.add_argument(
         "--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help="write again every 10 (or so many) seconds "

@@ -1,19 +1,20 @@
-"""`python -m pipelines status RECIPE`: what is finished, due or changed."""
+"""`pipelines status RECIPE`: what is finished, due or changed."""
 
 from __future__ import annotations
 
-import argparse
-
 from pipelines.chain import chain
-from pipelines.commands import split_words
+from pipelines.commands import command_line, split_words
 from pipelines.recipe import recipe
+
+EXAMPLES = """
+pipelines status recipes/demo.yaml
+pipelines status recipes/demo.yaml output_dir=runs/hot   of another run
+"""
 
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="pipelines status", description="What of a recipe is finished, due or changed."
-    )
+    parser = command_line("status", "What of a recipe is finished, due or changed.", EXAMPLES)
     parser.add_argument("recipe", help="a YAML file; see recipes/")
     parser.add_argument("words", nargs="*", metavar="STAGE | KEY=VALUE", help="stages (default: all); overrides")
     args = parser.parse_intermixed_args(argv)

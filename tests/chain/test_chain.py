@@ -7,7 +7,7 @@ import pytest
 
 from pipelines import files
 from pipelines.chain import chain, record
-from pipelines.commands.run import run_and_report
+from pipelines.commands.run_here import run_and_report
 from pipelines.errors import ChainError
 from pipelines.recipe import recipe as recipe_recipe
 from pipelines.stages import sft

@@ -5,7 +5,7 @@ import types
 import pytest
 
 from pipelines import files
-from pipelines.commands.run import run_and_report
+from pipelines.commands.run_here import run_and_report
 from pipelines.errors import NotFinite
 from pipelines.recipe.recipe import load
 from pipelines.training import checkpoints
