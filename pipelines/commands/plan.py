@@ -1,13 +1,4 @@
-"""Will it fit, how long will it take: `python -m pipelines plan RECIPE` says so for every stage before anything runs.
-
-    python -m pipelines plan recipes/tldr_pythia1b.yaml --gpus 8 --gpu h100 --config_file accelerate_configs/zero2.yaml
-    python -m pipelines plan recipes/demo.yaml policy --calibrate                       # this CPU, measured for a second
-    python -m pipelines plan recipes/qwen3_rlhf.yaml --gpus 1 --gpu a100 --price-per-hour 1.5
-
-No weights are read: models come from their config (a local folder, the hub or its cache, or what an earlier stage will
-make), are counted and traced without numbers (`pipelines.anatomy`), and the formulae are in `pipelines.costs`. What does
-not fit is tried again with one change after the other, and the changes that make it fit are named.
-"""
+"""`pipelines plan RECIPE`: will it fit, how long will it take, said for every stage before anything runs."""
 
 from __future__ import annotations
 
@@ -17,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from pipelines import errors
+from pipelines.commands import command_line
 from pipelines.errors import PlanError
 from pipelines.planning import devices
 from pipelines.planning.job import Job, describe
@@ -24,6 +16,19 @@ from pipelines.planning.planner import Planner, Setup, micro_batch
 from pipelines.planning.suggest import room_of, suggestions
 from pipelines.recipe import recipe
 from pipelines.training.arguments import accumulation
+
+ABOUT = """\
+Will it fit, how long will it take: said for every stage before anything runs.
+
+No weights are read: models come from their config (a local folder, the hub or its cache, or what an earlier stage will
+make), are counted and traced without numbers, and the rest are formulae (docs/plan.md). What does not fit is tried again
+with one change after the other, and the changes that make it fit are named.
+"""
+EXAMPLES = """
+pipelines plan recipes/demo.yaml policy --calibrate   this CPU, measured for a second
+pipelines plan recipes/tldr_pythia1b.yaml --gpus 8 --gpu h100 --config_file accelerate_configs/zero2.yaml
+pipelines plan recipes/qwen3_rlhf.yaml --gpus 1 --gpu a100 --price-per-hour 1.5
+"""
 
 
 def launcher(file: str) -> dict:
@@ -125,9 +130,7 @@ def calibrate() -> tuple[float, float]:
 
 def parser() -> argparse.ArgumentParser:
     """The verb's command line."""
-    out = argparse.ArgumentParser(
-        prog="pipelines plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    out = command_line("plan", ABOUT, EXAMPLES)
     out.add_argument("recipe", nargs="?", help="a YAML file; see recipes/")
     out.add_argument("words", nargs="*", metavar="STAGE | KEY=VALUE", help="stages to plan (default: all); overrides")
     out.add_argument("--gpus", type=int, help="number of GPUs, one process each (default: the config file's, or 1)")

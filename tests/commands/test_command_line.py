@@ -38,7 +38,7 @@ def test_a_recipe_needs_no_verb(tmp_path, monkeypatch):
     assert [__main__.verb_of([word]) for word in ("no/such.yaml", "x.yml", "plain", "--redo")] == ["run"] * 4
 
 
-def test_every_verb_has_a_module_and_help_with_examples():
+def test_every_verb_teaches_with_examples():
     listed = {line.split()[1] for line in __main__.ABOUT.splitlines() if line.startswith("  pipelines ")}
     assert listed == set(__main__.VERBS)
     code = "import sys\nfrom pipelines.__main__ import VERBS, main\n"
