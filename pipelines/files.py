@@ -19,13 +19,6 @@ LOG = "log.jsonl"  # the same while it runs, beside its checkpoints
 CHAIN = "chain.json"  # the stages of the run, those that are still to come too
 
 
-def shipped(folder: str) -> Path:
-    """`recipes`, `accelerate_configs` or `data` as they come with this package: inside it, or beside it in a checkout."""
-    package = Path(__file__).parent
-    inside = package / "shipped" / folder
-    return inside if inside.is_dir() else package.parent / folder
-
-
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
     """A file that appears under its name only when all of it is on disk: after a crash there is the old one or the new.

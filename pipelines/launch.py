@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pipelines import shipped
 from pipelines.errors import SetupError, WorldError, meant
-from pipelines.files import shipped
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
+from pipelines import shipped
 from pipelines.commands import command_line
 from pipelines.errors import SetupError, meant
-from pipelines.files import shipped
 
 EXAMPLES = """
   pipelines init                         the recipes there are, with the first line of each

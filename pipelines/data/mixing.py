@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from itertools import islice
 
 from pipelines.data.rows import normalise
 from pipelines.data.sources import fraction, read, sources
@@ -38,6 +39,11 @@ def stream(section: dict, side: str, kind: str, seed: int, task: dict | None = N
                 yield {**row, "where": where}
 
 
+def given(section: dict) -> list[str]:
+    """The sides that a section has: train, and validation where it is asked for."""
+    return ["train", *(["validation"] if section.get("validation") is not None else [])]
+
+
 def load(section: dict, kind: str, seed: int, task: dict | None = None) -> tuple[list[dict], list[dict]]:
     """`(train rows, validation rows)` in memory; the second is empty where the recipe has no validation, the first where
     it streams them."""
@@ -68,6 +74,11 @@ def endless(section: dict, kind: str, seed: int, places: list[dict]) -> Iterator
         row = next(readers[behind])
         places[behind]["taken"] = places[behind].get("taken", 0) + 1
         yield row
+
+
+def first_block(section: dict, kind: str, seed: int, size: int) -> list[dict]:
+    """The first `size` rows of `endless`."""
+    return list(islice(endless(section, kind, seed, [{} for _ in sources(section, "train")]), size))
 
 
 def _again(source: dict, kind: str, seed: int, place: dict) -> Iterator[dict]:

@@ -247,6 +247,12 @@ class RolloutMaker:
         return logprobs
 
 
+def prompt_limit(context: int | None, longest: int | None, response_length: int) -> int | None:
+    """The most tokens of a prompt: what an answer leaves of the context, or `longest`; None where nothing bounds it."""
+    limits = [longest, None if context is None else context - response_length]
+    return min((x for x in limits if x is not None), default=None)
+
+
 def encode_prompts(
     dataset, name: str, tokenizer, model: PolicyAndCritic, ref_model, args: PPOConfig
 ) -> list[list[int]]:
@@ -256,8 +262,7 @@ def encode_prompts(
     prompts = [encode_prompt(tokenizer, prompt) for prompt in dataset["prompt"]]
     readers = [m for m in (model.policy, model.critic, ref_model) if m is not None and not isinstance(m, ValueHead)]
     context = min((c for c in map(loading.positions, readers) if c is not None), default=None)
-    limits = [args.max_prompt_length, None if context is None else context - args.response_length]
-    limit = min((x for x in limits if x is not None), default=None)
+    limit = prompt_limit(context, args.max_prompt_length, args.response_length)
     long = [i for i, ids in enumerate(prompts) if limit is not None and len(ids) > limit]
     empty = [i for i, ids in enumerate(prompts) if not ids]
     if long or empty:

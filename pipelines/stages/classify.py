@@ -21,8 +21,8 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 
-from pipelines.data import encoded_rows, mixing
-from pipelines.data.labels import MULTI, NUMBER, SINGLE, balanced_weights, encode, label_names
+from pipelines.data import encoded_rows, labels, mixing
+from pipelines.data.labels import MULTI, NUMBER, SINGLE, balanced_weights, label_names
 from pipelines.evaluation import metrics
 from pipelines.models import adapters, loading, tokenizer_setup
 from pipelines.models.tokenizer_setup import read_by_model
@@ -113,13 +113,8 @@ def run(stage) -> dict:
     set_seed(stage.seed)
     section, task = stage.section("model"), stage.section("task")
     args = arguments.build_args(stage, **DEFAULTS, **best_checkpoint.defaults(stage.sections.get("args", {})))
-    tokenizer = loading.load_tokenizer(section)
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        tokenizer_setup.ensure_pad(tokenizer)
-    tokenizer.padding_side = "right"  # causal models read the score at the last token before the padding
-
-    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed, stage.sections.get("task"))
-    names = label_names(train, validation, task)
+    tokenizer = ready(stage, loading.load_tokenizer(section))
+    sides, names = labelled(stage)
     settings = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if section.model_name_or_path:
         settings["ignore_mismatched_sizes"] = True  # another number of classes: a new head; all else is refused by name
@@ -134,17 +129,10 @@ def run(stage) -> dict:
     tokenizer_setup.fit_model(model, tokenizer)
     context = loading.context_length(model, args.max_length)
     read_by_model(model, tokenizer)
-    too_long = stage.data.get("too_long", "truncate")
-
-    def make():
-        sides = {"train": train, "validation": validation}
-        return {
-            side: _encode(stage, side, rows, names, task, tokenizer, context, too_long)
-            for side, rows in sides.items()
-            if rows
-        }
-
-    sets = encoded_rows.encoded_rows(stage, tokenizer, {"names": names, "context": context}, make)
+    settings = {"names": names, "context": context}
+    sets = encoded_rows.encoded_rows(
+        stage, tokenizer, settings, lambda: encode(stage, sides, names, tokenizer, context)
+    )
     (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
 
     model = adapters.adapt(model, section, "SEQ_CLS")
@@ -174,10 +162,50 @@ def run(stage) -> dict:
     return {**results, "labels": names, **measure.details()}
 
 
+def ready(stage, tokenizer):
+    """The tokenizer as the stage trains with it."""
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        tokenizer_setup.ensure_pad(tokenizer)
+    tokenizer.padding_side = "right"  # causal models read the score at the last token before the padding
+    return tokenizer
+
+
+def labelled(stage) -> tuple[dict[str, list[dict]], list[str]]:
+    """`(rows of each side, names of the labels in the order of their ids)`."""
+    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed, stage.sections.get("task"))
+    names = label_names(train, validation, stage.section("task"))
+    return {side: rows for side, rows in (("train", train), ("validation", validation)) if rows}, names
+
+
+def encode(stage, sides: dict[str, list[dict]], names: list[str], tokenizer, context: int) -> dict[str, Dataset]:
+    """The encoded rows of each side, as `_encode` gives them."""
+    task, too_long = stage.section("task"), stage.data.get("too_long", "truncate")
+    return {side: _encode(stage, side, rows, names, task, tokenizer, context, too_long) for side, rows in sides.items()}
+
+
+def shown(stage, tokenizer, model) -> Iterator[dict]:
+    """The texts that the model is given, and their labels, for `pipelines show`; counts go to `stage.report`."""
+    kind = stage.section("task").problem_type
+    sides, names = labelled(stage)
+    context = loading.context_length(model, stage.sections.get("args", {}).get("max_length"))
+    for side, rows in encode(stage, sides, names, tokenizer, context).items():
+        for row in rows:
+            given = row["labels"] if kind == MULTI else [row["labels"]]
+            learned = [name for name, has in zip(names, given) if has] if kind == MULTI else given
+            learned = [names[label] for label in given] if kind == SINGLE else learned
+            yield {
+                "side": side,
+                "where": row["where"],
+                "input_ids": row["input_ids"],
+                "labels": given,
+                "learned": list(map(str, learned)),
+            }
+
+
 def _encode(stage, side: str, rows: list[dict], names: list[str], task, tokenizer, context: int, too_long: str):
     """`Dataset` of input_ids …, labels, row and where; long rows are counted, said and recorded."""
 
-    encoded, long = encode(tokenizer, rows, context)
+    encoded, long = labels.encode(tokenizer, rows, context)
     cut, features = set(long), []
     for row, feature in zip(rows, encoded, strict=True):
         if too_long == "drop" and row["where"] in cut:

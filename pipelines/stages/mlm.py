@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from accelerate import PartialState
 from transformers import Trainer, set_seed
 
-from pipelines.data import fingerprint, mixing, sources, streaming, token_file, train_tokenizer
+from pipelines.data import mixing, streaming, token_file
 from pipelines.models import loading, tokenizer_setup
-from pipelines.training import arguments, best_checkpoint, loop, masked_words, saving
+from pipelines.training import arguments, best_checkpoint, loop, masked_words, raw_text, saving
 from pipelines.training.trainer import ChainTrainer
 
 logger = logging.getLogger(__name__)
@@ -78,47 +78,25 @@ def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
 
     set_seed(stage.seed)
-    section, words = stage.section("model"), stage.section("tokenizer")
+    section = stage.section("model")
     args = arguments.build_args(stage, **DEFAULTS, **best_checkpoint.defaults(stage.sections.get("args", {})))
-    streamed = stage.section("data").streaming
-
-    def documents(side):
-        if streamed and side == "train":
-            rows = mixing.endless(
-                stage.data, stage.spec.rows, stage.seed, [{} for _ in sources.sources(stage.data, side)]
-            )
-            return (row["text"] for row in rows)
-        return (row["text"] for row in mixing.stream(stage.data, side, stage.spec.rows, stage.seed))
-
-    # Beside the stage's folder, keyed by content: kept when the stage is made again.
-    folder = stage.folder.parent / ".tokens" / stage.name
-    key = {"data": fingerprint.content(stage.data), "section": stage.data, "seed": stage.seed}
-    sides = ([] if streamed else ["train"]) + (["validation"] if stage.data.get("validation") else [])
     with PartialState().main_process_first():
-        if words.train and not section.model_name_or_path:
-            tokenizer = train_tokenizer.trained_tokenizer(folder, words, documents("train"), key)
-        else:
-            if words.train:
-                logger.warning("tokenizer.train is not used: %s brings its tokenizer", section.model_name_or_path)
-            tokenizer = loading.load_tokenizer(section)
+        tokenizer = raw_text.load_tokenizer(stage)
         separator = masked_words.edges(tokenizer)[1]
-        for side in sides:
-            token_file.tokenize_corpus(
-                documents(side), tokenizer, folder / side, separator_id=separator, key={**key, "side": side}
-            )
+        raw_text.tokenize(stage, tokenizer, separator)
     model = loading.load_model(section, "AutoModelForMaskedLM", tokenizer, new_head=True)
     tokenizer_setup.fit_model(model, tokenizer)
     context = loading.context_length(model, args.max_length)
     sets = {}
-    for side in sides:
-        windows = token_file.Windows(folder / side, context - 2)  # [CLS] and [SEP] come to it
+    for side in raw_text.kept_sides(stage):
+        windows = token_file.Windows(raw_text.home(stage) / side, context - 2)  # [CLS] and [SEP] come to it
         sets[side] = masked_words.MaskedWindows(
             windows, tokenizer, args.mlm_probability, args.whole_word_mask, seed=stage.seed, dynamic=side == "train"
         )
         stage.report[side] = {**windows.index, "windows": len(windows), "context": context}
         logger.info("%s: %d tokens in %d windows of %d", side, windows.index["tokens"], len(windows), context)
     stream = None
-    if streamed:
+    if stage.section("data").streaming:
         masker = masked_words.Masker(tokenizer, args.mlm_probability, args.whole_word_mask, stage.seed)
         stream = streaming.Stream(
             stage,
@@ -146,3 +124,23 @@ def run(stage) -> dict:
     metrics = saving.final_metrics(trainer)
     saving.save(trainer, stage.folder, tokenizer)
     return {"parameters": model.num_parameters(), **metrics}
+
+
+def shown(stage, tokenizer, model) -> Iterator[dict]:
+    """The windows that the model is given in its first epoch, for `pipelines show`; counts go to `stage.report`."""
+    args, of = stage.sections.get("args", {}), stage.section_class("args")
+    context = loading.context_length(model, args.get("max_length"))
+    probability, whole = (args.get(key, getattr(of, key)) for key in ("mlm_probability", "whole_word_mask"))
+    masker = masked_words.Masker(tokenizer, probability, whole, stage.seed)
+    for side in mixing.given(stage.data):
+        for item in raw_text.windows(stage, side, tokenizer, masked_words.edges(tokenizer)[1], context - 2):
+            row = masker(streaming.window(item)["input_ids"], 0, item["row"])
+            yield {
+                "side": side,
+                "where": item["where"],
+                "input_ids": row["input_ids"].tolist(),
+                "labels": row["labels"].tolist(),
+            }
+
+
+own_tokenizer = raw_text.own_tokenizer

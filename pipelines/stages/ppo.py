@@ -25,11 +25,12 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoConfig, set_seed
 
-from pipelines import errors, files, launch
+from pipelines import IGNORE_INDEX, errors, files, launch
 from pipelines.data import fingerprint, mixing, token_file
 from pipelines.errors import ModelError, SetupError
 from pipelines.models import adapters, chat_template, loading, tag_heads, tokenizer_setup
 from pipelines.ppo.rewards import from_adapter, log_odds
+from pipelines.ppo.rollouts import prompt_limit
 from pipelines.ppo.trainer import PPOTrainer
 from pipelines.training import arguments, loop, saving
 from pipelines.training.trainer import ChainTrainer
@@ -240,15 +241,42 @@ def _of(section, path: str):
     )
 
 
-def _template(policy, tokenizer, section) -> list[str]:
-    """The policy answers under the template it was tuned with; one must be there or be named. Returns tokens added."""
+def ready(stage, tokenizer):
+    """The policy's tokenizer as the stage uses it."""
+    section = stage.section("model")
+    _needs_template(tokenizer, section)
+    tokenizer_setup.dress(tokenizer, section.chat_template)
+    return tokenizer
 
+
+def shown(stage, tokenizer, model) -> Iterator[dict]:
+    """The prompts as the policy is given them, for `pipelines show`; what is too long for an answer is counted."""
+    args, of = stage.sections.get("args", {}), stage.section_class("args")
+    longest, response = (args.get(key, getattr(of, key)) for key in ("max_prompt_length", "response_length"))
+    limit = prompt_limit(loading.positions(model), longest, response)
+    for side, rows in zip(("train", "validation"), mixing.load(stage.data, stage.spec.rows, stage.seed)):
+        if not rows:
+            continue
+        encoded = [chat_template.encode_prompt(tokenizer, row["prompt"]) for row in rows]
+        long = [ids for ids in encoded if limit is not None and len(ids) > limit]
+        stage.report[side] = {"rows": len(rows), "used": len(rows), "longer_than_the_limit": len(long), "limit": limit}
+        for row, ids in zip(rows, encoded, strict=True):
+            yield {"side": side, "where": row["where"], "input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)}
+
+
+def _template(policy, tokenizer, section) -> list[str]:
+    """The policy answers under the template it was tuned with. Returns tokens added."""
+    _needs_template(tokenizer, section)
+    return tokenizer_setup.install_template(policy, tokenizer, section.chat_template)
+
+
+def _needs_template(tokenizer, section) -> None:
+    """Raises `TemplateError` where the tokenizer has no chat template and none is named."""
     if tokenizer.chat_template is None and section.chat_template is None:
         raise errors.TemplateError(
             f"the tokenizer of {section.model_name_or_path!r} has no chat template. Start from an sft stage, or set "
             "model.chat_template: plain (the policy continues the prompt as text) or chatml."
         )
-    return tokenizer_setup.install_template(policy, tokenizer, section.chat_template)
 
 
 def _same_template(tokenizer, theirs, path: str) -> None:

@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from accelerate import PartialState
 from transformers import Trainer, set_seed
 
-from pipelines.data import fingerprint, mixing, sources, streaming, token_file, train_tokenizer
+from pipelines.data import mixing, streaming, token_file
 from pipelines.models import loading, tokenizer_setup
 from pipelines.speed import fast_model
-from pipelines.training import arguments, language_model, loop, saving
+from pipelines.training import arguments, language_model, loop, raw_text, saving
 from pipelines.training.trainer import ChainTrainer
 
 logger = logging.getLogger(__name__)
@@ -61,51 +61,24 @@ def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
 
     set_seed(stage.seed)
-    section, words = stage.section("model"), stage.section("tokenizer")
+    section = stage.section("model")
     args = arguments.build_args(stage, **DEFAULTS)
     args.prediction_loss_only = True
-    streamed = stage.section("data").streaming
-
-    def documents(side):
-        if streamed and side == "train":
-            rows = mixing.endless(
-                stage.data, stage.spec.rows, stage.seed, [{} for _ in sources.sources(stage.data, side)]
-            )
-            return (row["text"] for row in rows)
-        return (row["text"] for row in mixing.stream(stage.data, side, stage.spec.rows, stage.seed))
-
-    # Beside the stage's folder, keyed by content: kept when the stage is made again.
-    folder = stage.folder.parent / ".tokens" / stage.name
-    key = {"data": fingerprint.content(stage.data), "section": stage.data, "seed": stage.seed}
-    sides = ([] if streamed else ["train"]) + (["validation"] if stage.data.get("validation") else [])
     with PartialState().main_process_first():
-        if words.train and not section.model_name_or_path:
-            tokenizer = train_tokenizer.trained_tokenizer(folder, words, documents("train"), key)
-        else:
-            if words.train:
-                logger.warning("tokenizer.train is not used: %s brings its tokenizer", section.model_name_or_path)
-            tokenizer = loading.load_tokenizer(section)
-            tokenizer_setup.ensure_pad(tokenizer)
-        for side in sides:
-            token_file.tokenize_corpus(
-                documents(side),
-                tokenizer,
-                folder / side,
-                separator_id=tokenizer.eos_token_id,
-                key={**key, "side": side},
-            )
+        tokenizer = ready(stage, raw_text.load_tokenizer(stage))
+        raw_text.tokenize(stage, tokenizer, tokenizer.eos_token_id)
     model = loading.load_model(section, "AutoModelForCausalLM", tokenizer)
     tokenizer_setup.fit_model(model, tokenizer)
     context = loading.context_length(model, args.max_length)
-    windows = {side: token_file.Windows(folder / side, context) for side in sides}
-    for side in sides:
+    windows = {side: token_file.Windows(raw_text.home(stage) / side, context) for side in raw_text.kept_sides(stage)}
+    for side in windows:
         stage.report[side] = {**windows[side].index, "windows": len(windows[side]), "context": context}
         logger.info(
             "%s: %d tokens in %d windows of %d", side, stage.report[side]["tokens"], len(windows[side]), context
         )
     fast_model.fast_model(model)
     stream = None
-    if streamed:
+    if stage.section("data").streaming:
         encode = streaming.text_encoder(tokenizer, tokenizer.eos_token_id)
         stream = streaming.Stream(stage, stage.spec.rows, args, encode, streaming.windows(context), streaming.window)
 
@@ -126,3 +99,26 @@ def run(stage) -> dict:
     metrics = saving.final_metrics(trainer)
     saving.save(trainer, stage.folder, tokenizer)
     return {"parameters": model.num_parameters(), **metrics}
+
+
+def ready(stage, tokenizer):
+    """The tokenizer as the stage trains with it."""
+    tokenizer_setup.ensure_pad(tokenizer)
+    return tokenizer
+
+
+def shown(stage, tokenizer, model) -> Iterator[dict]:
+    """The windows that the model is given, for `pipelines show`; counts go to `stage.report`."""
+    context = loading.context_length(model, stage.sections.get("args", {}).get("max_length"))
+    for side in mixing.given(stage.data):
+        for item in raw_text.windows(stage, side, tokenizer, tokenizer.eos_token_id, context):
+            batch = token_file.stack_windows([streaming.window(item)])
+            yield {
+                "side": side,
+                "where": item["where"],
+                "input_ids": batch["input_ids"][0].tolist(),
+                "labels": batch["labels"][0].tolist(),
+            }
+
+
+own_tokenizer = raw_text.own_tokenizer

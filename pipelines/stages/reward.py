@@ -33,7 +33,7 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import RewardTrainer
 
-from pipelines import errors
+from pipelines import IGNORE_INDEX, errors
 from pipelines.data import encoded_rows, mixing
 from pipelines.evaluation.metrics import preference_metrics
 from pipelines.models import adapters, chat_template, loading, sharding, tag_heads, tokenizer_setup
@@ -139,26 +139,8 @@ def run(stage) -> dict:
     fast_model.fast_gelu(model)
     collate = RankingCollator(tokenizer.pad_token_id, **_packs(model))
     context = loading.context_length(model, stage.sections.get("args", {}).get("max_length"))
-
-    too_long = stage.section("data").too_long
-
-    def make():
-        train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed)
-        for row in [*train, *validation]:
-            if "margin" not in row and args.rank_margin:
-                row["margin"] = [-args.rank_margin * rank for rank in row["ranks"]]
-        for tag in tags:
-            if not any(tag in answer for row in train for answer in row.get("tags", [])):
-                raise errors.DataError(
-                    f"data.train: no answer has the tag {tag!r} (args.tags), so it cannot be learned"
-                )
-        sides = {"train": train, "validation": validation}
-        return {
-            side: _encode(stage, side, rows, tags, tokenizer, context, too_long) for side, rows in sides.items() if rows
-        }
-
     settings = {"context": context, "rank_margin": args.rank_margin, "tags": tags}
-    sets = encoded_rows.encoded_rows(stage, tokenizer, settings, make)
+    sets = encoded_rows.encoded_rows(stage, tokenizer, settings, lambda: encode(stage, tokenizer, context))
     (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
 
     model = adapters.adapt(model, section, "SEQ_CLS", tokenizer.convert_tokens_to_ids(added))
@@ -195,20 +177,64 @@ def _packs(model) -> dict[str, bool]:
         return {"packed": False}
 
 
+def ready(stage, tokenizer):
+    """The tokenizer as the stage trains with it."""
+    tokenizer_setup.dress(tokenizer, stage.section("model").chat_template)
+    return tokenizer
+
+
+def encode(stage, tokenizer, context: int) -> dict[str, Dataset]:
+    """The encoded rankings of each side, as `_encode` gives them; `args.rank_margin` and `args.tags` are applied."""
+    args, too_long = stage.sections.get("args", {}), stage.section("data").too_long
+    tags, margin = args.get("tags") or [], args.get("rank_margin")
+    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed)
+    for row in [*train, *validation]:
+        if "margin" not in row and margin:
+            row["margin"] = [-margin * rank for rank in row["ranks"]]
+    for tag in tags:
+        if not any(tag in answer for row in train for answer in row.get("tags", [])):
+            raise errors.DataError(f"data.train: no answer has the tag {tag!r} (args.tags), so it cannot be learned")
+    sides = {"train": train, "validation": validation}
+    return {
+        side: _encode(stage, side, rows, tags, tokenizer, context, too_long) for side, rows in sides.items() if rows
+    }
+
+
+def shown(stage, tokenizer, model) -> Iterator[dict]:
+    """The rankings that the model is given, for `pipelines show`: the prompt, and the answers that stand behind it.
+
+    `input_ids` are the prompt's; what is learned is a score at the end of each answer, no token.
+    """
+    context = loading.context_length(model, stage.sections.get("args", {}).get("max_length"))
+    tags = stage.sections.get("args", {}).get("tags") or []
+    for side, rows in encode(stage, tokenizer, context).items():
+        for row in rows:
+            behind = [max(0, len(ids) - n) for ids, n in zip(row["ids"], row["answer_lengths"], strict=True)]
+            yield {
+                "side": side,
+                "where": row["where"],
+                "input_ids": row["ids"][0][: behind[0]],
+                "labels": [IGNORE_INDEX] * behind[0],
+                "completion_ids": [ids[at:] for ids, at in zip(row["ids"], behind, strict=True)],
+                "ranks": row["ranks"],
+                "margin": row["margin"],
+                "tags": [[tag for tag, has in zip(tags, of, strict=True) if has > 0] for of in row["tags"]],
+            }
+
+
 def _encode(stage, side: str, rows: list[dict], tags: list[str], tokenizer, context: int, too_long: str):
-    """`Dataset` of ids, ranks, margin, tags, row and where; what is left out is counted, said and recorded.
+    """`Dataset` of ids, answer_lengths, ranks, margin, tags, row and where; what is left out is counted and recorded.
 
     Of each answer `tags` holds 1 or 0 for each of the tags, or -1 where the row says nothing about tags.
     """
 
-    columns, long = {name: [] for name in ("ids", "ranks", "margin", "tags", "row", "where")}, []
+    columns, long = {name: [] for name in ("ids", "answer_lengths", "ranks", "margin", "tags", "row", "where")}, []
     ranked = [row for row in rows if decided(row["ranks"])]
     for row in ranked:
         with chat_template.naming(row):
-            read = lambda c, row=row: sum(
-                chat_template.encode_answer(tokenizer, row["prompt"], c, row.get("tools")), []
-            )
-            encoded = [read(answer) for answer in row["completions"]]
+            tools = row.get("tools")
+            parts = [chat_template.encode_answer(tokenizer, row["prompt"], c, tools) for c in row["completions"]]
+        encoded = [prompt + answer for prompt, answer in parts]
         if max(map(len, encoded)) > context:
             long.append(row["where"])
             if too_long == "drop":
@@ -217,6 +243,7 @@ def _encode(stage, side: str, rows: list[dict], tags: list[str], tokenizer, cont
                 ids[-context:] for ids in encoded
             ]  # the answer and its EOS are what is scored: cut the beginning
         columns["ids"].append(encoded)
+        columns["answer_lengths"].append([len(answer) for _, answer in parts])
         columns["ranks"].append([float(r) for r in row["ranks"]])
         columns["margin"].append([float(m) for m in row.get("margin", [0] * len(encoded))])
         given = row.get("tags", [None] * len(encoded))

@@ -23,9 +23,10 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from pipelines import errors, files
+from pipelines import IGNORE_INDEX, errors, files
 from pipelines.data import mixing
 from pipelines.generation import answers
+from pipelines.models import chat_template, loading
 from pipelines.recipe.stage import writer_problems
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,17 @@ def run(stage) -> dict:
         files.write_rows(stage.folder / SAMPLES, samples)
     ended = [e for row in samples for e in row["ended"]]
     return {**counts, "rows": len(samples), "ended": sum(ended) / len(ended)}
+
+
+def shown(stage, tokenizer, model) -> Iterator[dict]:
+    """The prompts as the first of `sample.models` is given them, for `pipelines show`."""
+    rows, _ = mixing.load(stage.data, stage.spec.rows, stage.seed)
+    encoded = [chat_template.encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    limit, length = loading.positions(model), stage.section("sample").response_length
+    long = [ids for ids in encoded if limit is not None and len(ids) + length > limit]
+    stage.report["train"] = {"rows": len(rows), "used": len(rows) - len(long), "too_long": len(long)}
+    for row, ids in zip(rows, encoded, strict=True):
+        yield {"side": "train", "where": row["where"], "input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)}
 
 
 def collect(prompts: list, groups: dict[int, list[list]], names: list[str]) -> tuple[list[dict], dict[str, int]]:

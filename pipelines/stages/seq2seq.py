@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import evaluate
 import torch
@@ -131,26 +132,17 @@ def run(stage) -> dict:
     set_seed(stage.seed)
     section, task = stage.section("model"), stage.section("task")
     args = arguments.build_args(stage, **DEFAULTS, **best_checkpoint.defaults(stage.sections.get("args", {})))
-    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed)
-    for row in [*train, *validation]:
-        row["source"] = task.prefix + row["source"]
     with PartialState().main_process_first():
-        tokenizer = load_tokenizer(stage, section, train)
+        tokenizer = load_tokenizer(stage, section)
     new = {} if section.model_name_or_path else new_settings(section.config, tokenizer)
     model = loading.load_model(section, "AutoModelForSeq2SeqLM", tokenizer, **new)
     check(model, tokenizer, args)
-    too_long = stage.data.get("too_long", "truncate")
-
-    def make():
-        sides = {"train": train, "validation": validation}
-        return {side: _encode(stage, side, rows, tokenizer, args, too_long) for side, rows in sides.items() if rows}
-
     limits = {"source": args.max_source_length, "target": args.max_target_length}
-    sets = encoded_rows.encoded_rows(stage, tokenizer, limits, make)
+    sets = encoded_rows.encoded_rows(stage, tokenizer, limits, lambda: encode(stage, tokenizer, limits))
     (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
     texts = ["source", "target"]
     train_set, kept = train_set.remove_columns(texts), None
-    if validation:
+    if validation_set is not None:
         kept, validation_set = validation_set.select_columns(texts), validation_set.remove_columns(texts)
     args.generation_max_length = args.generation_max_length or args.max_target_length + 1  # and the start token
     model.generation_config.max_length = args.generation_max_length
@@ -181,18 +173,23 @@ def run(stage) -> dict:
     return {"parameters": model.num_parameters(), **metrics}
 
 
-def load_tokenizer(stage, section, train: list[dict]):
+def load_tokenizer(stage, section):
     """The model's tokenizer, or one trained on sources and targets that ends every text with EOS."""
-
     words = stage.section("tokenizer")
     if words.train and section.model_name_or_path:
         logger.warning("tokenizer.train is not used: %s brings its tokenizer", section.model_name_or_path)
     if not words.train or section.model_name_or_path:
         return loading.load_tokenizer(section)
-    folder = stage.folder.parent / ".tokens" / stage.name
+    return own_tokenizer(stage, stage.folder.parent / ".tokens" / stage.name)
+
+
+def own_tokenizer(stage, folder: Path):
+    """The tokenizer that `tokenizer.train` asks for, kept in `folder` and taken from there while the data is the same."""
+    words, prefix = stage.section("tokenizer"), stage.section("task").prefix
+    rows = mixing.stream(stage.data, "train", stage.spec.rows, stage.seed)
     sections = {name: stage.sections.get(name) for name in ("data", "task")}
     key = {"data": fingerprint.content(stage.data), "sections": sections, "seed": stage.seed}
-    texts = (text for row in train for text in (row["source"], row["target"]))
+    texts = (text for row in rows for text in (prefix + row["source"], row["target"]))
     tokenizer = train_tokenizer.trained_tokenizer(folder, words, texts, key)
     if words.train == "wordpiece":
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
@@ -247,11 +244,31 @@ def check(model, tokenizer, args) -> None:
             )
 
 
-def _encode(stage, side: str, rows: list[dict], tokenizer, args, too_long: str):
+def encode(stage, tokenizer, limits: dict[str, int]) -> dict[str, Dataset]:
+    """The encoded rows of each side, as `_encode` gives them; `limits` are the most tokens of source and target."""
+    prefix, too_long = stage.section("task").prefix, stage.data.get("too_long", "truncate")
+    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed)
+    for row in [*train, *validation]:
+        row["source"] = prefix + row["source"]
+    sides = {"train": train, "validation": validation}
+    return {side: _encode(stage, side, rows, tokenizer, limits, too_long) for side, rows in sides.items() if rows}
+
+
+def shown(stage, tokenizer, model) -> Iterator[dict]:
+    """The sources that the model is given and the targets that it learns, for `pipelines show`."""
+    args, of = stage.sections.get("args", {}), stage.section_class("args")
+    keys = {"source": "max_source_length", "target": "max_target_length"}
+    limits = {name: args.get(key, getattr(of, key)) for name, key in keys.items()}
+    for side, rows in encode(stage, tokenizer, limits).items():
+        for row in rows:
+            learned = [tokenizer.decode(row["labels"])]
+            yield {"side": side, **{key: row[key] for key in ("where", "input_ids", "labels")}, "learned": learned}
+
+
+def _encode(stage, side: str, rows: list[dict], tokenizer, limits: dict[str, int], too_long: str):
     """`Dataset` of input_ids, attention_mask, labels, row, source, target, where; long rows are counted and recorded."""
 
     sources, targets = [row["source"] for row in rows], [row["target"] for row in rows]
-    limits = {"source": args.max_source_length, "target": args.max_target_length}
     encoded, labels = tokenizer(sources)["input_ids"], tokenizer(text_target=targets)["input_ids"]
     features, long = [], []
     for row, ids, goal in zip(rows, encoded, labels, strict=True):

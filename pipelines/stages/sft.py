@@ -83,13 +83,9 @@ def run(stage) -> dict:
 
     def make():
         sets = {}
-        for side, rows in zip(("train", "validation"), mixing.load(stage.data, stage.spec.rows, stage.seed)):
-            if rows:
-                rows = _encode(stage, side, rows, tokenizer, context, too_long)
-                packed = args.packing and side == "train"
-                sets[side] = (
-                    language_model.packed_dataset(rows, context) if packed else language_model.rows_dataset(rows)
-                )
+        for side, rows in encode(stage, tokenizer, context).items():
+            packed = args.packing and side == "train"
+            sets[side] = language_model.packed_dataset(rows, context) if packed else language_model.rows_dataset(rows)
         return sets
 
     settings = {"context": context, "packing": args.packing}
@@ -97,8 +93,8 @@ def run(stage) -> dict:
     (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
     stream = None
     if streamed:
-        encode = _encoder(tokenizer, context, too_long)
-        stream = streaming.Stream(stage, stage.spec.rows, args, encode, streaming.packs(context, args.packing))
+        encoder = _encoder(tokenizer, context, too_long)
+        stream = streaming.Stream(stage, stage.spec.rows, args, encoder, streaming.packs(context, args.packing))
         where = stream.names
         # TRL looks at a row of the training set, which must be one of `datasets`; the stream takes its place.
         train_set = language_model.rows_dataset([{"input_ids": [0], "labels": [0], "where": ""}])
@@ -135,6 +131,36 @@ def run(stage) -> dict:
     metrics = saving.final_metrics(trainer)
     saving.save(trainer, stage.folder, tokenizer)
     return metrics
+
+
+def ready(stage, tokenizer):
+    """The tokenizer as the stage trains with it."""
+    tokenizer_setup.dress(tokenizer, stage.section("model").chat_template)
+    return tokenizer
+
+
+def encode(stage, tokenizer, context: int) -> dict[str, list[dict]]:
+    """The encoded rows of each side, those of a stream left out: `{"input_ids", "labels", "where"}`, not packed yet."""
+    sides = zip(("train", "validation"), mixing.load(stage.data, stage.spec.rows, stage.seed))
+    too_long = stage.section("data").too_long
+    return {side: _encode(stage, side, rows, tokenizer, context, too_long) for side, rows in sides if rows}
+
+
+def shown(stage, tokenizer, model) -> Iterator[dict]:
+    """The rows that the model is given, before they are packed, for `pipelines show`; counts go to `stage.report`."""
+    section, args = stage.section("data"), stage.sections.get("args", {})
+    context = loading.context_length(model, args.get("max_length"))
+    sides = {}
+    if section.streaming:
+        block = mixing.first_block(stage.data, stage.spec.rows, stage.seed, section.buffer_size)
+        sides["train"] = _encode(stage, "train", block, tokenizer, context, section.too_long)
+    sides |= encode(stage, tokenizer, context)
+    if args.get("packing"):
+        packs = packing.plan_packs([len(row["input_ids"]) for row in sides["train"]], context)
+        stage.report["packs"] = len(packs)
+        filled = stage.report["train"]["tokens"] / (len(packs) * context)
+        stage.report["packing_efficiency"] = round(filled, 4)
+    yield from ({"side": side, **row} for side, rows in sides.items() for row in rows)
 
 
 def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_long: str) -> list[dict]:
