@@ -15,6 +15,7 @@ One recipe file takes a language model from raw text to an RLHF-tuned policy.
 
   pipelines init [NAME]                          copy a recipe that comes with the package here; alone: list them
   pipelines check RECIPE                         find every mistake in it, start nothing
+  pipelines show RECIPE STAGE                    the rows of a stage as its model will see them
   pipelines plan RECIPE                          will it fit, how long will it take
   pipelines run RECIPE [STAGE ...]               train; finished stages are skipped
   pipelines status RECIPE                        what is finished, due or changed
@@ -41,7 +42,7 @@ or command is wrong, 130 stopped by the user.
 """
 # Each is a module of `pipelines.commands`, imported only when asked for: `--help` and `report` need no torch.
 VERBS = (
-    "run", "check", "status", "keys", "plan", "rank", "evaluate", "chat", "report", "push", "init", "env",
+    "run", "check", "show", "status", "keys", "plan", "rank", "evaluate", "chat", "report", "push", "init", "env",
 )  # fmt: skip
 COMPUTE = ("run", "evaluate", "chat", "plan")  # verbs that compute: they start again in the fast environment
 

@@ -6,20 +6,15 @@ recipe will make. Rows that are local are read, and their tokens counted where t
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-import transformers
-
 from pipelines.data import mixing, sources
-from pipelines.errors import PlanError
 from pipelines.kinds import CLASSIFIER
-from pipelines.models import chat_template, tokenizer_setup
-from pipelines.planning import anatomy
+from pipelines.models import chat_template
+from pipelines.planning import anatomy, unmade
 from pipelines.speed import packing
 
 SAMPLE = 2000  # rows whose tokens are counted; the rest are taken to be like them
@@ -76,7 +71,7 @@ def describe(loaded, stage) -> Job:
     """What the stage will train on and with; raises `PlanError` where that cannot be known."""
     values = {"per_device_train_batch_size": 8, "num_train_epochs": 3.0, **stage.module.DEFAULTS}
     values |= stage.sections.get("args", {})
-    tokenizer = _tokenizer(loaded, stage)
+    tokenizer = unmade.at_hand(stage)
     notes = [] if tokenizer else [f"no tokenizer at hand yet: {CHARACTERS} characters are taken for a token"]
     section = stage.sections.get("model", {})
     texts, rows, count, labels = _texts(stage, notes)
@@ -85,7 +80,7 @@ def describe(loaded, stage) -> Job:
         settings["num_labels"] = len(stage.sections.get("task", {}).get("labels") or labels) or 2
     elif stage.kind == "reward":
         settings["num_labels"] = 1
-    config = _config(loaded, stage, section.get("model_name_or_path"), tokenizer, settings)
+    config = unmade.config_of(stage, section.get("model_name_or_path"), tokenizer, settings)
     models = {"model": Model(config, stage.spec.auto_class)}
     if stage.kind == "ppo":
         reward = stage.sections.get("reward", {})
@@ -94,7 +89,7 @@ def describe(loaded, stage) -> Job:
         named = {"critic": start} if start != "shared" else {}  # a value head weighs nothing
         named |= {f"reward {i}": path for i, path in enumerate(scorers)}
         for name, path in named.items():
-            of_it = _config(loaded, stage, path, None, {"num_labels": 1}, overrides=False)
+            of_it = unmade.config_of(stage, path, None, {"num_labels": 1}, overrides=False)
             models[name] = Model(of_it, CLASSIFIER)
     context = _context(config, values, stage.kind)
     target = 0
@@ -124,83 +119,6 @@ def describe(loaded, stage) -> Job:
     lengths = [max(map(len, row)) for row in sequences]
     laid = [_laid(row, layout) for row in sequences] if stage.kind == "reward" else []
     return Job(stage, stage.kind, values, models, rows, lengths, context, count, target, layout, laid, notes)
-
-
-def _config(loaded, stage, path: str | None, tokenizer, settings: dict, overrides: bool = True):
-    """The config of the model at `path` (a stage's will be what that stage starts from), or of a new one."""
-
-    section = stage.sections.get("model", {})
-    changes = dict(section.get("config") or {}) if overrides else {}
-    if path and path.startswith("stage:"):
-        name = path.removeprefix("stage:").split("/")[0]
-        folder = loaded.output_dir / path.removeprefix("stage:")
-        parent = loaded[name]
-        if (folder / "config.json").is_file():
-            config = transformers.AutoConfig.from_pretrained(folder)
-        else:
-            source = parent.sections.get("model", {}).get("model_name_or_path")
-            if path.endswith("/critic"):
-                source = (parent.sections.get("reward", {}).get("models") or [source])[0]
-            config = _config(loaded, parent, source, _tokenizer(loaded, parent), {})
-    elif path:
-        if "model_type" in changes:
-            changes = {}
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                path,
-                revision=section.get("model_revision") or "main",
-                trust_remote_code=section.get("trust_remote_code", False),
-            )
-        except (OSError, ValueError) as error:
-            raise PlanError(
-                f"stages.{stage.name}.model: no config of {path!r} ({str(error).splitlines()[0]}). A hub id needs network "
-                "access or the hub's cache; a folder needs a config.json (no weights are read)."
-            ) from error
-    else:
-        asked = stage.sections.get("tokenizer", {})
-        vocabulary = len(tokenizer) if tokenizer else asked.get("vocab_size", 8192) if asked.get("train") else 0
-        changes["vocab_size"] = max(changes.get("vocab_size", 0), vocabulary)
-        if not changes["vocab_size"]:
-            del changes["vocab_size"]
-        return transformers.AutoConfig.for_model(changes.pop("model_type"), **changes, **settings)
-    for key, value in (changes | settings).items():
-        setattr(config, key, value)
-    if tokenizer is not None and len(tokenizer) > config.get_text_config().vocab_size:  # as chat.fit_model
-        config.get_text_config().vocab_size = len(tokenizer)
-    return config
-
-
-@lru_cache(None)
-def _from_folder(path: str):
-    """The tokenizer in a folder or the hub's cache, or None."""
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-
-
-def _tokenizer(loaded, stage):
-    """A copy of the stage's tokenizer with its chat template, or None where it is not there yet."""
-
-    section = stage.sections.get("model", {})
-    path = section.get("tokenizer_name_or_path") or section.get("model_name_or_path")
-    if path is None:
-        return None
-    if path.startswith("stage:"):
-        name = path.removeprefix("stage:").split("/")[0]
-        folder = loaded.output_dir / name
-        found = _from_folder(str(folder)) if (folder / "config.json").is_file() else _tokenizer(loaded, loaded[name])
-    else:
-        found = _from_folder(str(Path(path).expanduser()))
-    if found is None:
-        return None
-    tokenizer, template = copy.deepcopy(found), section.get("chat_template")
-    if stage.kind in ("sft", "reward") or template:
-        tokenizer_setup.dress(tokenizer, template)
-    elif stage.kind in ("pretrain", "classify") and tokenizer.eos_token:
-        tokenizer_setup.ensure_pad(tokenizer)
-    return tokenizer
 
 
 def _texts(stage, notes: list[str]) -> tuple[list, int | None, int, set]:
