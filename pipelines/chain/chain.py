@@ -16,6 +16,7 @@ from pipelines.chain.record import differences, finish, identity
 from pipelines.errors import ChainError
 from pipelines.files import CHAIN, lock
 from pipelines.recipe.stage import Recipe, Stage
+from pipelines.training.checkpoints import last_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -31,48 +32,23 @@ class Step:
 
 def plan(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> list[Step]:
     """The steps for the stages `names` (all when empty). Raises `ChainError` with every reason why it cannot be done."""
-    known = [s.name for s in recipe.stages]
-    wrong = [n for n in [*names, *redo] if n not in known]
-    if wrong:
-        raise ChainError(
-            "\n".join(f"no stage {n!r}{errors.meant(n, known)}; {recipe.file} has {', '.join(known)}" for n in wrong)
-        )
-    redo = set(redo)
-    for stage in recipe.stages:  # what builds on a stage that is made again is made again too
-        if redo & set(stage.parents):
-            redo.add(stage.name)
+    _known(recipe, [*names, *redo])
+    redo = _with_what_builds_on_it(recipe, redo)
     steps, refused, made = [], [], {}
     for stage in recipe.stages:
-        chosen = not names or stage.name in names or stage.name in redo
-        finished = files.read_json(stage.folder / files.FINISHED)
-        started = files.read_json(stage.folder / files.STARTED)
-        due = [p for p in stage.parents if made.get(p) is None]
         record = chain_record.record(stage, {p: made.get(p) or "not made yet" for p in stage.parents})
-        if stage.name in redo and (finished or started):
-            action, changed = "redo", []
-        elif finished:
-            action, changed = "finished", differences(finished["record"], record)
-        elif started:
-            action, changed = "resume", differences(started["record"], record)
-        else:
-            action, changed = "start", []
-            if stage.folder.is_dir() and any(stage.folder.iterdir()) and chosen:
-                refused.append(
-                    f"{stage.name}: the folder {stage.folder} is not empty and was not made by this chain. "
-                    "Choose another output_dir, or move the folder away."
-                )
-        made[stage.name] = identity(finished) if finished and action == "finished" else None
-        if not chosen:
+        action, changed, finished = _look(stage, record, again=stage.name in redo)
+        missing = [p for p in stage.parents if made.get(p) is None and names and p not in names and p not in redo]
+        made[stage.name] = identity(finished) if action == "finished" else None
+        if names and stage.name not in names and stage.name not in redo:
             continue
-        if changed:
-            parents = [c for c in changed if c.startswith("parents.")]
-            why = "it builds on " + ", ".join(p.split(" ")[0].split(".")[1] for p in parents) + ", made again since" \
-                if len(parents) == len(changed) else "; ".join(c for c in changed if c not in parents)  # fmt: skip
+        if action == "start" and _is_of_others(stage.folder):
             refused.append(
-                f"{stage.name}: {action} with other settings: {why}. "
-                f"Put them back, or make it again with --redo {stage.name} (the old folder is kept aside)."
+                f"{stage.name}: the folder {stage.folder} is not empty and was not made by this chain. "
+                "Choose another output_dir, or move the folder away."
             )
-        missing = [p for p in due if names and p not in names and p not in redo]
+        if changed:
+            refused.append(_changed(stage, action, changed))
         if missing and action != "finished":
             refused.append(
                 f"{stage.name}: it needs {', '.join(missing)}, not made yet. Run that first, or name it too."
@@ -81,6 +57,64 @@ def plan(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> list[St
     if refused:
         raise ChainError("\n".join(refused))
     return steps
+
+
+def _known(recipe: Recipe, names: list[str]) -> None:
+    """Raises `ChainError` for names that are no stages of the recipe."""
+    known = [s.name for s in recipe.stages]
+    wrong = [n for n in names if n not in known]
+    if wrong:
+        raise ChainError(
+            "\n".join(f"no stage {n!r}{errors.meant(n, known)}; {recipe.file} has {', '.join(known)}" for n in wrong)
+        )
+
+
+def _with_what_builds_on_it(recipe: Recipe, redo: list[str]) -> set[str]:
+    """The stages `redo` and all that build on them."""
+    found = set(redo)
+    for stage in recipe.stages:
+        if found & set(stage.parents):
+            found.add(stage.name)
+    return found
+
+
+def _look(stage: Stage, record: dict, again: bool) -> tuple[str, list[str], dict | None]:
+    """`(action, what changed since, the record of the finished stage)`, from what lies in the stage's folder."""
+    finished = files.read_json(stage.folder / files.FINISHED)
+    started = files.read_json(stage.folder / files.STARTED)
+    if again and (finished or started):
+        return "redo", [], finished
+    if finished:
+        return "finished", differences(finished["record"], record), finished
+    if not started:
+        return "start", [], None
+    changed = differences(started["record"], record)
+    if changed and not _can_resume(stage):
+        return "start", [], None  # it failed before anything was kept: nothing was trained under the old settings
+    return "resume", changed, None
+
+
+def _can_resume(stage: Stage) -> bool:
+    """Whether there is work of an earlier session: a whole checkpoint, or answers that were sampled."""
+    return last_checkpoint(stage.checkpoints) is not None or (stage.checkpoints / "answers.jsonl").is_file()
+
+
+def _is_of_others(folder: Path) -> bool:
+    """Whether a folder holds something that no stage of ours has begun."""
+    return folder.is_dir() and any(folder.iterdir()) and not (folder / files.STARTED).is_file()
+
+
+def _changed(stage: Stage, action: str, changed: list[str]) -> str:
+    """Why a stage with other settings than those it was made from is refused."""
+    parents = [c for c in changed if c.startswith("parents.")]
+    if len(parents) == len(changed):
+        why = f"it builds on {', '.join(p.split(' ')[0].split('.')[1] for p in parents)}, made again since"
+    else:
+        why = "; ".join(c for c in changed if c not in parents)
+    return (
+        f"{stage.name}: {action} with other settings: {why}. "
+        f"Put them back, or make it again with --redo {stage.name} (the old folder is kept aside)."
+    )
 
 
 def run(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> None:
@@ -106,7 +140,17 @@ def run(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> None:
                 logger.info("%s: finished, skipped (%s)", name, recipe[name].folder)
             else:
                 _run_stage(recipe, recipe[name], action, state)
-    logger.info("the chain is complete: %s", recipe.output_dir)
+        if state.is_main_process:
+            logger.info("%s: %s", _outcome(recipe), recipe.output_dir)
+
+
+def _outcome(recipe: Recipe) -> str:
+    """What there is of the chain after a run: all of it, or what is still to come or to be made again."""
+    try:
+        left = [step.stage.name for step in plan(recipe) if step.action != "finished"]
+    except ChainError as error:
+        return f"done what was asked for; the rest of the chain is not up to date:\n{error}\nin"
+    return f"done what was asked for; still to come: {', '.join(left)}" if left else "the chain is complete"
 
 
 def _run_stage(recipe: Recipe, stage: Stage, action: str, state) -> None:
@@ -116,6 +160,9 @@ def _run_stage(recipe: Recipe, stage: Stage, action: str, state) -> None:
     if state.is_main_process:
         if action == "redo":
             _set_aside(stage.folder)
+        if action == "start" and stage.checkpoints.is_dir():
+            shutil.rmtree(stage.checkpoints)
+            logger.info("%s: an earlier start failed before its first checkpoint: it begins anew", stage.name)
         earlier = files.read_log(stage.checkpoints)[2]  # seconds of the sessions that were stopped
         parents = {p: identity(files.read_json(recipe[p].folder / files.FINISHED)) for p in stage.parents}
         record = chain_record.record(stage, parents)

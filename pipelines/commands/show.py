@@ -79,11 +79,22 @@ def rows(stage: Stage, tokenizer) -> Iterator[tuple[str, dict]]:
         side, where, ids, labels = (row.pop(key) for key in ("side", "where", "input_ids", "labels"))
         if not isinstance(where, str):
             where = where[0] if len(where) == 1 else f"{where[0]} to {where[-1]}"
-        if "learned" not in row:
-            row["learned"] = [tokenizer.decode(part) for part, wanted in _runs(labels, labels) if wanted]
+        learned = row.pop("learned", None)
+        if learned is None:
+            learned = [tokenizer.decode(part) for part, wanted in _runs(labels, labels) if wanted]
         if "completion_ids" in row:
             row["completions"] = [tokenizer.decode(part) for part in row["completion_ids"]]
-        yield side, {"where": where, "text": tokenizer.decode(ids), "input_ids": ids, "labels": labels, **row}
+        yield (
+            side,
+            {
+                "where": where,
+                "text": tokenizer.decode(ids),
+                "input_ids": ids,
+                "labels": labels,
+                "learned": learned,
+                **row,
+            },
+        )
 
 
 def _runs(ids: list[int], labels: list[int]) -> list[tuple[list[int], bool]]:

@@ -1,4 +1,4 @@
-"""What a model consists of, from its config alone: it is built and run on fake tensors, which hold no numbers.
+"""What a model consists of, from its config alone: it is built without memory and run on fake tensors.
 
 Parameters are counted and activations traced on the architecture itself, whichever it is, with the changes that our
 trainers make to it. A 70B model takes a second and no memory.
@@ -67,51 +67,67 @@ def _fake():
 
 
 def _build(config, auto_class: str, adapt=None, dtype=torch.float32):
-    """The model on fake tensors, not initialised; `adapt` may wrap it (LoRA)."""
-    with no_init_weights():
+    """The model without memory (on the device `meta`); `adapt` may wrap it (LoRA)."""
+    with torch.device("meta"), no_init_weights():
         model = getattr(transformers, auto_class).from_config(copy.deepcopy(config), dtype=dtype)
-    model.tie_weights()
-    return adapt(model) if adapt else model
+        model.tie_weights()
+        return adapt(model) if adapt else model
+
+
+def _on_fake_tensors(model):
+    """The model's weights and buffers as fake tensors of the CPU, under `_fake`: autocast treats them as real ones."""
+    made: dict[int, torch.Tensor] = {}  # tied weights stay one
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                fake = made.get(id(weight))
+                if fake is None:
+                    empty = torch.empty(weight.shape, dtype=weight.dtype)
+                    fake = made[id(weight)] = nn.Parameter(empty, requires_grad=weight.requires_grad)
+                module._parameters[name] = fake
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return model
 
 
 def examine(config, auto_class: str, adapt=None) -> Anatomy:
     """Counts of `transformers.<auto_class>` of `config`."""
-    with _fake():
-        model = _build(config, auto_class, adapt)
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        text = plain.config.get_text_config()
-        lists = [m for m in plain.modules() if isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())]
-        inner = {id(child) for m in lists for child in m.modules() if child is not m}
-        blocks = [block for m in lists if id(m) not in inner for block in m]
-        count = sum(p.numel() for p in plain.parameters())
-        looked_up = {id(m.weight): m.weight.numel() for m in plain.modules() if isinstance(m, nn.Embedding)}
-        head = plain.get_output_embeddings()
-        tied = looked_up.get(id(head.weight), 0) if head is not None else 0
-        layers = max(getattr(text, "num_hidden_layers", 0) or 0, len(blocks))
-        in_blocks = sum(p.numel() for p in {id(p): p for b in blocks for p in b.parameters()}.values())
-        shared = in_blocks * (layers / max(len(blocks), 1) - 1)  # ALBERT: one block, passed several times
-        heads = getattr(text, "num_attention_heads", 1)
-        size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads
-        maps = [m for b in blocks for m in b.modules() if isinstance(m, (nn.Linear, Conv1D))]
-        outputs = [m.nf if isinstance(m, Conv1D) else m.out_features for m in maps]
-        return Anatomy(
-            architecture=type(plain).__name__,
-            parameters=sum(p.numel() for p in model.parameters()),
-            trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            products=int(count - sum(looked_up.values()) + tied + shared),
-            vocabulary=head.weight.shape[0] if head is not None else 0,
-            hidden=text.hidden_size,
-            layers=layers,
-            attention=heads * size,
-            kv=(getattr(text, "num_key_value_heads", None) or heads) * size,
-            largest=max((sum(p.numel() for p in b.parameters()) for b in blocks), default=count),
-            outside=count - in_blocks,
-            widest=max(outputs, default=0),
-            linear=sum(m.weight.numel() for m in maps),
-            tied=bool(tied),
-            fusable=type(head) is nn.Linear and not text.is_encoder_decoder
-            and all(getattr(text, key, None) in (None, off) for key, off in fast_model.LOGIT_CHANGES.items()),
-        )  # fmt: skip
+    model = _build(config, auto_class, adapt)
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    text = plain.config.get_text_config()
+    lists = [m for m in plain.modules() if isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())]
+    inner = {id(child) for m in lists for child in m.modules() if child is not m}
+    blocks = [block for m in lists if id(m) not in inner for block in m]
+    count = sum(p.numel() for p in plain.parameters())
+    looked_up = {id(m.weight): m.weight.numel() for m in plain.modules() if isinstance(m, nn.Embedding)}
+    head = plain.get_output_embeddings()
+    tied = looked_up.get(id(head.weight), 0) if head is not None else 0
+    layers = max(getattr(text, "num_hidden_layers", 0) or 0, len(blocks))
+    in_blocks = sum(p.numel() for p in {id(p): p for b in blocks for p in b.parameters()}.values())
+    shared = in_blocks * (layers / max(len(blocks), 1) - 1)  # ALBERT: one block, passed several times
+    heads = getattr(text, "num_attention_heads", 1)
+    size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads
+    maps = [m for b in blocks for m in b.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    outputs = [m.nf if isinstance(m, Conv1D) else m.out_features for m in maps]
+    return Anatomy(
+        architecture=type(plain).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        products=int(count - sum(looked_up.values()) + tied + shared),
+        vocabulary=head.weight.shape[0] if head is not None else 0,
+        hidden=text.hidden_size,
+        layers=layers,
+        attention=heads * size,
+        kv=(getattr(text, "num_key_value_heads", None) or heads) * size,
+        largest=max((sum(p.numel() for p in b.parameters()) for b in blocks), default=count),
+        outside=count - in_blocks,
+        widest=max(outputs, default=0),
+        linear=sum(m.weight.numel() for m in maps),
+        tied=bool(tied),
+        fusable=type(head) is nn.Linear and not text.is_encoder_decoder
+        and all(getattr(text, key, None) in (None, off) for key, off in fast_model.LOGIT_CHANGES.items()),
+    )  # fmt: skip
 
 
 def layout(config, auto_class: str) -> str:
@@ -119,8 +135,7 @@ def layout(config, auto_class: str) -> str:
 
     Shared: packed, and answers to one prompt stand behind one copy of it (`packing.pack_branches`).
     """
-    with torch.device("meta"):
-        model = _build(config, auto_class)
+    model = _build(config, auto_class)
     try:
         if auto_class == "AutoModelForSequenceClassification":
             return "shared" if packed_attention.enable_packed_scores(model) else "packed"
@@ -168,7 +183,8 @@ def activations(
 
 def _trace(config, auto_class, rows, length, precision, mask, decoder_length, dropout, fast_gelu, adapt) -> float:
     with _fake():
-        model = _build(config, auto_class, adapt, torch.bfloat16 if precision == "bf16" else torch.float32)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        model = _on_fake_tensors(_build(config, auto_class, adapt, dtype))
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         if mask != "padding" and plain._can_set_attn_implementation():
             # Traced, transformers makes a causal mask even where a run needs none.

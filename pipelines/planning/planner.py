@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from unittest import mock
 
 import numpy as np
 import peft
-import torch
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
 
@@ -89,9 +87,7 @@ def adapter(stage, quantize: bool = False):
         if not said.get("lora_target_modules") or said["lora_target_modules"] == ["all-linear"]:
             config.target_modules = "all-linear"
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
-        # peft moves adapters to the device where they are already, which fake tensors cannot.
-        with mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module):
-            return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
     return wrap
 

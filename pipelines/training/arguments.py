@@ -56,8 +56,9 @@ def build_args(stage, **defaults):
     if PartialState().is_main_process:
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * state.num_processes
         logger.info(
-            "%s: %s (%s) on %d x %s, %d rows per step (%d per device x %d accumulated x %d processes)",
+            "%s: %s (%s) on %d x %s, %d %s per step (%d per device x %d accumulated x %d processes)",
             stage.name, precision(args), why, state.num_processes, state.device.type, per_step,
+            "packs" if getattr(args, "packing", False) else "rows",
             args.per_device_train_batch_size, args.gradient_accumulation_steps, state.num_processes,
         )  # fmt: skip
     return args

@@ -59,6 +59,28 @@ class _StopOnSignal(TrainerCallback):
             control.should_evaluate = False
 
 
+class _Size(TrainerCallback):
+    """Says before the first step how many steps the run has and what they are made of; few of them learn little."""
+
+    FEW = 100
+
+    def __init__(self, stage):
+        self.stage = stage
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows, packs = self.stage.report.get("train", {}).get("used"), self.stage.report.get("packs")
+        what = "packs" if packs else "windows" if "windows" in self.stage.report.get("train", {}) else "rows"
+        each = f" (about {per_step * rows / packs:.0f} examples)" if packs and rows else ""
+        logger.info("%s: %d optimizer steps of %d %s each%s", self.stage.name, state.max_steps, per_step, what, each)
+        if state.max_steps < self.FEW:
+            logger.warning(
+                "%s: only %d optimizer steps of %d %s%s, which is little to learn from: lower args.global_batch_size%s or "
+                "raise args.num_train_epochs", self.stage.name, state.max_steps, per_step, what, each,
+                ", set args.packing: false" if packs else "",
+            )  # fmt: skip
+
+
 class Progress(TrainerCallback):
     """One bar per stage, and a line per log entry with what matters; replaces transformers' bar and raw dicts.
 
@@ -149,6 +171,8 @@ def fit(stage, trainer) -> None:
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(Progress())
+    if not hasattr(trainer, "policy"):  # an update of PPO is many optimizer steps
+        trainer.add_callback(_Size(stage))
     trainer.add_callback(stopper)
     stopper.catch()
     try:

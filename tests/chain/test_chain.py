@@ -75,6 +75,42 @@ def test_a_changed_setting_is_refused_by_name_until_redo(two):
     assert len(kept) == 2 and all((k / "model.txt").exists() for k in kept)
 
 
+def test_a_stage_that_failed_before_its_first_checkpoint_takes_other_settings(two):
+    two.fail.append("one")
+    with pytest.raises(RuntimeError):
+        chain.run(two.load())
+    mended = two.load("stages.one.args.learning_rate=5e-3")
+    folder = mended["one"].checkpoints
+    folder.mkdir()
+    (folder / files.LOG).write_text('{"max_steps": 5, "step": 0, "time": 1.0}\n')
+    (folder / "checkpoint-1").mkdir()  # stopped while it was written
+    assert actions(mended)[0] == ("one", "start") and actions(two.load())[0] == ("one", "resume")
+    (folder / "checkpoint-1" / "complete").touch()
+    with pytest.raises(ChainError, match="resume with other settings"):
+        chain.plan(mended)
+    (folder / "checkpoint-1" / "complete").unlink()
+    (folder / "answers.jsonl").write_text("{}\n")  # answers that a stage of kind sample had written
+    with pytest.raises(ChainError, match="resume with other settings"):
+        chain.plan(mended)
+    (folder / "answers.jsonl").unlink()
+    two.fail.clear()
+    chain.run(mended)
+    made = json.loads((mended["one"].folder / "stage.json").read_text())
+    assert made["record"]["sections"]["args"]["learning_rate"] == 5e-3 and not folder.exists()
+
+
+def test_the_chain_is_complete_only_when_it_is(two, caplog):
+    caplog.set_level("INFO", "pipelines")
+    chain.run(two.load(), ["one"])
+    assert "still to come: two" in caplog.text and "chain is complete" not in caplog.text
+    caplog.clear()
+    chain.run(two.load())
+    assert "the chain is complete" in caplog.text
+    caplog.clear()
+    chain.run(two.load("stages.two.args.learning_rate=1e-4"), ["one"])
+    assert "not up to date" in caplog.text and "--redo two" in caplog.text and "chain is complete" not in caplog.text
+
+
 def test_settings_that_cannot_change_the_result_are_not_a_change(two):
     chain.run(two.load())
     harmless = two.load(
@@ -141,6 +177,9 @@ def test_an_interrupted_stage_resumes_and_a_changed_one_does_not(two):
     with pytest.raises(RuntimeError):
         chain.run(two.load())
     assert actions(two.load()) == [("one", "finished"), ("two", "resume")]
+    checkpoint = two.load()["two"].checkpoints / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "complete").touch()
     with pytest.raises(ChainError, match="resume with other settings: args.learning_rate"):
         chain.plan(two.load("stages.two.args.learning_rate=1"))
     two.fail.clear()
