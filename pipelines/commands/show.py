@@ -136,12 +136,12 @@ def _for_people(row: dict, tokenizer) -> str:
         head = f"{row['where']}: a prompt of {len(row['input_ids'])} tokens, {len(row['completions'])} answers"
     lines = [head, *("    " + line for line in text.split("\n")), f"    ids {_short(row['input_ids'])}"]
     for i, answer in enumerate(row.get("completions", [])):
-        tags = f", tags {', '.join(row['tags'][i])}" if row["tags"][i] else ""
-        margin = f", margin {row['margin'][i]:g}" if any(row["margin"]) else ""
+        tags = f", tags {', '.join(row['tags'][i])}" if row.get("tags") and row["tags"][i] else ""
+        margin = f", margin {row['margin'][i]:g}" if any(row.get("margin", [])) else ""
         lines.append(f"  rank {row['ranks'][i]:g}{margin}{tags}:")
         lines += [f"    {of[True]}{line}{OFF if colours else ''}" for line in plain(answer).split("\n")]
         lines.append(f"    ids {_short(row['completion_ids'][i])}")
-    if row["learned"] and not (colours and aligned):
+    if row["learned"] and "completions" not in row and not (colours and aligned):
         lines += [f"  learned: {_cut(plain(part))!r}" for part in row["learned"][:20]]
     return "\n".join(lines) + "\n"
 

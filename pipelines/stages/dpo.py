@@ -28,6 +28,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, set_seed
 
+from pipelines import IGNORE_INDEX
 from pipelines.data import encoded_rows, mixing
 from pipelines.errors import CannotPack, DataError, SetupError, meant
 from pipelines.evaluation.metrics import preference_metrics
@@ -227,12 +228,7 @@ def run(stage) -> dict:
         disable_dropout(model)
     fast_model.fast_gelu(model)
     collate = RankingRows(*_packs(model))
-
-    def make():
-        sides = zip(("train", "validation"), mixing.load(stage.data, stage.spec.rows, stage.seed))
-        too_long = stage.section("data").too_long
-        return {side: _encode(stage, side, rows, tokenizer, context, too_long) for side, rows in sides if rows}
-
+    make = lambda: encode(stage, tokenizer, context)
     sets = encoded_rows.encoded_rows(stage, tokenizer, {"context": context}, make)
     (train_set, where), (validation_set, _) = sets["train"], sets["validation"]
     enable_answer_logprobs(model)
@@ -262,6 +258,36 @@ def _packs(model) -> tuple[bool, bool]:
         return False, False
     config = model.config.get_text_config()
     return True, config._attn_implementation == NAME and getattr(config, "sliding_window", None) is None
+
+
+def ready(stage, tokenizer):
+    """The tokenizer as the stage trains with it."""
+    tokenizer_setup.dress(tokenizer, stage.section("model").chat_template)
+    return tokenizer
+
+
+def encode(stage, tokenizer, context: int) -> dict[str, Dataset]:
+    """The encoded rankings of each side, as `_encode` gives them."""
+    sides = zip(("train", "validation"), mixing.load(stage.data, stage.spec.rows, stage.seed))
+    too_long = stage.section("data").too_long
+    return {side: _encode(stage, side, rows, tokenizer, context, too_long) for side, rows in sides if rows}
+
+
+def shown(stage, tokenizer, model) -> Iterator[dict]:
+    """The rankings that the model is given, for `pipelines show`: the prompt, and the answers that stand behind it."""
+    context = loading.context_length(model, stage.sections.get("args", {}).get("max_length"))
+    for side, rows in encode(stage, tokenizer, context).items():
+        for row in rows:
+            prompt, answers = row["prompts"][0], row["answers"]
+            yield {
+                "side": side,
+                "where": row["where"],
+                "input_ids": prompt,
+                "labels": [IGNORE_INDEX] * len(prompt),
+                "learned": [tokenizer.decode(ids) for ids in answers],
+                "completion_ids": answers,
+                "ranks": row["ranks"],
+            }
 
 
 def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_long: str) -> Dataset:

@@ -41,6 +41,8 @@ def chain(recipe, write):
                     "data": {"train": prompts}},
         "judge": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"},
                   "data": {"train": write("ranked.jsonl", ranked)}, "args": {"tags": ["long"], "rank_margin": 0.5}},
+        "direct": {"kind": "dpo", "model": {"model_name_or_path": "stage:sft"},
+                   "data": {"train": write("ranked.jsonl", ranked)}},
         "policy": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "reward": {"models": ["stage:judge"]},
                    "data": {"train": prompts}, "args": {"response_length": 16}},
         "encoder": {"kind": "mlm", "model": {"config": BERT}, "tokenizer": {"train": "wordpiece", "vocab_size": 200},
@@ -123,6 +125,9 @@ def test_a_ranking_is_its_prompt_and_the_answers_behind_it(shown, chain):
     assert [c.split("<")[0] for c in row["completions"]] == ["red fish", "red", "a tree"]
     assert (row["ranks"], row["margin"], row["tags"]) == ([2, 1, 2], [-1, -0.5, -1], [["long"], [], []])
     assert row["learned"] == [] and summary["train"]["sequences"] == 3
+    (direct,), _ = shown("direct")
+    same = ("text", "input_ids", "labels", "completions", "completion_ids", "ranks")
+    assert [direct[key] for key in same] == [row[key] for key in same] and direct["learned"] == direct["completions"]
 
 
 def test_prompts_are_those_of_inference(shown, chain):
