@@ -7,7 +7,7 @@ Seven measurements, each done where it is asked for; the stage of kind `evaluate
     preferences  reward models: accuracy per pair and per ranking, margin, calibration, liking for length
     pairs        what a model writes for prompts or sources against given texts: BLEU, chrF, ROUGE; and the texts' loss
     tasks        tasks of lm-eval, with or without examples before each question
-    prompts      answers to prompts, judged by a Python function or a reward model
+    prompts      answers to prompts, judged by a Python function, a reward model or a classifier
     rankings     win rates from people's rankings of answers by several models
 
 Every figure has a 95 % bootstrap interval over its items (windows, rows, rankings, questions, prompts), but for BLEU and
@@ -52,7 +52,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--shots", type=int, help="examples before each question (default: what the task says)")
     parser.add_argument("--limit", type=int, help="only so many questions of each task")
     parser.add_argument("--prompts", help="a file with the column prompt: every model answers, the judge judges")
-    parser.add_argument("--judge", help="package.module:function (prompt, answer) -> number, or a reward model")
+    parser.add_argument(
+        "--judge", help="package.module:function (prompt, answer) -> number, a reward model or a classifier"
+    )
+    parser.add_argument("--label", help="of a classifier as judge: the label whose log-odds are the score")
     parser.add_argument("--samples", type=int, default=1, help="answers to each prompt")
     parser.add_argument("--temperature", type=float, help="0: the likeliest (default: 1 for prompts, 0 for pairs)")
     parser.add_argument("--response-length", type=int, default=128, help="longest answer in tokens")

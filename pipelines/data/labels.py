@@ -45,7 +45,7 @@ def label_names(train: list[dict], validation: list[dict], task) -> list[str]:
     return [str(label) for label in order]
 
 
-def encode(tokenizer, rows: list[dict], context: int) -> tuple[list[dict], list[str]]:
+def encode(tokenizer, rows: list[dict], context: int | None) -> tuple[list[dict], list[str]]:
     """`(features with input_ids …, `where` of the rows that were cut at `context` tokens)` of text and text_pair."""
 
     pairs = [row.get("text_pair") for row in rows]
@@ -56,7 +56,7 @@ def encode(tokenizer, rows: list[dict], context: int) -> tuple[list[dict], list[
     features, long = [], []
     for i, row in enumerate(rows):
         feature = {key: encoded[key][i] for key in encoded.keys()}
-        if len(feature["input_ids"]) > context:
+        if context is not None and len(feature["input_ids"]) > context:
             long.append(row["where"])
             feature = dict(tokenizer(row["text"], pairs and pairs[i], truncation=True, max_length=context))
         features.append(feature)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 from pipelines.data import sources
 
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function, as opposed to a model
 NEEDS = {
     "text": "a causal language model", "tasks": "a causal language model", "prompts": "a causal language model",
     "pairs": "a causal language model or an encoder-decoder", "labelled": "a sequence classifier",
@@ -36,6 +38,8 @@ def problems(section: dict):
         yield "running_text", "goes with text: it says how that file is read", section["running_text"]
     if bool(section.get("prompts")) != bool(section.get("judge")):
         yield "judge", "goes with prompts: models answer the one, the other judges", section.get("judge")
+    if section.get("label") and (not section.get("judge") or FUNCTION.fullmatch(section["judge"])):
+        yield "label", "is for a classifier as judge: drop this key", section["label"]
     if (section.get("temperature") or 0) < 0:
         yield "temperature", "must be 0 or above", section["temperature"]
     for key in ("samples", "response_length", "batch_size", "max_length", "limit"):

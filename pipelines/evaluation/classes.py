@@ -9,7 +9,7 @@ from pipelines.data.labels import SINGLE, class_id, encode
 from pipelines.errors import SetupError
 from pipelines.evaluation.batches import by_length, rows_of
 from pipelines.evaluation.figures import CLASSES, Items
-from pipelines.models import loading, tokenizer_setup
+from pipelines.models import loading, scorers
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +31,7 @@ def class_values(name: str, path: str, model, tokenizer, settings, seed: int) ->
     labels = [class_id(row, names) for row in rows]
     trained = files.recorded(path, "args", "max_length")
     context = loading.context_length(model, settings.max_length or trained)
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        tokenizer_setup.ensure_pad(tokenizer)
-    tokenizer_setup.fit_model(model, tokenizer)
-    tokenizer_setup.read_by_model(model, tokenizer)
-    tokenizer.padding_side = "right"  # causal models read the score at the last token before the padding
+    scorers.make_readable(model, tokenizer)
     features, long = encode(tokenizer, rows, context)
     if long:
         why = "as in training" if trained and not settings.max_length else "which is what it reads" if not settings.max_length else "as asked"  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import re
 from collections import defaultdict
 
 import torch
@@ -14,24 +13,33 @@ from accelerate.utils import gather_object
 from pipelines import errors
 from pipelines.data import mixing
 from pipelines.errors import SetupError
+from pipelines.evaluation.checks import FUNCTION
 from pipelines.evaluation.figures import Values
 from pipelines.generation.logprobs import sequence_scores
-from pipelines.models import chat_template, loading
+from pipelines.models import chat_template, loading, scorers
 from pipelines.models.config import ModelSection
 
 logger = logging.getLogger(__name__)
 
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function, as opposed to a model
 
-
-def judge(who: str, prompts: list, answers: dict[str, list[list[tuple[str, bool]]]]) -> Values:
+def judge(
+    who: str,
+    prompts: list,
+    answers: dict[str, list[list[tuple[str, bool]]]],
+    label: str | None = None,
+    continued: dict[str, bool] | None = None,
+) -> Values:
     """For every model and field of the verdicts, the mean over its answers to each prompt; `score` is what wins.
 
-    `who` is a function `module:name` taking (prompt, answer) and giving a number or named numbers, or a reward model.
-    `answers[model][prompt]` are pairs (text, whether it came to its end).
+    `who` is a function `module:name` taking (prompt, answer) and giving a number or named numbers, a reward model, or
+    a classifier, whose score is the log-odds of `label`. `answers[model][prompt]` are pairs (text, whether it came to its
+    end); `continued[model]` whether the model goes on with the text of its prompt (`scorers.continues`).
     """
     if not FUNCTION.fullmatch(who):
-        return {name: {"score": reward_scores(who, prompts, groups)} for name, groups in answers.items()}
+        return {
+            name: {"score": model_scores(who, prompts, groups, label, (continued or {}).get(name, False))}
+            for name, groups in answers.items()
+        }
     module, _, name = who.partition(":")
     function, found = getattr(importlib.import_module(module), name), {}
     for model, groups in answers.items():
@@ -51,28 +59,49 @@ def mean_verdict(verdicts: list) -> dict[str, float]:
     return {field: sum(float(v[field]) for v in named) / len(named) for field in named[0]}
 
 
-def reward_scores(path: str, prompts: list, groups: list[list[tuple[str, bool]]]) -> list[float]:
-    """Mean score of each prompt's answers by the reward model at `path`; every process scores its share."""
-
-    state, section = PartialState(), ModelSection(model_name_or_path=path)
-    tokenizer = loading.load_tokenizer(section)
-    model = loading.load_model(section, "AutoModelForSequenceClassification", num_labels=1).to(state.device).eval()
-    logger.info("judge %s: on %s, %s", path, state.device.type, loading.described(model))
-    encoded = []
-    for i, group in enumerate(groups):
-        for text, ended in group:
-            prompt, answer = chat_template.encode_answer(tokenizer, prompts[i], text)
-            encoded.append((i, prompt + (answer if ended else answer[:-1])))  # as PPO scores what broke off: no EOS
-    encoded = sorted(encoded, key=lambda item: len(item[1]))[state.process_index :: state.num_processes]
-    found = []
-    for start in range(0, len(encoded), 64):
-        where, sequences = zip(*encoded[start : start + 64], strict=True)
+def model_scores(
+    path: str, prompts: list, groups: list[list[tuple[str, bool]]], label: str | None = None, continued: bool = False
+) -> list[float]:
+    """Mean score of each prompt's answers by the model at `path`, as PPO would score them; every process scores its share."""
+    state = PartialState()
+    model, tokenizer = scorers.load_scorer(ModelSection(model_name_or_path=path), label)
+    if label and not (isinstance(model, scorers.Classifier) and model.config.num_labels > 1):
+        raise SetupError(f"label: judge {path} gives one number, it is no classifier of several labels: drop this key")
+    model = model.to(state.device).eval()
+    logger.info("judge %s: on %s, %s", path, state.device.type, loading.described(getattr(model, "model", model)))
+    where = [i for i, group in enumerate(groups) for _ in group]
+    texts = [text for group in groups for text, _ in group]
+    if isinstance(model, scorers.Classifier):
+        encoded = model.features([prompts[i] for i in where], texts, continued)
+        lengths = [len(feature["input_ids"]) for feature in encoded]
+    else:
+        ended = [ended for group in groups for _, ended in group]
+        encoded = [
+            _dialogue(tokenizer, prompts[i], text, end) for i, text, end in zip(where, texts, ended, strict=True)
+        ]
+        lengths = [len(ids) for ids in encoded]
+        limit = loading.positions(model)
+        if limit is not None and lengths and max(lengths) > limit:
+            raise SetupError(
+                f"judge {path} reads at most {limit} tokens and was given {max(lengths)}: use shorter answers"
+            )
+    mine, found = sorted(range(len(texts)), key=lengths.__getitem__)[state.process_index :: state.num_processes], []
+    for start in range(0, len(mine), 64):
+        chunk = mine[start : start + 64]
+        batch = [encoded[i] for i in chunk]
         with torch.no_grad():
-            found += zip(where, sequence_scores(model, list(sequences), False, state.device).tolist(), strict=True)
+            own = isinstance(model, scorers.Classifier)
+            scores_ = model(batch) if own else sequence_scores(model, batch, False, state.device)
+        found += zip((where[i] for i in chunk), scores_.tolist(), strict=True)
     scores = defaultdict(list)
     for i, score in gather_object(found) if state.num_processes > 1 else found:
         scores[i].append(score)
     return [sum(scores[i]) / len(scores[i]) for i in range(len(groups))]
+
+
+def _dialogue(tokenizer, prompt, text: str, ended: bool) -> list[int]:
+    prompt_ids, answer_ids = chat_template.encode_answer(tokenizer, prompt, text)
+    return prompt_ids + (answer_ids if ended else answer_ids[:-1])  # as PPO scores what broke off: no EOS
 
 
 def ranked_values(path: str, names: list[str]) -> Values:

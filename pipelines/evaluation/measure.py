@@ -23,7 +23,7 @@ from pipelines.evaluation.tasks import task_values
 from pipelines.evaluation.texts import pair_losses, text_values
 from pipelines.generation import answers as generation_answers
 from pipelines.generation.answers import fitting, load, translations
-from pipelines.models import loading
+from pipelines.models import loading, scorers
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def measure(models: dict[str, str], settings, seed: int) -> Values:
     Raises `SetupError` for a model that cannot do what is asked.
     """
     state, own, values = PartialState(), defaultdict(dict), {name: {} for name in models}
-    prompts, answers, asked = [], {}, [key for key in NEEDS if getattr(settings, key)]
+    prompts, answers, continued, asked = [], {}, {}, [key for key in NEEDS if getattr(settings, key)]
     if settings.prompts:
         prompts = [row["prompt"] for row in mixing.stream({"train": settings.prompts}, "train", "prompts", seed)]
     for number, (name, path) in enumerate(models.items()):
@@ -51,6 +51,7 @@ def measure(models: dict[str, str], settings, seed: int) -> Values:
         if settings.tasks and number % state.num_processes == state.process_index:
             own[name] |= task_values(model, tokenizer, settings)
         if prompts:
+            continued[name] = scorers.continues(tokenizer)
             count = settings.samples
             seeds = [[(seed, i * count + k) for k in range(count)] for i in range(len(prompts))]
             temperature = 1.0 if settings.temperature is None else settings.temperature
@@ -62,7 +63,7 @@ def measure(models: dict[str, str], settings, seed: int) -> Values:
         for name, found in part.items():
             values[name] |= found
     if prompts:
-        for name, verdicts in judge(settings.judge, prompts, answers).items():
+        for name, verdicts in judge(settings.judge, prompts, answers, settings.label, continued).items():
             values[name] |= verdicts
     if settings.rankings:
         for name, found in ranked_values(settings.rankings, list(models)).items():

@@ -296,7 +296,7 @@ class RewardSection:
     )
     label: str | None = field(
         default=None,
-        metadata={"help": "For a classifier of two labels among models: the one whose log-odds are the score."},
+        metadata={"help": "For a classifier among models: the label whose log-odds are the score."},
     )
     allow_other_template: bool = field(
         default=False,
@@ -413,8 +413,12 @@ class EvaluateSection:
         default=None,
         metadata={
             "help": "Who judges the answers: a Python function `package.module:name` taking (prompt, completion) and "
-            "giving a number, or named numbers of which `score` decides; or a reward model (`stage:NAME`, folder, hub id)."
+            "giving a number, or named numbers of which `score` decides; or a reward model or classifier (`stage:NAME`, "
+            "folder, hub id)."
         },
+    )
+    label: str | None = field(
+        default=None, metadata={"help": "For a classifier as judge: the label whose log-odds are the score."}
     )
     samples: int = field(default=1, metadata={"help": "Answers of each model to each prompt; their mean counts."})
     temperature: float | None = field(

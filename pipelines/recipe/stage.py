@@ -100,6 +100,18 @@ def writer_problems(
             yield f"{at}[{i}]", f"must be a {what} ({', '.join(able)}), this stage is of kind {kind}", name
 
 
+def label_problems(stage: Stage, classifier: str, label: str | None) -> Iterator[tuple[str, object]]:
+    """What is wrong with `label` of the classify stage `classifier` ("stage:NAME"), as far as its recipe tells: `(message, value)`."""
+    earlier = stage.earlier.get(classifier.removeprefix("stage:"))
+    task = earlier.sections.get("task", {}) if earlier else {}
+    if task.get("problem_type") == "regression":
+        return  # one number, no label
+    if not label:
+        yield f"{classifier} is a classifier: name the label whose log-odds are the score", None
+    elif task.get("labels") and label not in task["labels"]:
+        yield f"{classifier} has no such label, but {', '.join(task['labels'])}", label
+
+
 @dataclass
 class Recipe:
     """A checked recipe: its stages in file order, and the folder that holds one folder per stage."""

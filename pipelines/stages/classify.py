@@ -129,6 +129,8 @@ def run(stage) -> dict:
     tokenizer_setup.fit_model(model, tokenizer)
     context = loading.context_length(model, args.max_length)
     read_by_model(model, tokenizer)
+    pairs, too_long = any("text_pair" in row for row in sides["train"]), stage.data.get("too_long", "truncate")
+    stage.report["reads"] = {"pairs": pairs, "tokens": context, "too_long": too_long}  # for who uses it later
     settings = {"names": names, "context": context}
     sets = encoded_rows.encoded_rows(
         stage, tokenizer, settings, lambda: encode(stage, sides, names, tokenizer, context)

@@ -9,7 +9,8 @@
         tasks: [data/bay/tasks/bay_quiz.yaml]             # lm-eval: task files, or names of its own tasks
         shots: 2
         prompts: heldout_prompts.jsonl                # every model answers them,
-        judge: stage:reward                           # and this judges: a reward model, or module:function
+        judge: stage:reward                           # and this judges: a reward model, a classifier (with
+                                                      # `label: NAME`), or module:function
 
 Classifiers get a stage of their own, with `labelled: test.jsonl`: accuracy, macro F1, Matthews, confusion matrix. So do
 reward models, with `preferences: test.jsonl`: accuracy per pair and per ranking, margin, calibration.
@@ -27,7 +28,7 @@ from accelerate import PartialState
 from pipelines import files
 from pipelines.evaluation import checks, figures, measure
 from pipelines.kinds import of_kind
-from pipelines.recipe.stage import writer_problems
+from pipelines.recipe.stage import label_problems, writer_problems
 
 DEFAULTS: dict = {}
 
@@ -49,8 +50,12 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         yield from writer_problems("evaluate.models", section["models"], kinds, able, what)
     judge = section.get("judge") or ""
     kind = kinds.get(judge.removeprefix("stage:"), "reward") if judge.startswith("stage:") else "reward"
-    if kind not in ("reward", "?"):
-        yield "evaluate.judge", f"must be a reward stage or module:function, this stage is of kind {kind}", judge
+    if kind not in ("reward", "classify", "?"):
+        message = f"must be a reward (or classify) stage or module:function, this stage is of kind {kind}"
+        yield "evaluate.judge", message, judge
+    if kind == "classify":
+        for message, value in label_problems(stage, judge, section.get("label")):
+            yield "evaluate.label", message, value
 
 
 def run(stage) -> dict:

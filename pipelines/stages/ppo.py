@@ -23,15 +23,16 @@ from pathlib import Path
 import peft
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 
 from pipelines import IGNORE_INDEX, errors, files, launch
 from pipelines.data import fingerprint, mixing, token_file
 from pipelines.errors import ModelError, SetupError
-from pipelines.models import adapters, chat_template, loading, tag_heads, tokenizer_setup
+from pipelines.models import adapters, chat_template, loading, scorers, tag_heads, tokenizer_setup
 from pipelines.ppo.rewards import from_adapter, log_odds
 from pipelines.ppo.rollouts import prompt_limit
 from pipelines.ppo.trainer import PPOTrainer
+from pipelines.recipe.stage import label_problems
 from pipelines.training import arguments, loop, saving
 from pipelines.training.trainer import ChainTrainer
 
@@ -58,8 +59,9 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         kind = kinds.get(name.removeprefix("stage:")) if name.startswith("stage:") else "reward"
         if kind not in (None, "reward", "classify"):
             yield f"reward.models[{i}]", f"must be a reward (or classify) stage, this one is of kind {kind}", name
-        if kind == "classify" and not reward.get("label"):
-            yield "reward.label", f"{name} is a classifier: name the label whose log-odds are the score", None
+        if kind == "classify":
+            for message, value in label_problems(stage, name, reward.get("label")):
+                yield "reward.label", message, value
     for i, name in enumerate(functions):
         if ":" not in name:
             yield f"reward.functions[{i}]", "is written package.module:function", name
@@ -134,19 +136,20 @@ def run(stage) -> dict:
         if reward.share_base:
             funcs.append(_on_base(path, section, policy).get_base_model())
         else:
-            funcs.append(scorer(path, section, reward.label))
+            funcs.append(scorers.load_scorer(_of(section, path), reward.label)[0])
         if reward.tag_penalties:
             funcs[-1].tag_penalty = tag_heads.TagPenalty(path, reward.tag_penalties)
         tokenizers.append(loading.load_tokenizer(_of(section, path)))
-        if not reward.allow_other_template:
+        if not reward.allow_other_template and not isinstance(funcs[-1], scorers.Classifier):
             _same_template(tokenizer, tokenizers[-1], path)
     if reward.label and not any(reward.label in f.config.id2label.values() for f in funcs):
         raise SetupError(f"reward.label: none of reward.models is a classifier with the label {reward.label!r}")
+    start = reward.critic or _critic_start(funcs, tokenizers, reward.models or [], tokenizer, section)
     for name in reward.functions or []:
         module, _, function = name.partition(":")
         funcs.append(getattr(importlib.import_module(module), function))
         tokenizers.append(None)
-    critic = _critic(reward.critic or (reward.models or [section.model_name_or_path])[0], section, reward, policy)
+    critic = _critic(start, section, reward, policy, tokenizer)
 
     train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed)
     stage.report["prompts"] = {"train": len(train), "validation": len(validation)}
@@ -170,36 +173,61 @@ def run(stage) -> dict:
     return metrics
 
 
-def _critic(start: str, section, reward, policy):
+def _critic_start(funcs: list, tokenizers: list, paths: list[str], tokenizer, section) -> str:
+    """What the critic starts from where the recipe does not say: the first reward model, if it can be one.
+
+    A critic reads the policy's token ids and has a head over each position: an encoder has none, and a model with another
+    vocabulary would read the ids as other words. Then it starts from the policy's own model, and that is logged.
+    """
+    own = section.model_name_or_path
+    if not paths:
+        return own
+    model = getattr(funcs[0], "model", funcs[0])
+    if not hasattr(model, "score"):
+        why = f"a {type(model).__name__} has no score of each position"
+    elif isinstance(funcs[0], scorers.Classifier) and model.config.num_labels > 2:
+        why = f"it tells {model.config.num_labels} labels apart, a critic has one value"
+    elif not _knows(tokenizers[0], tokenizer):
+        why = "its vocabulary is not the policy's"
+    else:
+        return paths[0]
+    logger.warning("the critic starts from the policy's own model, not from %s: %s", paths[0], why)
+    return own
+
+
+def _knows(theirs, tokenizer) -> bool:
+    """Whether every token of the policy's `tokenizer` has the same id in `theirs`."""
+    ids = theirs.get_vocab()
+    return all(ids.get(token) == i for token, i in tokenizer.get_vocab().items())
+
+
+def _critic(start: str, section, reward, policy, tokenizer):
     """The critic that starts from `start`: "shared", a reward model, or the policy's own model under a new head."""
 
     if start == "shared":
         return start
     if start == section.model_name_or_path:
-        critic = adapters.on_base_of(policy) if reward.share_base else scorer(start, section, new_head=True)
+        critic = adapters.on_base_of(policy) if reward.share_base else one_score(start, section, new_head=True)
     elif reward.share_base:
         return _on_base(start, section, policy)
+    elif not _knows(loading.load_tokenizer(_of(section, start)), tokenizer):
+        raise ModelError(
+            f"reward.critic: the vocabulary of {start} is not the policy's, so it would read the policy's token ids as "
+            "other words. Leave reward.critic out (the critic then starts from the policy's model), or set it to `shared`."
+        )
     else:
-        critic = scorer(start, section, reward.label)
+        critic = one_score(start, section, reward.label)
     return adapters.adapt(critic, section, "SEQ_CLS")
 
 
-def scorer(path: str, section, label: str | None = None, new_head: bool = False):
-    """A sequence classifier with one score from `path`; a missing (random) score head is an error.
+def one_score(path: str, section, label: str | None = None, new_head: bool = False):
+    """A sequence classifier with one score of each position from `path`, for a critic; a missing (random) head is an error.
 
     Of a classifier of two labels the score is the log-odds of `label`.
     """
-
-    kind, one = "AutoModelForSequenceClassification", _of(section, path)
-    config = AutoConfig.from_pretrained(path, revision=one.model_revision, trust_remote_code=one.trust_remote_code)
-    classifies = any("ForSequenceClassification" in name for name in config.architectures or [])
-    if not classifies or config.num_labels == 1:
+    one, kind = _of(section, path), "AutoModelForSequenceClassification"
+    if new_head or scorers.outputs(one) == 1:
         return loading.load_model(one, kind, new_head=new_head, num_labels=1)
-    if label is None:
-        raise SetupError(
-            f"{path} is a classifier of {', '.join(map(str, config.id2label.values()))}: set reward.label to the one "
-            "whose log-odds are the score"
-        )
     return log_odds(loading.load_model(one, kind), label)
 
 
