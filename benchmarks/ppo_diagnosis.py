@@ -65,6 +65,8 @@ for _word in range(WORDS):
     NEXT[_word, SUCCESSORS[_word]] += 0.9 * _draw.dirichlet(np.ones(6))
 WORTH = _draw.normal(size=WORDS)
 WORTH -= WORTH @ np.linalg.matrix_power(NEXT, 100)[0]
+RARE = int(np.linalg.matrix_power(NEXT, 100)[0].argmin())  # the rarest word
+PHRASE = (GOAL, int(SUCCESSORS[GOAL][NEXT[GOAL, SUCCESSORS[GOAL]].argmin()]))  # two words, the second a rare successor
 
 
 def text(draw, ends: float, longest: int) -> list[int]:
@@ -133,6 +135,17 @@ def judge(completion_ids, **_):
 
 def has_goal(completion_ids, **_):
     return [float(GOAL in ids) for ids in completion_ids]
+
+
+def great(completion_ids, **_):
+    """Good or not as a classifier believes to which one rare word is decisive."""
+    return good(completion_ids, np.where(np.arange(WORDS) == RARE, 8.0, WORTH))
+
+
+def with_a_phrase(completion_ids, **_):
+    """Good, and better with two words one after the other that are rarely so."""
+    held = [PHRASE in zip(ids, ids[1:]) for ids in completion_ids]
+    return [value + 2.0 * has for value, has in zip(good(completion_ids), held, strict=True)]
 
 
 def only_goal(completion_ids, **_):
@@ -309,6 +322,8 @@ WORLDS = [
         settings={"missing_eos_penalty": 1.0, "response_length": 24},
         model=(48, 2, RARELY),
     ),
+    World("one word decides", "one_phrase_takes_over", reward=great, settings={"learning_rate": 2e-3, "kl_coef": 0.02}),
+    World("a phrase is liked", "one_phrase_takes_over", reward=with_a_phrase, settings={"learning_rate": 2e-3}),
     World("a hole in the reward", "held_out_falls", reward=with_a_hole, settings={"learning_rate": 2e-3, "kl_coef": 0.01}),
     World("critic frozen", "critic_explains_nothing", spoil=frozen_critic),
     World("critic not trained", "critic_explains_nothing", settings={"vf_coef": 0.0}),

@@ -9,6 +9,7 @@ from torch import nn
 from pipelines.errors import SetupError
 from pipelines.generation.logprobs import plain_model
 from pipelines.models.loading import positions, vocabulary
+from pipelines.models.scorers import Classifier
 from pipelines.ppo.policy_and_critic import ValueHead
 
 
@@ -44,10 +45,10 @@ def check_models(model, value_model, ref_model, reward_funcs: list, tokenizer) -
             problems.append("prompt-learning adapters are not supported: use LoRA")
     for function in reward_funcs:
         if isinstance(function, nn.Module):
-            if function.config.num_labels != 1:
+            if function.config.num_labels != 1 and not isinstance(function, Classifier):
                 problems.append(
                     f"reward model {name_of(function)} has {function.config.num_labels} labels, not one "
-                    "score: wrap it in a function that returns the number to maximise"
+                    "score: wrap it in pipelines.models.scorers.Classifier, whose score are the log-odds of a label"
                 )
         elif not callable(function):
             problems.append(f"reward function {function!r} is neither a model nor callable")

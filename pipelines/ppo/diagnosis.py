@@ -19,7 +19,7 @@ KEPT = 30  # updates kept beside the first WINDOW
 USED = (
     "objective/kl", "objective/kl_sem", "objective/raw_scores", "objective/scores_std", "policy/entropy_avg",
     "response_length", "val/explained_variance", "val/bias", "val/first_ratio_rms", "val/surprise_gap",
-    "val/surprise_sem",
+    "val/surprise_sem", "phrase/share", "phrase/reference_share", "phrase/distinct",
 )  # fmt: skip
 
 
@@ -100,6 +100,20 @@ def entropy_collapse(updates: list[dict], evaluations: list[dict]) -> str | None
             return f"the entropy per token fell from {began:.3g} to {now:.3g} nats: answers become all alike"
 
 
+def one_phrase_takes_over(updates: list[dict], evaluations: list[dict]) -> str | None:
+    """Most answers hold a phrase that few of the reference's own did, and answers repeat each other more than at first."""
+    rows = [row for row in updates if "phrase/share" in row]
+    if len(rows) >= 6:
+        now, before = _mean(rows[-3:], "phrase/share"), _mean(rows[-3:], "phrase/reference_share")
+        began, varied = _mean(rows[:3], "phrase/distinct"), _mean(rows[-3:], "phrase/distinct")
+        if now > 0.5 and varied < 0.9 * began:
+            phrase = rows[-1].get("phrase") or "one phrase"
+            return (
+                f"{phrase!r} is in {now:.0%} of the answers, in {before:.0%} of the reference's own; of pairs of "
+                f"neighbouring tokens {varied:.0%} differ, at first {began:.0%}"
+            )
+
+
 def length_drift(updates: list[dict], evaluations: list[dict]) -> str | None:
     """Answers twice as long as at first, or 0.4 times: healthy worlds come to 1.7 and 0.42, drifts to 2.5 and 0.38."""
     if len(updates) >= 6:
@@ -113,6 +127,8 @@ def held_out_falls(updates: list[dict], evaluations: list[dict]) -> str | None:
     if len(evaluations) < 3:
         return None
     for name in evaluations[-1]["held_out"]:
+        if any(name not in e["held_out"] for e in evaluations):
+            continue  # a function that applies to some answers only
         best = max(evaluations[:-2], key=lambda e: e["held_out"][name][0])
         top, noise = best["held_out"][name]
         last = [e["held_out"][name] for e in evaluations[-2:]]
@@ -176,6 +192,11 @@ CHECKS = (
         "needs another reward.",
     ),
     (
+        one_phrase_takes_over,
+        "The reward likes the phrase itself: read the samples side by side (samples.jsonl), raise kl_coef or stop earlier "
+        "(best_kl_cap), and mend the reward: train it on answers of this policy, or take a second judge beside it.",
+    ),
+    (
         length_drift,
         "See whether the reward model prefers length itself; add pipelines.ppo.rewards:length_penalty with a small "
         "weight, or missing_eos_penalty where answers no longer end (if it is what made them shorter, all is well).",
@@ -211,9 +232,9 @@ class Watch:
         self.seen: dict[str, int] = {}  # name -> update at which it was last true
         self.said: list[dict] = []  # every finding of the run, for stage.json
 
-    def add_update(self, step: int, metrics: dict[str, float]) -> None:
+    def add_update(self, step: int, metrics: dict[str, float], phrase: str = "") -> None:
         self.step = step
-        self.updates.append({name: metrics[name] for name in USED if name in metrics})
+        self.updates.append({name: metrics[name] for name in USED if name in metrics} | {"phrase": phrase})
         self.updates = self.updates[:WINDOW] + self.updates[WINDOW:][-KEPT:]
 
     def add_evaluation(self, held_out: dict[str, tuple[float, float]]) -> None:

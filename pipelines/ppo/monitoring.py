@@ -6,12 +6,14 @@ import json
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipelines.ppo import algorithm
+from pipelines import files
+from pipelines.ppo import algorithm, phrases
 from pipelines.ppo.config import PPOConfig
 from pipelines.ppo.diagnosis import Watch
 from pipelines.ppo.rollouts import Rollouts
@@ -19,6 +21,7 @@ from pipelines.ppo.rollouts import Rollouts
 logger = logging.getLogger(__name__)
 
 SAMPLES = "samples.jsonl"
+SIDE_BY_SIDE = 128  # held-out answers of the first and of the last policy that are kept
 
 
 class Monitor:
@@ -35,13 +38,15 @@ class Monitor:
         self.args, self.tokenizer, self.names, self.weights, self.max_steps = args, tokenizer, names, weights, max_steps
         self.watch = Watch()
         self.stopped_by: str | None = None  # the finding that stopped the run
+        self.reference: list[list[int]] = []  # the first update's answers, which the reference itself gave
+        self.phrase = ""  # the commonest of those that are rare in these
         self.unlogged: dict[str, list[float]] = defaultdict(list)  # metrics of the updates since the last log line
 
     def add_update(self, step: int, metrics: dict[str, float]) -> None:
         """Keep what `PPOTrainer` measured in update number `step`."""
         for name, value in metrics.items():
             self.unlogged[name].append(value)
-        self.watch.add_update(step, metrics)
+        self.watch.add_update(step, metrics, self.phrase)
 
     def log_entry(self) -> dict[str, float] | None:
         """The means since the last call, of what counts up the last value; None where nothing has happened since."""
@@ -82,8 +87,9 @@ class Monitor:
             "response_length": tokens / responses,
             "kl_coef": kl_coef,
         }
-        for name, column in zip(self.names, rollouts.rewards.T, strict=True):
+        for name, column in self._rewards(rollouts, responses):
             metrics[f"reward/{name}"] = column.mean().item()
+        metrics |= self._phrases(rollouts)
         metrics |= {f"seconds/{phase}": s for phase, s in seconds.items()}
         return metrics | {f"tokens_per_second/{phase}": tokens / s for phase, s in seconds.items()}
 
@@ -103,10 +109,27 @@ class Monitor:
             "length": sum(map(len, rollouts.responses[:n])) / n,
             "eos_rate": rollouts.ended[:n].float().mean().item(),
         }
-        for name, column in zip(self.names, rollouts.rewards[:n].T, strict=True):
+        for name, column in self._rewards(rollouts, n):
             metrics[f"reward/{name}"] = column.mean().item()
-            metrics[f"reward/{name}_std"] = column.std().item() if n > 1 else 0.0
+            metrics[f"reward/{name}_std"] = column.std().item() if len(column) > 1 else 0.0
+            if len(column) < n:  # None for the others: the function does not apply to them
+                metrics[f"reward/{name}_count"] = len(column)
         return metrics
+
+    def _phrases(self, rollouts: Rollouts) -> dict[str, float]:
+        """The commonest phrase that is rare in the reference's own answers, and how varied the answers are."""
+        ends = set(self.tokenizer.all_special_ids)
+        answers = [[token for token in answer if token not in ends] for answer in rollouts.responses]
+        self.reference = self.reference or answers[: phrases.KEPT]
+        found = phrases.commonest(answers, self.reference)
+        self.phrase = self.tokenizer.decode(found.tokens) if found else ""
+        shares = {"phrase/share": found.share, "phrase/reference_share": found.reference_share} if found else {}
+        return {"phrase/distinct": phrases.distinct(answers), **shares}
+
+    def _rewards(self, rollouts: Rollouts, n: int) -> Iterator[tuple[str, Tensor]]:
+        """The rewards that each function gave those of the first `n` answers it applies to, where there are any."""
+        columns = zip(self.names, rollouts.rewards[:n].T, rollouts.applies[:n].T, strict=True)
+        yield from ((name, column[applies]) for name, column, applies in columns if applies.any())
 
     def add_evaluation(self, metrics: dict[str, float], n: int) -> None:
         """Keep the held-out score of an evaluation on `n` prompts, and every reward of weight 0: an unseen judge.
@@ -115,7 +138,10 @@ class Monitor:
             metrics: what `of_held_out` found, under names that begin with `eval_`.
         """
         judges = [f"reward/{name}" for name, weight in zip(self.names, self.weights, strict=True) if weight == 0]
-        held_out = {k: (metrics[f"eval_{k}"], metrics[f"eval_{k}_std"] / math.sqrt(n)) for k in ["score", *judges]}
+        held_out = {}
+        for name in ["score", *(name for name in judges if f"eval_{name}" in metrics)]:
+            count = metrics.get(f"eval_{name}_count", n)
+            held_out[name] = metrics[f"eval_{name}"], metrics[f"eval_{name}_std"] / math.sqrt(count)
         self.watch.add_evaluation(held_out)
 
     def diagnose(self) -> bool:
@@ -135,9 +161,14 @@ class Monitor:
         return count > 0 and (step - 1) % max(1, self.max_steps // count) == 0
 
     def write_samples(self, split: str, rollouts: Rollouts, step: int, count: int = 10) -> None:
-        """Append the first answers of a batch, with what was thought of them, to samples.jsonl; log a few."""
+        """Append the first `count` answers of a batch, with what was thought of them, to samples.jsonl; log a few.
+
+        Each has with it, as `first`, what the untrained policy answered to the same prompt, where that was written.
+        """
         if self.args.process_index != 0:
             return
+        path = Path(self.args.output_dir) / SAMPLES
+        before = [row for row in files.read_rows(path) if row["step"] == 0 and row["split"] == split]
         kl = _kl(rollouts)[:count].tolist()
         scores = rollouts.scores[:count].tolist()
         decode = self.tokenizer.decode
@@ -147,18 +178,14 @@ class Monitor:
             prompt, answer = (" ".join(text.split()) for text in (decode(rollouts.prompts[i]), completion))
             table.append(f"{scores[i]:>9.3f} {kl[i]:>7.2f}  {prompt[-40:]} … {answer[:120]}")
         logger.info("%s", "\n".join(table))
-        with open(Path(self.args.output_dir) / SAMPLES, "a", encoding="utf-8") as file:
-            for i, completion in enumerate(completions):
-                sample = {
-                    "step": step,
-                    "split": split,
-                    "prompt": decode(rollouts.prompts[i]),
-                    "completion": completion,
-                    "score": scores[i],
-                    "kl": kl[i],
-                    "ended": bool(rollouts.ended[i]),
-                }
-                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        samples = []
+        for i, completion in enumerate(completions):
+            sample = {"step": step, "split": split, "prompt": decode(rollouts.prompts[i]), "completion": completion}
+            sample |= {"score": scores[i], "kl": kl[i], "ended": bool(rollouts.ended[i])}
+            if step > 0 and i < len(before) and before[i]["prompt"] == sample["prompt"]:
+                sample["first"] = {key: before[i][key] for key in ("completion", "score", "ended")}
+            samples.append(sample)
+        files.append_rows(path, samples)
 
     def forget_samples_after(self, step: int) -> None:
         """Drop samples that an interrupted run wrote after its last checkpoint: they come again."""
@@ -170,12 +197,13 @@ class Monitor:
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps."""
-        return {"unlogged": self.unlogged, "watch": self.watch.state_dict()}
+        return {"unlogged": self.unlogged, "watch": self.watch.state_dict(), "reference": self.reference}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` gave; other entries of `state` are not looked at."""
         self.unlogged.update(state["unlogged"])
         self.watch.load_state_dict(state["watch"])
+        self.reference = state.get("reference", [])  # older checkpoints have none: their next answers stand for it
 
 
 def _kl(rollouts: Rollouts) -> Tensor:

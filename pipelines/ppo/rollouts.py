@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from pipelines.generation import decode
 from pipelines.generation.logprobs import collate, make_ready, sequence_scores, token_logprobs, within
 from pipelines.models import loading
 from pipelines.models.chat_template import encode_prompt
+from pipelines.models.scorers import Classifier, continues
 from pipelines.ppo import checks
 from pipelines.ppo.config import PPOConfig
 from pipelines.ppo.policy_and_critic import PolicyAndCritic, ValueHead, place_frozen, runs_on_fsdp
@@ -40,7 +42,8 @@ class Rollouts:
     logprobs: Tensor  # (B, T) when sampled
     ref_logprobs: Tensor  # (B, T)
     values: Tensor  # (B, T) when sampled
-    rewards: Tensor  # (B, reward functions) as they came
+    rewards: Tensor  # (B, reward functions) as they came, NaN where one does not apply
+    applies: Tensor  # (B, reward functions) False where a function gave None for an answer
     scores: Tensor  # (B,) their weighted sum
     ended: Tensor  # (B,) True where the answer ends with EOS
     seconds: dict[str, float]  # per phase, on this process
@@ -76,39 +79,51 @@ class RewardScorer:
         self.weights, self.processing_class, self.eos_token_ids = weights, processing_class, eos_token_ids
         self.batch_size, self.accelerator = batch_size, accelerator
 
-    def __call__(self, dataset, rows: list[int], answers: list[tuple[list[int], list[int]]]) -> Tensor:
-        """Rewards (answers, functions), on the CPU, of `answers` (prompt ids, response ids) to `rows` of the dataset."""
+    def __call__(
+        self, dataset, rows: list[int], answers: list[tuple[list[int], list[int]]]
+    ) -> list[tuple[float | None, ...]]:
+        """What each function gives each of `answers` (prompt ids, response ids) to `rows` of the dataset.
+
+        None where a function says that it does not apply to an answer, as in TRL.
+        """
         responses = [response for _, response in answers]
         completions = self.processing_class.batch_decode(responses, skip_special_tokens=True)
         columns = dataset[rows]
         prompts = columns.pop("prompt")
-        out = torch.empty(len(rows), len(self.functions))
+        out = []
         for i, function in enumerate(self.functions):
             if isinstance(function, nn.Module):
-                out[:, i] = self._model_scores(i, answers, prompts, completions)
+                out.append(self._model_scores(i, answers, prompts, completions).tolist())
                 continue
             scores = function(prompts=prompts, completions=completions, completion_ids=responses, **columns)
             if len(scores) != len(rows):
                 raise SetupError(
                     f"reward function {self.names[i]} returned {len(scores)} scores for {len(rows)} answers"
                 )
-            out[:, i] = torch.tensor([float(score) for score in scores])
-        return out
+            out.append([None if score is None else float(score) for score in scores])
+        return list(zip(*out, strict=True))
 
-    def total(self, rewards: Tensor) -> Tensor:
-        """Scores (B,), the weighted sum of `rewards` (B, functions)."""
-        return rewards @ torch.tensor(self.weights, device=rewards.device)
+    def total(self, rewards: Tensor, applies: Tensor) -> Tensor:
+        """Scores (B,), the weighted sum of those of `rewards` (B, functions) that apply."""
+        return torch.where(applies, rewards, 0.0) @ torch.tensor(self.weights, device=rewards.device)
 
     def _model_scores(self, i: int, answers: list, prompts: list, completions: list[str]) -> Tensor:
         """Scores (answers,) of reward model number `i`, of the ids as they are or under its own tokenizer."""
         model, tokenizer, packed = self.functions[i], self.tokenizers[i], self.packed[i]
-        sequences = read_anew(tokenizer, answers, prompts, completions, self.eos_token_ids)
-        checks.check_lengths(sequences, model, self.names[i])
+        if isinstance(model, Classifier):
+            features = model.features(prompts, completions, continues(self.processing_class))
+            sequences = [feature["input_ids"] for feature in features]
+        else:
+            sequences = read_anew(tokenizer, answers, prompts, completions, self.eos_token_ids)
+            checks.check_lengths(sequences, model, self.names[i])
         scores = torch.empty(len(sequences))
         for chunk in chunks(_by_length([(ids,) for ids in sequences]), self.batch_size):
             with self.accelerator.autocast():
-                ids = [sequences[j] for j in chunk]
-                found = within(model, sequence_scores, ids, packed, self.accelerator.device)
+                if isinstance(model, Classifier):
+                    found = within(model, Classifier.forward, [features[j] for j in chunk])
+                else:
+                    ids = [sequences[j] for j in chunk]
+                    found = within(model, sequence_scores, ids, packed, self.accelerator.device)
             scores[chunk] = found.cpu()
         return scores
 
@@ -186,7 +201,8 @@ class RolloutMaker:
         responses, per_token, rewards = map(list, zip(*gathered, strict=True))
         lengths = torch.tensor([len(r) for r in responses], device=device)
         padded = nn.utils.rnn.pad_sequence([p.T for p in per_token], batch_first=True).to(device)  # (B, T, 3)
-        rewards = torch.stack(rewards).to(device)
+        applies = torch.tensor([[value is not None for value in row] for row in rewards], device=device)
+        rewards = torch.tensor([[math.nan if v is None else v for v in row] for row in rewards], device=device)
         return Rollouts(
             rows=rows,
             prompts=[prompts[row] for row in rows],
@@ -196,7 +212,8 @@ class RolloutMaker:
             ref_logprobs=padded[..., 1],
             values=padded[..., 2],
             rewards=rewards,
-            scores=self.scorer.total(rewards),
+            applies=applies,
+            scores=self.scorer.total(rewards, applies),
             ended=torch.tensor([r[-1] in self.eos_token_ids for r in responses], device=device),
             seconds=seconds,
         )

@@ -34,7 +34,7 @@ from pipelines.models.sharding import whole
 from pipelines.ppo import algorithm, checks
 from pipelines.ppo.base_trainer import STATE, TwoModelTrainer
 from pipelines.ppo.config import PPOConfig
-from pipelines.ppo.monitoring import Monitor
+from pipelines.ppo.monitoring import SIDE_BY_SIDE, Monitor
 from pipelines.ppo.policy_and_critic import ValueHead, place_frozen
 from pipelines.ppo.rollouts import RewardScorer, RolloutMaker, Rollouts, chunks, encode_prompts, vllm_engine
 
@@ -171,6 +171,9 @@ class PPOTrainer(TwoModelTrainer):
         if checkpoint is None:
             probe = math.ceil(64 / self.accelerator.num_processes) * self.accelerator.num_processes
             checks.check_rollouts(self._train_rollout(range(probe)), args)
+            if self.eval_dataset is not None and not args.eval_on_start:
+                n = min(len(self.eval_dataset), SIDE_BY_SIDE)
+                self.monitor.write_samples("eval", self._held_out(self.eval_dataset, self.eval_prompts, n), 0, n)
 
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         if args.eval_on_start and checkpoint is None:
@@ -195,12 +198,8 @@ class PPOTrainer(TwoModelTrainer):
 
         if args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
-        metrics = speed_metrics(
-            "train",
-            started,
-            num_samples=(self.state.global_step - first_step) * self.batch_size,
-            num_steps=self.state.global_step - first_step,
-        )
+        done = self.state.global_step - first_step
+        metrics = speed_metrics("train", started, num_samples=done * self.batch_size, num_steps=done)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
         self.is_in_train = False
@@ -267,12 +266,12 @@ class PPOTrainer(TwoModelTrainer):
         if dataset is None:
             raise SetupError("evaluate needs an eval_dataset")
         prompts = self.eval_prompts if eval_dataset is None else self._encode(dataset, "eval_dataset")
-        n, world = len(dataset), self.accelerator.num_processes
-        rows = [i % n for i in range(math.ceil(n / world) * world)]  # equal shares; the repeats are not counted
-        batch = self._rollout(dataset, prompts, rows, [(self.args.seed, EVAL, row) for row in rows])
+        n = len(dataset)
+        batch = self._held_out(dataset, prompts, n)
         found = self.monitor.of_held_out(batch, n) | {"runtime": time.time() - began}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        self.monitor.write_samples(metric_key_prefix, batch, self.state.global_step)
+        count = 10 if self.is_in_train and self.state.global_step > 0 else min(n, SIDE_BY_SIDE)
+        self.monitor.write_samples(metric_key_prefix, batch, self.state.global_step, count)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -284,6 +283,12 @@ class PPOTrainer(TwoModelTrainer):
         rows = [self._row_of(episode) for episode in episodes]
         seeds = [(self.args.seed, TRAIN, episode) for episode in episodes]
         return self._rollout(self.train_dataset, self.train_prompts, rows, seeds)
+
+    def _held_out(self, dataset, prompts: list[list[int]], n: int) -> Rollouts:
+        """An answer to each of the first `n` rows, always from the same random streams; what comes behind evens shares."""
+        world = self.accelerator.num_processes
+        rows = [i % n for i in range(math.ceil(n / world) * world)]
+        return self._rollout(dataset, prompts, rows, [(self.args.seed, EVAL, row) for row in rows])
 
     def _row_of(self, episode: int) -> int:
         """The dataset row of the run's n-th episode: each epoch takes all rows in its own order."""
@@ -297,10 +302,13 @@ class PPOTrainer(TwoModelTrainer):
     def _rollout(self, dataset, prompts: list[list[int]], rows: list[int], seeds: list) -> Rollouts:
         """An answer to each of `rows` of the dataset, whose prompts' token ids are `prompts`; scores that are finite."""
         batch = self.rollout_maker.make(self.model_wrapped, dataset, prompts, rows, seeds)
-        for name, column in zip(self.monitor.names, batch.rewards.T.tolist(), strict=True):
-            bad = [i for i, reward in enumerate(column) if not math.isfinite(reward)]
-            if bad:
-                raise NotFinite(self._where(f"reward function {name} returned {column[bad[0]]}", dataset, rows, bad))
+        wrong = ~torch.isfinite(batch.rewards) & batch.applies
+        for name, column, values in zip(self.monitor.names, wrong.T.tolist(), batch.rewards.T.tolist(), strict=True):
+            if bad := [i for i, is_wrong in enumerate(column) if is_wrong]:
+                raise NotFinite(self._where(f"reward function {name} returned {values[bad[0]]}", dataset, rows, bad))
+        counted = batch.applies[:, [weight != 0 for weight in self.monitor.weights]]
+        if none := (~counted.any(1)).nonzero().flatten().tolist():
+            raise SetupError(self._where("every reward function of a weight gave None", dataset, rows, none))
         return batch
 
     def _encode(self, dataset, name: str) -> list[list[int]]:

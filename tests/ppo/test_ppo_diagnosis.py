@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.ppo import diagnosis
+from pipelines.ppo import diagnosis, phrases
 from pipelines.ppo.diagnosis import WINDOW, Watch
 
 
@@ -26,6 +26,9 @@ def healthy(n=60):
             "val/first_ratio_rms": 1e-6,
             "val/surprise_gap": noise.gauss(0, 0.03),
             "val/surprise_sem": 0.03,
+            "phrase/share": 0.1 + 0.3 * i / n,
+            "phrase/reference_share": 0.05,
+            "phrase/distinct": 0.8 - 0.1 * i / n,
         }
         for i in range(n)
     ]
@@ -56,6 +59,7 @@ def test_a_healthy_run_is_left_alone():
         ("negative_kl", {"objective/kl": -1.0}),
         ("kl_running_away", {"objective/kl": 60.0}),
         ("entropy_collapse", {"policy/entropy_avg": 0.3}),
+        ("one_phrase_takes_over", {"phrase/share": 0.75, "phrase/reference_share": 0.02, "phrase/distinct": 0.5}),
         ("length_drift", {"response_length": 90.0}),
         ("length_drift", {"response_length": 12.0}),
         ("constant_scores", {"objective/scores_std": 0.0}),
@@ -75,6 +79,30 @@ def test_each_pathology_is_said_once_with_its_remedy(name, broken):
     text = str(finding)
     assert text.startswith(f"PPO diagnosis after update 45, {name.replace('_', ' ')}: ")
     assert finding.remedy in text and finding.remedy.endswith(".")
+
+
+def test_the_phrase_that_took_over_is_named():
+    """Of the phrases that the reference rarely wrote, the one in most answers; the longest of those in as many."""
+    reference = [[1, 2, 3, i] for i in range(10, 30)]
+    answers = [[1, 2, 3, 7, 8]] * 15 + [[1, 2, 3, 9]] * 5
+    found = phrases.commonest(answers, reference)
+    assert found == phrases.Phrase((2, 3, 7, 8), 0.75, 0.0)  # 1, 2, 3 is in all of them, but it always was
+    assert phrases.commonest([[], []], reference) is None
+    assert phrases.distinct([[1, 2, 1, 2], [1, 2]]) == 0.5 and phrases.distinct([[1]]) == 1.0
+    watch = Watch()
+    for step, row in enumerate(healthy(20), 1):
+        watch.add_update(step, row | {"phrase/share": 0.75, "phrase/distinct": 0.8 / step**0.2}, " great")
+    (finding,) = watch.new_findings()
+    assert "' great' is in 75% of the answers, in 5% of the reference's own" in finding.what
+
+
+def test_a_judge_that_applies_only_at_times_is_no_matter():
+    watch = Watch()
+    for step, row in enumerate(healthy(30), 1):
+        watch.add_update(step, row)
+        if step % 5 == 0:
+            watch.add_evaluation({"score": (0.5, 0.1), **({"reward/judge": (1.0, 0.1)} if step != 10 else {})})
+        assert watch.new_findings() == []
 
 
 def test_noise_around_a_kl_of_nothing_is_no_finding():

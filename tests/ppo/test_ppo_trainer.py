@@ -19,7 +19,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from pipelines.errors import NotFinite
+from pipelines.errors import NotFinite, SetupError
 from pipelines.generation import decode
 from pipelines.generation.decode import generate
 from pipelines.generation.logprobs import collate
@@ -652,6 +652,41 @@ def test_samples_are_shown_with_their_scores(tmp_path, caplog):
     line = table.splitlines()[1]
     assert len(table.splitlines()) == 4 and line.split()[0] == f"{first['score']:.3f}"
     assert first["prompt"][-40:] in line and first["completion"] in line
+
+
+@pytest.mark.parametrize("eval_on_start", [True, False])
+def test_held_out_answers_of_the_first_and_the_last_policy_are_kept_side_by_side(tmp_path, eval_on_start):
+    data, held_out = prompts(), prompts(150)
+    trainer = make(tmp_path, data=data, eval_data=held_out, eval_on_start=eval_on_start, max_steps=2,
+                   learning_rate=1e-2, eval_strategy="steps", eval_steps=1)  # fmt: skip
+    trainer.train()
+    trainer.evaluate()  # as the stage does at the end
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    first, last = rows[:128], rows[-128:]
+    assert {row["step"] for row in first} == {0} and {row["step"] for row in last} == {2}
+    assert all(a["prompt"] == b["prompt"] and b["first"]["completion"] == a["completion"] for a, b in zip(first, last))
+    assert sum(row["completion"] != row["first"]["completion"] for row in last) > 64
+    assert len(rows) == 2 * 128 + 2 * 10
+
+
+def test_none_says_that_a_reward_does_not_apply(tmp_path):
+    def of_even(prompts, completions, number, **_):
+        return [1.0 + n if n % 2 == 0 else None for n in number]
+
+    def of_odd(prompts, completions, number, **_):
+        return [None if n % 2 == 0 else -1.0 - n for n in number]
+
+    both = make(tmp_path, reward_funcs=[of_even, of_odd], weights=[1.0, 2.0], eval_data=prompts(9))
+    batch = both._train_rollout(range(16))
+    expected = [1.0 + n if n % 2 == 0 else -2.0 - 2 * n for n in batch.rows]
+    assert batch.scores.tolist() == expected
+    found = both.evaluate()
+    assert found["eval_reward/of_even"] == 5.0 and found["eval_reward/of_even_count"] == 5
+    assert found["eval_reward/of_odd"] == -5.0 and found["eval_reward/of_odd_count"] == 4
+    both.train()
+    assert all(math.isfinite(row["objective/scores"]) for row in both.state.log_history if "objective/scores" in row)
+    with pytest.raises(SetupError, match=r"every reward function of a weight gave None.*first dataset rows"):
+        make(tmp_path, reward_funcs=[of_even, of_odd], weights=[1.0, 0.0]).train()
 
 
 # --- vLLM ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import WORDS
 
 from pipelines.chain import chain
 from pipelines.chain.record import differences
@@ -11,12 +12,13 @@ from pipelines.errors import ModelError, TemplateError
 from pipelines.generation.logprobs import sequence_scores
 from pipelines.models import chat_template
 from pipelines.models.config import ModelSection
+from pipelines.models.scorers import load_scorer
 from pipelines.models.tag_heads import TagPenalty
 from pipelines.ppo.config import PPOConfig
 from pipelines.ppo.diagnosis import CHECKS
 from pipelines.recipe.problems import RecipeError
 from pipelines.recipe.recipe import load
-from pipelines.stages.ppo import _gate, _same_template, scorer
+from pipelines.stages.ppo import _critic_start, _gate, _same_template
 
 PROMPTS = [{"prompt": f"what colour is the {w} {i}"} for i in range(8) for w in ("cat", "dog", "bird")]
 ARGS = {"global_batch_size": 16, "max_steps": 2, "response_length": 8, "learning_rate": 1e-3, "allow_no_eos": True}
@@ -79,7 +81,7 @@ def test_an_accuracy_that_is_not_on_record_is_said(tmp_path, caplog):
 def test_a_reward_model_with_a_fresh_head_is_refused(tiny_gpt2):
 
     with pytest.raises(ModelError, match=r"score\.weight"):
-        scorer(str(tiny_gpt2), ModelSection(model_name_or_path="x"))
+        load_scorer(ModelSection(model_name_or_path=str(tiny_gpt2)))
 
 
 def test_policy_and_reward_model_must_read_the_same(tokenizer):
@@ -138,6 +140,64 @@ def test_a_classifier_is_the_reward_and_pretraining_text_is_mixed_in(recipe, wri
         load(recipe(stages))
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_an_encoder_is_the_reward_and_the_judge(pairs, recipe, write, tiny_gpt2, tmp_path, caplog):
+    """BERT, whose tokenizer has no EOS: PPO's score of an answer and evaluate's are the log-odds of the text as trained on."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *"abcdefghijklmnopqrstuvwxyz"]
+    words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=64, max_position_embeddings=32, initializer_range=0.5, pad_token_id=0)  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path / "bert")
+    rows = [{"text": f"{w} is", "text_pair": c, "label": c} for w in ("cat", "dog") for c in ("red", "blue", "green")]
+    rows = rows if pairs else [{"text": f"{r['text']} {r['text_pair']}", "label": r["label"]} for r in rows]
+    stages = {
+        "colour": {"kind": "classify", "model": {"model_name_or_path": str(tmp_path / "bert")}, "data": {"train": write("l.jsonl", rows)}, "args": {"global_batch_size": 6, "max_steps": 2, "max_length": 12}},
+        "policy": {"kind": "ppo", "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"}, "reward": {"models": ["stage:colour"], "label": "red"}, "data": {"train": write("p.jsonl", PROMPTS), "validation": write("v.jsonl", PROMPTS[:6])}, "args": ARGS},
+        "scores": {"kind": "evaluate", "evaluate": {"models": ["stage:policy"], "prompts": write("v.jsonl", PROMPTS[:6]), "judge": "stage:colour", "label": "red", "response_length": 8}},
+    }  # fmt: skip
+    loaded = load(recipe(stages))
+    chain.run(loaded)
+    folder = loaded["colour"].folder
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder)
+
+    def score(prompt, answer):
+        texts = (prompt, answer) if pairs else (prompt + answer,)
+        batch = tokenizer(*texts, truncation=True, max_length=12, return_tensors="pt")
+        with torch.no_grad():
+            p = model.eval()(**batch).logits[0].double().softmax(-1)[model.config.label2id["red"]]
+        return (p / (1 - p)).log().item()
+
+    samples = [json.loads(line) for line in open(loaded["policy"].folder / "samples.jsonl")]
+    last = [row for row in samples if row["split"] == "eval" and row["step"] == 2]
+    assert len(last) == 6 and len({row["score"] for row in last}) > 1
+    for row in last:
+        assert row["score"] == pytest.approx(score(row["prompt"], row["completion"]), abs=1e-3)
+    assert "the critic starts from the policy's own model" in caplog.text
+    value = json.loads((loaded["scores"].folder / "values.json").read_text())["policy"]["score"]
+    assert len(value) == 6 and all(-10 < v < 10 for v in value)
+    for key, message in (("policy.reward", "name the label whose log-odds"), ("scores.evaluate", "name the label")):
+        with pytest.raises(RecipeError, match=message):
+            load(recipe(stages), [f"stages.{key}.label=null"])
+    with pytest.raises(RecipeError, match="has no such label, but red, blue"):
+        load(recipe(stages), ["stages.colour.task.labels=[red, blue]", "stages.policy.reward.label=purple"])
+
+
+def test_a_reward_model_with_another_vocabulary_does_not_become_the_critic(tmp_path, tokenizer, tiny_gpt2, caplog):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_gpt2, num_labels=1)
+    section, other = ModelSection(model_name_or_path="policy"), train_bpe(["quite other words"] * 20, vocab_size=300)
+    assert _critic_start([model], [tokenizer], ["reward"], tokenizer, section) == "reward"
+    assert _critic_start([model], [other], ["reward"], tokenizer, section) == "policy"
+    assert "its vocabulary is not the policy's" in caplog.text
+    assert _critic_start([], [], [], tokenizer, section) == "policy"
+
+
 def test_reward_functions_alone_are_enough(recipe, write, tiny_gpt2):
     stage = {
         "kind": "ppo",
@@ -192,7 +252,7 @@ def test_tags_are_penalties(chain_of, tmp_path):
     loaded = load(path, ["stages.reward.args.tags=[red]"])
     chain.run(loaded)
     folder = loaded["reward"].folder
-    plain, judge = (scorer(str(folder), ModelSection(model_name_or_path=str(folder))).eval() for _ in range(2))
+    plain, judge = (load_scorer(ModelSection(model_name_or_path=str(folder)))[0].eval() for _ in range(2))
     judge.tag_penalty = TagPenalty(folder, {"red": 0.5})
     ids = [[5, 6, 7], [8, 9]]
     head = load_file(folder / "tags.safetensors")["weight"]
