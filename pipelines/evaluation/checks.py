@@ -38,7 +38,8 @@ def problems(section: dict):
         yield "running_text", "goes with text: it says how that file is read", section["running_text"]
     if bool(section.get("prompts")) != bool(section.get("judge")):
         yield "judge", "goes with prompts: models answer the one, the other judges", section.get("judge")
-    if section.get("label") and (not section.get("judge") or FUNCTION.fullmatch(section["judge"])):
+    judge = section.get("judge") or ""
+    if section.get("label") and (not judge or (FUNCTION.fullmatch(judge) and not judge.startswith("stage:"))):
         yield "label", "is for a classifier as judge: drop this key", section["label"]
     if (section.get("temperature") or 0) < 0:
         yield "temperature", "must be 0 or above", section["temperature"]

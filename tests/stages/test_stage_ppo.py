@@ -173,8 +173,8 @@ def test_an_encoder_is_the_reward_and_the_judge(pairs, recipe, write, tiny_gpt2,
         return (p / (1 - p)).log().item()
 
     samples = [json.loads(line) for line in open(loaded["policy"].folder / "samples.jsonl")]
-    last = [row for row in samples if row["split"] == "eval" and row["step"] == 2]
-    assert len(last) == 6 and len({row["score"] for row in last}) > 1
+    last = [row for row in samples if row["split"] == "eval" and row["step"] == 2][-6:]
+    assert len({row["score"] for row in last}) > 1 and all("first" in row for row in last)
     for row in last:
         assert row["score"] == pytest.approx(score(row["prompt"], row["completion"]), abs=1e-3)
     assert "the critic starts from the policy's own model" in caplog.text
