@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 from pipelines import IGNORE_INDEX
 from pipelines.errors import SetupError
 from pipelines.generation.decode import Chooser, Sampler, generate, uniforms
-from pipelines.models import chat_template, loading
+from pipelines.models import chat_template, loading, thoughts, tokenizer_setup
 from pipelines.models.config import ModelSection
 
 logger = logging.getLogger(__name__)
@@ -24,26 +24,46 @@ def load(path: str, auto_class: str = "AutoModelForCausalLM"):
     device = PartialState().device
     half = device.type == "cuda" and loading.native_bf16("cuda")
     section = ModelSection(model_name_or_path=path, dtype="bfloat16" if half else None)
-    model = loading.load_model(section, auto_class).to(device).eval()
+    model, tokenizer = loading.load_model(section, auto_class), loading.load_tokenizer(section)
+    tokenizer_setup.fit_vocabulary(model, tokenizer)
     logger.info("%s: on %s, %s", path, device.type, loading.described(model))
-    return model, loading.load_tokenizer(section)
+    return model.to(device).eval(), tokenizer
 
 
-def fitting(model, tokenizer, prompts: list, response_length: int) -> list[int]:
-    """Positions of the prompts that leave room for an answer in what the model reads."""
+def fitting(model, tokenizer, prompts: list, response_length: int, tools: list | None = None) -> list[int]:
+    """Positions of the prompts that leave room for an answer in what the model reads; `tools` of each, or None."""
     context = loading.positions(model)
-    lengths = [len(chat_template.encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    lengths = [len(ids) for ids in encode_prompts(tokenizer, prompts, tools)]
     return [i for i, n in enumerate(lengths) if context is None or n + response_length <= context]
 
 
-def answers(model, tokenizer, prompts: list, seeds: list[list], batch_size: int = 64, **settings) -> list[list[tuple]]:
+def encode_prompts(tokenizer, prompts: list, tools: list | None = None) -> list[list[int]]:
+    """Ids of each prompt, with its `tools` where there are any; `TemplateError` quotes the prompt that is refused."""
+    found = []
+    for prompt, its_tools in zip(prompts, tools or [None] * len(prompts), strict=True):
+        with chat_template.naming({"where": f"prompt {chat_template.as_text(prompt)[:60]!r}"}):
+            found.append(chat_template.encode_prompt(tokenizer, prompt, its_tools))
+    return found
+
+
+def answers(
+    model,
+    tokenizer,
+    prompts: list,
+    seeds: list[list],
+    batch_size: int = 64,
+    keep_thoughts: bool = False,
+    tools: list | None = None,
+    **settings,
+) -> list[list[tuple]]:
     """To each prompt one answer per seed of it, `(text, ended)`; the same on every process, at any number of them.
 
     `ended` is False where the answer broke off at `response_length` tokens. `settings`: response_length, temperature,
     top_k, top_p. Every process calls this with the same arguments and writes its share, long prompts spread evenly.
+    What a model thinks before an answer (`<think>`) is left out unless `keep_thoughts`.
     """
     state, ends = PartialState(), end_tokens(model, tokenizer)
-    encoded = [chat_template.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    encoded = encode_prompts(tokenizer, prompts, tools)
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     mine = [(i, k) for i in order[state.process_index :: state.num_processes] for k in range(len(seeds[i]))]
     responses, _ = generate(
@@ -55,7 +75,10 @@ def answers(model, tokenizer, prompts: list, seeds: list[list], batch_size: int 
         batch_size=batch_size,
         **settings,
     )
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    if keep_thoughts:
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    else:
+        texts, _ = thoughts.split(tokenizer, responses)
     found = [(i, k, t.strip(), r[-1] in ends) for (i, k), t, r in zip(mine, texts, responses, strict=True)]
     out: list[list] = [[None] * len(group) for group in seeds]
     for i, k, text, ended in gather_object(found) if state.num_processes > 1 else found:

@@ -7,7 +7,9 @@ prompts beside it in the batch, nor on how many processes share the work, nor on
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from pipelines.speed import packed_attention
 from pipelines.speed.cpu_products import packed_products
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 128  # the vocabulary is summed in blocks of this many tokens before the cumulative sum
 
@@ -50,7 +54,9 @@ def generate(
         for start in range(0, len(prompts), batch_size):
             rows = by_length[start : start + batch_size]
             draw = Sampler(uniforms([seeds[i] for i in rows], max_new_tokens), temperature, top_k, top_p)
-            decode = lean_decode if can_decode_lean(model) else hf_decode
+            decode = hf_decode if (reason := lean_obstacle(model)) else lean_decode
+            if reason:
+                _log_slow(type(model).__name__, reason)
             tokens, logps = decode(model, [prompts[i] for i in rows], max_new_tokens, eos_token_ids, draw)
             for i, ids, logp in zip(rows, tokens.tolist(), logps, strict=True):
                 n = next((t + 1 for t, token in enumerate(ids) if token in eos_token_ids), len(ids))
@@ -115,15 +121,34 @@ def truncate(weights: Tensor, top_k: int, top_p: float) -> Tensor:
 
 def can_decode_lean(model) -> bool:
     """Whether `lean_decode` can do this architecture: attention over an ordinary KV cache in every layer."""
+    return lean_obstacle(model) is None
+
+
+def lean_obstacle(model) -> str | None:
+    """Why `lean_decode` cannot do this architecture; None where it can."""
     config = model.config.get_text_config()
-    parameters = inspect.signature(model.forward).parameters
     layers = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    return (
-        not config.is_encoder_decoder
-        and not getattr(model, "_is_stateful", False)
-        and not layers
-        and {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"} <= parameters.keys()
-    )
+    missing = {"attention_mask", "position_ids", "logits_to_keep"} - inspect.signature(model.forward).parameters.keys()
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if getattr(model, "_is_stateful", False):
+        return "it keeps a state instead of a cache"
+    if layers:
+        return f"it has layers of {', '.join(sorted(layers))}"
+    if missing or cache_argument(model) is None:
+        return f"its forward takes no {', '.join(sorted(missing) or ['cache'])}"
+    return None
+
+
+def cache_argument(model) -> str | None:
+    """What `forward` calls the cache: `cache` since transformers 5.24, `past_key_values` before; None where it has none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
+@functools.cache
+def _log_slow(architecture: str, reason: str) -> None:
+    logger.info("%s is decoded by transformers' own generate, not the fast way: %s", architecture, reason)
 
 
 def lean_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sampler) -> tuple[Tensor, Tensor]:
@@ -151,9 +176,9 @@ def lean_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sample
             input_ids=ids,
             attention_mask=mask[:, :seen],
             position_ids=position,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(model): cache},
         )
         chosen, logprob = draw(output.logits[:, -1], step, rows)
         tokens[rows, step], logprobs[rows, step] = chosen, logprob

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import jinja2
 import torch
 import transformers
 from transformers import TextStreamer, set_seed
 
 from pipelines import errors, files
 from pipelines.errors import SetupError
-from pipelines.models import chat_template, loading
+from pipelines.generation.answers import end_tokens
+from pipelines.models import chat_template, loading, tokenizer_setup
 
 
 @dataclass
@@ -61,7 +61,9 @@ class Speaker:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         self.translates = config.is_encoder_decoder
         auto = "AutoModelForSeq2SeqLM" if self.translates else "AutoModelForCausalLM"
-        self.model = loading.load_model(section, auto).to(device).eval()
+        model = loading.load_model(section, auto)
+        tokenizer_setup.fit_vocabulary(model, self.tokenizer)
+        self.model = model.to(device).eval()
         self.limit = None if self.translates else loading.positions(self.model)
         self.keeps = bool(self.tokenizer.chat_template) and not self.translates
         self.messages: list[dict] = []
@@ -76,7 +78,7 @@ class Speaker:
                 raise SetupError(f"{self.name} has no chat template: it cannot be told anything beforehand")
             try:
                 self._encode([*messages, {"role": "user", "content": "x"}])
-            except jinja2.TemplateError as error:
+            except errors.TemplateError as error:
                 raise SetupError(f"{self.name}: its chat template takes no system message ({error})") from error
         self.messages = messages
 
@@ -107,6 +109,8 @@ class Speaker:
         how = {"do_sample": settings.temperature > 0, "max_new_tokens": room}
         if how["do_sample"]:
             how |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+        if not self.translates and self.tokenizer.eos_token_id is not None:
+            how["eos_token_id"] = end_tokens(self.model, self.tokenizer)
         if self.model.generation_config.pad_token_id is None:
             how["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
         ids = torch.tensor([ids], device=self.model.device)

@@ -134,6 +134,13 @@ def how_dialogues_are_learned(tokenizer) -> str:
     return ONE_SEQUENCE if len(encode_dialogue(tokenizer, turns)) == 1 else PER_ANSWER
 
 
+def without_none(value):
+    """`value` without the None under keys that only other rows have, which a `datasets.Dataset` puts into nested ones."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
 def render_template(tokenizer, messages, add_generation_prompt: bool, tools: list[dict] | None = None) -> str:
     """The template's text for a dialogue; `TemplateError` with the template's own words where it refuses."""
     try:
@@ -205,7 +212,7 @@ class Dialogue:
         """Raise `TemplateError` unless the template writes all that the assistant's message `i` holds."""
         message, before = self.messages[i], self.messages[:i]
         for key in ("tool_calls", "reasoning_content"):
-            if message.get(key) and not (key == "reasoning_content" and _opened_thought(self.before(i)[0])):
+            if message.get(key) and not (key == "reasoning_content" and opened_thought(self.before(i)[0])):
                 other = [*before, {k: v for k, v in message.items() if k != key}]
                 advice = ": put it into content between <think> and </think>" if key == "reasoning_content" else ""
                 what = f"`{key}` of message {i + 1}{advice}"
@@ -239,7 +246,7 @@ class Dialogue:
         """What the template writes behind the prompt for answer `i`, up to its end."""
         before, after = self.before(i)[0], self.after(i)
         thought = _thought(self.messages[i])[0]
-        opened = _opened_thought(before)
+        opened = opened_thought(before)
         if after.startswith(before):
             answer = after[len(before) :]
             if thought in answer:
@@ -305,7 +312,7 @@ def _closing(tokenizer, control: ControlTokens, messages: list[dict], tools) -> 
     return token and token[0]
 
 
-def _opened_thought(before: str) -> re.Match | None:
+def opened_thought(before: str) -> re.Match | None:
     """Where a prompt ends in the beginning of a thought."""
     return re.search(r"<think>\s*\Z", before)
 

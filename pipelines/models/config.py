@@ -31,6 +31,13 @@ class ModelSection(ModelConfig):
             "the tokenizer, used by every later stage."
         },
     )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "sft, reward, ppo: values of the chat template's own variables (`{enable_thinking: false}`). Written "
+            "into the template that is saved, so that training, later stages and any other program use them alike."
+        },
+    )
     dtype: str | None = field(
         default=None,
         metadata={

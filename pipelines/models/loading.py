@@ -55,6 +55,11 @@ def load_tokenizer(section):
     # A v4-era folder opened wrongly yields a vocabulary of one or two tokens, without a word.
     if len(tokenizer) < 10:
         raise ModelError(f"the tokenizer in {path!r} has only {len(tokenizer)} tokens: its vocabulary was not read")
+    # Two warnings about what is right here: texts are measured before they are cut, dropped or packed, and spaces are not
+    # cleaned up after a BPE in any case.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    if type(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)).__name__ == "BPE":
+        tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
 
 
@@ -84,7 +89,8 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
                     f"model.config.{key} is {overrides[key]}, but the tokenizer's is {special[key]}. Leave it out: it is "
                     "taken from the tokenizer."
                 )
-        config = transformers.AutoConfig.for_model(overrides.pop("model_type"), **{**overrides, **special})
+        kind = overrides.pop("model_type")
+        config = transformers.AutoConfig.for_model(kind, **{**_absent(kind, special), **overrides, **special})
         for key, value in settings.items():
             setattr(config, key, value)
         try:
@@ -235,6 +241,15 @@ def vocabulary(model) -> int:
     """The number of token ids that a model knows, also where ZeRO-3 has left its embeddings without a shape."""
     weight = model.get_input_embeddings().weight
     return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def _absent(kind: str, special: dict) -> dict:
+    """None for special tokens that a new model's tokenizer lacks and whose default is another, larger vocabulary's."""
+    if "vocab_size" not in special or kind not in transformers.CONFIG_MAPPING:
+        return {}
+    usual = transformers.CONFIG_MAPPING[kind]()
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: None for name in names if (getattr(usual, name, None) or 0) >= special["vocab_size"]}
 
 
 def _special(tokenizer) -> dict:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from pathlib import Path
 
-from pipelines.errors import TemplateError
+import transformers
+
+from pipelines.errors import TemplateError, meant
 from pipelines.models.chat_template import TEMPLATES, render_template
 from pipelines.models.loading import vocabulary
 
 logger = logging.getLogger(__name__)
 
+# What a template is given for each dialogue.
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
 
-def install_template(model, tokenizer, template: str | None) -> list[str]:
+
+def install_template(model, tokenizer, template: str | None, variables: dict | None = None) -> list[str]:
     """Give `tokenizer` the chat template `template` and `model` the tokens it needs; returns the tokens added.
 
     `template` is "chatml", "plain" (text as it stands), a path to a .jinja file, or None: keep the tokenizer's own, or
@@ -21,12 +27,12 @@ def install_template(model, tokenizer, template: str | None) -> list[str]:
     so does the token with which any other template closes an answer (Gemma's `<end_of_turn>`, Phi's `<|end|>`).
     In every case PAD is made a token of its own (pad == eos means that EOS is never learned).
     """
-    added = dress(tokenizer, template)
+    added = dress(tokenizer, template, variables)
     fit_model(model, tokenizer)
     return added
 
 
-def dress(tokenizer, template: str | None) -> list[str]:
+def dress(tokenizer, template: str | None, variables: dict | None = None) -> list[str]:
     """The tokenizer's half of `install_template`; returns the tokens added."""
     added: list[str] = []
     if template is None:
@@ -39,11 +45,50 @@ def dress(tokenizer, template: str | None) -> list[str]:
         tokenizer.chat_template = (TEMPLATES / "plain.jinja").read_text()
     elif template != "keep":
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    if variables:
+        set_variables(tokenizer, variables)
     end = closing_token(tokenizer)
     if end is not None and end != tokenizer.eos_token:
         logger.info("EOS is %s, with which the chat template closes an answer (it was %s)", end, tokenizer.eos_token)
         tokenizer.eos_token = end
     return added + ensure_pad(tokenizer)
+
+
+def set_variables(tokenizer, variables: dict) -> None:
+    """Write values of its own variables into the chat template, so that everybody who uses it has them alike.
+
+    Whoever passes another value to the template still gets that. Raises `TemplateError` for what it does not use.
+    """
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {"": tokenizer.chat_template}
+    used = {name for template in named.values() for name in re.findall(r"[A-Za-z_]\w*", template)}
+    for name in variables:
+        if name in GIVEN or name not in used:
+            raise TemplateError(
+                f"model.chat_template_kwargs: {name!r} is no variable of the chat template"
+                f"{meant(name, used - {*GIVEN})}; drop it"
+            )
+    head = "".join(
+        f"{{%- if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif -%}}"
+        for name, value in variables.items()
+    )
+    named = {key: template if template.startswith(head) else head + template for key, template in named.items()}
+    tokenizer.chat_template = named if isinstance(tokenizer.chat_template, dict) else named[""]
+
+
+def _literal(value) -> str:
+    """A value of a recipe as Jinja writes it."""
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return (
+        {True: "true", False: "false", None: "none"}[value]
+        if value is None or value is True or value is False
+        else str(value)
+    )
 
 
 def closing_token(tokenizer) -> str | None:
@@ -70,11 +115,30 @@ def ensure_pad(tokenizer) -> list[str]:
     return added
 
 
+def fit_vocabulary(model, tokenizer) -> None:
+    """Give a finished model embeddings of all tokens that its tokenizer can write; logged, for it never learned them."""
+    if (missing := len(tokenizer) - vocabulary(model)) > 0:
+        logger.warning(
+            "%s: its tokenizer writes %d tokens that the model never learned; they are read as an average token",
+            model.name_or_path, missing,
+        )  # fmt: skip
+        _grow(model, len(tokenizer))
+
+
+def _grow(model, size: int) -> None:
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it announces that new embeddings start near the others' mean
+    try:
+        model.resize_token_embeddings(size, mean_resizing=True)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
 def fit_model(model, tokenizer) -> None:
     """Grow the embeddings to the tokenizer (mean-initialised, never shrunk) and agree on PAD and EOS."""
 
     if len(tokenizer) > vocabulary(model):
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+        _grow(model, len(tokenizer))
     config = model.config.get_text_config()
     config.pad_token_id = tokenizer.pad_token_id
     config.eos_token_id = tokenizer.eos_token_id

@@ -55,6 +55,10 @@ class PPOConfig(TrainingArguments):
         default=53,
         metadata={"help": "Longest answer in tokens. Higher costs time and memory; too low cuts answers before EOS."},
     )
+    keep_thoughts: bool = field(
+        default=False,
+        metadata={"help": "Whether what the policy thinks before an answer (`<think>`) is scored as part of it."},
+    )
     temperature: float = field(
         default=0.7,
         metadata={

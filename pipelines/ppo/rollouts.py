@@ -22,8 +22,8 @@ from trl.models import unwrap_model_for_generation
 from pipelines.errors import SetupError
 from pipelines.generation import decode
 from pipelines.generation.logprobs import collate, make_ready, sequence_scores, token_logprobs, within
-from pipelines.models import loading
-from pipelines.models.chat_template import encode_prompt
+from pipelines.models import loading, thoughts
+from pipelines.models.chat_template import encode_answer, encode_prompt, naming, without_none
 from pipelines.models.scorers import Classifier, continues
 from pipelines.ppo import checks
 from pipelines.ppo.config import PPOConfig
@@ -60,6 +60,7 @@ class RewardScorer:
         processing_class: the policy's tokenizer.
         eos_token_ids: what ends an answer of the policy.
         batch_size: answers that a model scores at once.
+        keep_thoughts: whether what the policy thinks before an answer (`<think>`) is scored as part of it.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class RewardScorer:
         eos_token_ids: list[int],
         batch_size: int,
         accelerator: Accelerator,
+        keep_thoughts: bool = False,
     ):
+        self.keep_thoughts = keep_thoughts
         self.names = _unique([checks.name_of(f) for f in functions])
         self.packed = [isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f) for f in functions]
         self.functions = [place_frozen(f, accelerator) if isinstance(f, nn.Module) else f for f in functions]
@@ -87,9 +90,20 @@ class RewardScorer:
         None where a function says that it does not apply to an answer, as in TRL.
         """
         responses = [response for _, response in answers]
-        completions = self.processing_class.batch_decode(responses, skip_special_tokens=True)
         columns = dataset[rows]
         prompts = columns.pop("prompt")
+        if self.keep_thoughts:
+            completions = self.processing_class.batch_decode(responses, skip_special_tokens=True)
+        else:
+            completions, thought = thoughts.split(self.processing_class, responses)
+            answers, tools = list(answers), columns.get("tools") or [None] * len(rows)
+            for i in range(len(rows)):
+                if thought[i]:  # reward models read the answer as if it had been given without it
+                    ends = responses[i][-1] in self.eos_token_ids
+                    prompt, answer = encode_answer(
+                        self.processing_class, without_none(prompts[i]), completions[i], without_none(tools[i])
+                    )
+                    answers[i] = prompt, answer if ends else answer[:-1]
         out = []
         for i, function in enumerate(self.functions):
             if isinstance(function, nn.Module):
@@ -276,7 +290,12 @@ def encode_prompts(
     """Token ids of every prompt of `dataset`, called `name`; all that are empty or too long are reported at once."""
     if "prompt" not in dataset.column_names:
         raise SetupError(f"{name} has no column `prompt`, but {', '.join(dataset.column_names)}")
-    prompts = [encode_prompt(tokenizer, prompt) for prompt in dataset["prompt"]]
+    tools = dataset["tools"] if "tools" in dataset.column_names else [None] * len(dataset)
+    where = dataset["where"] if "where" in dataset.column_names else [f"{name}, row {i}" for i in range(len(dataset))]
+    prompts = []
+    for prompt, its_tools, at in zip(dataset["prompt"], tools, where, strict=True):
+        with naming({"where": at}):
+            prompts.append(encode_prompt(tokenizer, without_none(prompt), without_none(its_tools)))
     readers = [m for m in (model.policy, model.critic, ref_model) if m is not None and not isinstance(m, ValueHead)]
     context = min((c for c in map(loading.positions, readers) if c is not None), default=None)
     limit = prompt_limit(context, args.max_prompt_length, args.response_length)

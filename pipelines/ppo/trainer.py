@@ -147,6 +147,7 @@ class PPOTrainer(TwoModelTrainer):
             eos_token_ids,
             args.local_rollout_forward_batch_size,
             self.accelerator,
+            args.keep_thoughts,
         )
         self.ref_model = None if ref_model is None else place_frozen(ref_model, self.accelerator)
         self.rollout_maker = RolloutMaker(

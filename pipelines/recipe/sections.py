@@ -331,6 +331,9 @@ class SampleSection:
         default=1.0, metadata={"help": "Sample among the likeliest tokens that hold this much probability, 1: all."}
     )
     response_length: int = field(default=128, metadata={"help": "Longest answer in tokens."})
+    keep_thoughts: bool = field(
+        default=False, metadata={"help": "Keep what a model thinks before an answer (`<think>`) as part of it."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Answers written at once by each process: memory and speed."})
 
 

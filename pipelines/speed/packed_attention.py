@@ -209,8 +209,10 @@ def _before_forward(backbone, args, kwargs):
     seams = kwargs.get("cu_seq_lens_q")
     if seams is None:
         return None
-    if kwargs.get("past_key_values") is not None:
-        raise SetupError("a packed forward cannot continue a KV cache: drop past_key_values.")
+    if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
+        raise SetupError(
+            "a packed forward cannot continue a KV cache: drop past_key_values (cache since transformers 5.24)."
+        )
     rows = PackedRows.of(seams, kwargs.pop("branches", None))
     kwargs = {**kwargs, "packed_rows": rows, "use_cache": False}  # a cache mixes the sequences up
     # Left alone, transformers would build a tokens x tokens mask from the positions. It passes 4-D masks on

@@ -222,7 +222,7 @@ def run(stage) -> dict:
     args = arguments.build_args(stage, **DEFAULTS, **best_checkpoint.defaults(stage.sections.get("args", {})))
     tokenizer = loading.load_tokenizer(section)
     model = loading.load_model(section, "AutoModelForCausalLM")
-    added = tokenizer_setup.install_template(model, tokenizer, section.chat_template)
+    added = tokenizer_setup.install_template(model, tokenizer, section.chat_template, section.chat_template_kwargs)
     context = loading.context_length(model, stage.sections.get("args", {}).get("max_length"))
     if args.disable_dropout:
         disable_dropout(model)
@@ -262,7 +262,7 @@ def _packs(model) -> tuple[bool, bool]:
 
 def ready(stage, tokenizer):
     """The tokenizer as the stage trains with it."""
-    tokenizer_setup.dress(tokenizer, stage.section("model").chat_template)
+    tokenizer_setup.dress(tokenizer, stage.section("model").chat_template, stage.section("model").chat_template_kwargs)
     return tokenizer
 
 

@@ -273,7 +273,7 @@ def ready(stage, tokenizer):
     """The policy's tokenizer as the stage uses it."""
     section = stage.section("model")
     _needs_template(tokenizer, section)
-    tokenizer_setup.dress(tokenizer, section.chat_template)
+    tokenizer_setup.dress(tokenizer, section.chat_template, section.chat_template_kwargs)
     return tokenizer
 
 
@@ -295,7 +295,7 @@ def shown(stage, tokenizer, model) -> Iterator[dict]:
 def _template(policy, tokenizer, section) -> list[str]:
     """The policy answers under the template it was tuned with. Returns tokens added."""
     _needs_template(tokenizer, section)
-    return tokenizer_setup.install_template(policy, tokenizer, section.chat_template)
+    return tokenizer_setup.install_template(policy, tokenizer, section.chat_template, section.chat_template_kwargs)
 
 
 def _needs_template(tokenizer, section) -> None:

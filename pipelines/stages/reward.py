@@ -135,7 +135,7 @@ def run(stage) -> dict:
         head = loading.last_layer(model)
         with torch.no_grad(), sharding.whole(head.weight):
             head.weight.normal_(std=1 / math.sqrt(head.weight.shape[-1] + 1))
-    added = tokenizer_setup.install_template(model, tokenizer, section.chat_template)
+    added = tokenizer_setup.install_template(model, tokenizer, section.chat_template, section.chat_template_kwargs)
     fast_model.fast_gelu(model)
     collate = RankingCollator(tokenizer.pad_token_id, **_packs(model))
     context = loading.context_length(model, stage.sections.get("args", {}).get("max_length"))
@@ -179,7 +179,7 @@ def _packs(model) -> dict[str, bool]:
 
 def ready(stage, tokenizer):
     """The tokenizer as the stage trains with it."""
-    tokenizer_setup.dress(tokenizer, stage.section("model").chat_template)
+    tokenizer_setup.dress(tokenizer, stage.section("model").chat_template, stage.section("model").chat_template_kwargs)
     return tokenizer
 
 

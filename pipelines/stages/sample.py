@@ -67,7 +67,11 @@ def run(stage) -> dict:
     rows = list({json.dumps(row["prompt"]): row for row in reversed(rows)}.values())[::-1]  # each prompt once
     prompts = [row["prompt"] for row in rows]
     each = settings.completions // len(settings.models)
-    how = {key: getattr(settings, key) for key in ("response_length", "temperature", "top_k", "top_p", "batch_size")}
+    how = {
+        key: getattr(settings, key)
+        for key in ("response_length", "temperature", "top_k", "top_p", "batch_size", "keep_thoughts")
+    }
+    tools = [row.get("tools") for row in rows]
 
     log = stage.checkpoints / "answers.jsonl"
     word = [_read(log) if state.is_main_process else None]
@@ -76,7 +80,7 @@ def run(stage) -> dict:
     left_out, policy = set(), stage.section("data").too_long
     for m, path in enumerate(settings.models):
         model, tokenizer = answers.load(path)
-        fits = answers.fitting(model, tokenizer, prompts, settings.response_length)
+        fits = answers.fitting(model, tokenizer, prompts, settings.response_length, tools)
         left_out |= set(range(len(prompts))) - set(fits)
         if left_out and policy == "error":
             break  # `report_length` says so
@@ -85,7 +89,9 @@ def run(stage) -> dict:
         for start in range(0, len(todo), size):
             some = todo[start : start + size]
             seeds = [[(stage.seed, m, i, k) for k in range(each)] for i in some]
-            found = answers.answers(model, tokenizer, [prompts[i] for i in some], seeds, **how)
+            found = answers.answers(
+                model, tokenizer, [prompts[i] for i in some], seeds, tools=[tools[i] for i in some], **how
+            )
             done |= {(m, i): group for i, group in zip(some, found, strict=True)}
             if state.is_main_process:
                 files.append_rows(log, [{"model": m, "prompt": i, "answers": done[m, i]} for i in some])

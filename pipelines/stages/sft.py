@@ -74,7 +74,7 @@ def run(stage) -> dict:
     args = arguments.build_args(stage, **DEFAULTS)
     tokenizer = loading.load_tokenizer(section)
     model = loading.load_model(section, "AutoModelForCausalLM")
-    added = tokenizer_setup.install_template(model, tokenizer, section.chat_template)
+    added = tokenizer_setup.install_template(model, tokenizer, section.chat_template, section.chat_template_kwargs)
     if added:
         logger.info("tokens added: %s (embeddings start at the mean of the others)", " ".join(added))
     context = loading.context_length(model, stage.sections.get("args", {}).get("max_length"))
@@ -135,7 +135,7 @@ def run(stage) -> dict:
 
 def ready(stage, tokenizer):
     """The tokenizer as the stage trains with it."""
-    tokenizer_setup.dress(tokenizer, stage.section("model").chat_template)
+    tokenizer_setup.dress(tokenizer, stage.section("model").chat_template, stage.section("model").chat_template_kwargs)
     return tokenizer
 
 
