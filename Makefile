@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Two processes where there is no GPU: small models gain more from them than from threads.
 LAUNCH ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU || echo --config_file accelerate_configs/cpu_2.yaml)
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all test-gpu check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/accelerate launch $(LAUNCH) -m pipelines recipes/demo.yaml
@@ -21,6 +21,10 @@ test: $(VENV)/.ready
 
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest -q
+
+# Ten minutes on a real card; writes gpu.json
+test-gpu: $(VENV)/.ready
+	$(BIN)/python benchmarks/gpu.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

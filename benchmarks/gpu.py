@@ -363,7 +363,7 @@ def inside_sft(data: dict, tiny: bool) -> dict:
     tokenizer, rows = tokenizer_and_rows(data, "uneven")
     ids = [tokenizer(row["prompt"] + " " + row["completion"])["input_ids"][:1000] for row in rows]
     shape = SMALL["gpt2"] | {"n_positions": 1024} if tiny else SMOL
-    config = AutoConfig.for_model(**shape, vocab_size=len(tokenizer))
+    config = AutoConfig.for_model(**shape, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
     steps, found = 6 if tiny else 24, {}
     for name in ("ours", "TRL padded"):
         torch.manual_seed(0)
@@ -373,13 +373,15 @@ def inside_sft(data: dict, tiny: bool) -> dict:
             fast_model.fast_model(model)
             packed_attention.enable_packed_attention(model)
             packs = plan_packs([len(row) for row in ids], 1024)
-            batches = [PackedCollator()([{"input_ids": ids[i]} for pack in packs[k : k + 8] for i in pack]) for k in range(0, len(packs) - 8, 8)]  # fmt: skip
+            batches = [PackedCollator()([{"input_ids": ids[i]} for pack in packs[k : k + 8] for i in pack]) for k in range(0, max(1, len(packs) - 7), 8)]  # fmt: skip
             useful = lambda batch: batch["input_ids"].numel()  # noqa: E731
         else:
             from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
             collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
-            batches = [collate([{"input_ids": row} for row in ids[k : k + 32]]) for k in range(0, len(ids) - 32, 32)]
+            batches = [
+                collate([{"input_ids": row} for row in ids[k : k + 32]]) for k in range(0, max(1, len(ids) - 31), 32)
+            ]
             useful = lambda batch: int(batch["attention_mask"].sum())  # noqa: E731
         batches = (batches * steps)[:steps]
 
@@ -591,7 +593,8 @@ def main() -> int:
                 os.killpg(process.pid, signal.SIGKILL)
                 part = [{"what": name, "value": f"not done in its {box} s", "good": False}]
             except RuntimeError as error:
-                part = [{"what": name, "value": f"failed: {error}", "good": False}]
+                last = (str(error).strip() or "no output").splitlines()[-1]
+                part = [{"what": name, "value": f"failed: {last[:160]}", "detail": str(error), "good": False}]
             for row in part:
                 print(f"{'  ok ' if row['good'] else '  -- '} {row['what']:<66} {row['value']}", flush=True)
             rows += [{"part": name, "seconds": round(time.monotonic() - began, 1), **row} for row in part]
