@@ -493,7 +493,7 @@ def ppo(folder: Path, data: dict, tiny: bool) -> list[dict]:
     base = child("make", {"folder": str(folder / "smol"), "shape": shape, "half": False, "data": data}, 120)["path"]
     answers, length = (8, 16) if tiny else (128, 128)
     args = {"global_batch_size": answers, "per_device_train_batch_size": 8 if tiny else 32, "max_steps": 3 if tiny else 6,
-            "response_length": length, "learning_rate": 1e-6, "save_strategy": "no", "report_to": [], "temperature": 1.0,
+            "response_length": length, "learning_rate": 1e-6, "logging_steps": 1, "save_strategy": "no", "report_to": [], "temperature": 1.0,
             "local_rollout_forward_batch_size": answers}  # fmt: skip
     stage = {"kind": "ppo", "model": {"model_name_or_path": base, "chat_template": "plain"},
              "reward": {"functions": ["pipelines.ppo.rewards:length_penalty"]}, "data": {"train": data["prompts"]}, "args": args}  # fmt: skip
