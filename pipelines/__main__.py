@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from pipelines import __version__, launch
-from pipelines.errors import SetupError, meant
+from pipelines.errors import SetupError, StorageError, meant
+from pipelines.files import storage_error
 
 ABOUT = """\
 One recipe file takes a language model from raw text to an RLHF-tuned policy.
@@ -37,8 +38,8 @@ examples
   accelerate launch --config_file accelerate_configs/ddp.yaml -m pipelines recipes/demo.yaml    the same by Accelerate
 
 A run that was stopped or killed goes on from its last checkpoint when the same command is given again. A stage whose
-settings or data changed is refused until --redo STAGE; its old folder is kept. Exit codes: 0 done, 2 the recipe, data
-or command is wrong, 130 stopped by the user.
+settings or data changed is refused until --redo STAGE; its old folder is kept. Exit codes: 0 done, 1 it
+failed (disk, network, NaN), 2 the recipe, data or command is wrong, 130 stopped by the user.
 """
 # Each is a module of `pipelines.commands`, imported only when asked for: `--help` and `report` need no torch.
 VERBS = (
@@ -73,6 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     except SetupError as error:
         launch.last_words(f"error: {error}")
         return 2
+    except Exception as error:
+        problem = error if isinstance(error, StorageError) else storage_error(error)
+        if problem is None:
+            raise
+        launch.last_words(f"error: {problem}")
+        return 1
 
 
 def entry() -> None:

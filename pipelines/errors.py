@@ -45,12 +45,20 @@ class ChainError(SetupError):
     """A chain that cannot go on as asked, with the reason per stage and what to do."""
 
 
+class RecordError(SetupError):
+    """A file that a run wrote about itself is damaged: which, how, and the way out. Nothing was changed."""
+
+
 class WorldError(SetupError):
     """The launcher started another number of processes than it was asked for; says how to launch instead."""
 
 
 class Interrupted(Exception):
     """The user stopped a stage; its last step is saved, and the same command resumes it."""
+
+
+class StorageError(Exception):
+    """What was to be written, or has been, is not on disk: full, read-only, damaged. One sentence; exit code 1."""
 
 
 class NotFinite(ArithmeticError):

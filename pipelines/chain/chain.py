@@ -6,14 +6,13 @@ import logging
 import shutil
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
 from pipelines import errors, files, launch
 from pipelines.chain import record as chain_record
-from pipelines.chain.record import differences, finish, identity
-from pipelines.errors import ChainError
+from pipelines.chain.record import differences, finish, identity, stage_damage
+from pipelines.errors import ChainError, RecordError, SetupError, StorageError
 from pipelines.files import CHAIN, lock
 from pipelines.recipe.stage import Recipe, Stage
 from pipelines.training.checkpoints import last_checkpoint
@@ -23,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Step:
-    """What happens to one stage: `finished` (skipped), `resume`, `start` or `redo` (the old folder is kept aside)."""
+    """What happens to one stage: `finished` (skipped), `resume`, `start`, `redo` (the old folder is kept aside), or nothing,
+    because its record is `damaged`."""
 
     stage: Stage
     action: str
@@ -32,66 +32,133 @@ class Step:
 
 def plan(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> list[Step]:
     """The steps for the stages `names` (all when empty). Raises `ChainError` with every reason why it cannot be done."""
-    _known(recipe, [*names, *redo])
-    redo = _with_what_builds_on_it(recipe, redo)
-    steps, refused, made = [], [], {}
+    steps, refused = survey(recipe, names, redo)
+    if refused:
+        raise ChainError("\n".join(refused))
+    return steps
+
+
+def survey(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> tuple[list[Step], list[str]]:
+    """`(the steps for the stages `names`, every reason why they cannot be done)`. Raises `ChainError` for a wrong name."""
+    known = [s.name for s in recipe.stages]
+    wrong = [n for n in [*names, *redo] if n not in known]
+    if wrong:
+        raise ChainError(
+            "\n".join(f"no stage {n!r}{errors.meant(n, known)}; {recipe.file} has {', '.join(known)}" for n in wrong)
+        )
+    redo = with_children(recipe, redo)
+    begun = _begun_redo(recipe, redo)
+    steps, refused, made, broken = [], [], {}, {}
     for stage in recipe.stages:
+        chosen = not names or stage.name in names or stage.name in redo
+        finished, started, wrong = _records(stage)
         record = chain_record.record(stage, {p: made.get(p) or "not made yet" for p in stage.parents})
-        action, changed, finished = _look(stage, record, again=stage.name in redo)
-        missing = [p for p in stage.parents if made.get(p) is None and names and p not in names and p not in redo]
+        old = (finished or started or {}).get("record")
+        changed = differences(old, record) if old else []
+        if stage.name in redo and (finished or started or wrong) and (stage.name not in begun or changed or wrong):
+            action, changed, wrong = "redo", [], []
+        elif wrong:
+            action = "damaged"
+        elif finished:
+            action = "finished"
+            wrong = [
+                f"{stage.name}: {_edited(stage, line)}" for line in stage_damage(stage.folder, finished, quick=True)
+            ]
+        elif started and changed and not _can_resume(stage):
+            action, changed = (
+                "start",
+                [],
+            )  # it failed before anything was kept: nothing was trained under the old settings
+        elif started:
+            action = "resume"
+        else:
+            action = "start"
         made[stage.name] = identity(finished) if action == "finished" else None
-        if names and stage.name not in names and stage.name not in redo:
+        broken[stage.name] = wrong
+        if not chosen:
             continue
         if action == "start" and _is_of_others(stage.folder):
             refused.append(
                 f"{stage.name}: the folder {stage.folder} is not empty and was not made by this chain. "
                 "Choose another output_dir, or move the folder away."
             )
-        if changed:
-            refused.append(_changed(stage, action, changed))
+        for name in [*stage.parents, stage.name]:
+            refused += [line for line in broken.get(name, ()) if line not in refused]
+        if changed and action in ("finished", "resume"):
+            refused.append(
+                f"{stage.name}: {action} with other settings: {_why(recipe, changed, (finished or started)['started'])}. "
+                f"Put them back, or make it again with --redo {stage.name} (the old folder is kept aside)."
+            )
+        missing = [
+            p for p in stage.parents
+            if names and made.get(p) is None and not broken.get(p) and p not in names and p not in redo
+        ]  # fmt: skip
         if missing and action != "finished":
             refused.append(
                 f"{stage.name}: it needs {', '.join(missing)}, not made yet. Run that first, or name it too."
             )
         steps.append(Step(stage, action, record))
-    if refused:
-        raise ChainError("\n".join(refused))
-    return steps
+    return steps, refused
 
 
-def _known(recipe: Recipe, names: list[str]) -> None:
-    """Raises `ChainError` for names that are no stages of the recipe."""
-    known = [s.name for s in recipe.stages]
-    wrong = [n for n in names if n not in known]
-    if wrong:
-        raise ChainError(
-            "\n".join(f"no stage {n!r}{errors.meant(n, known)}; {recipe.file} has {', '.join(known)}" for n in wrong)
-        )
-
-
-def _with_what_builds_on_it(recipe: Recipe, redo: list[str]) -> set[str]:
-    """The stages `redo` and all that build on them."""
-    found = set(redo)
+def with_children(recipe: Recipe, redo: list[str]) -> set[str]:
+    """`redo`, and what builds on a stage that is made again."""
+    out = set(redo)
     for stage in recipe.stages:
-        if found & set(stage.parents):
-            found.add(stage.name)
-    return found
+        if out & set(stage.parents):
+            out.add(stage.name)
+    return out
 
 
-def _look(stage: Stage, record: dict, again: bool) -> tuple[str, list[str], dict | None]:
-    """`(action, what changed since, the record of the finished stage)`, from what lies in the stage's folder."""
-    finished = files.read_json(stage.folder / files.FINISHED)
-    started = files.read_json(stage.folder / files.STARTED)
-    if again and (finished or started):
-        return "redo", [], finished
-    if finished:
-        return "finished", differences(finished["record"], record), finished
-    if not started:
-        return "start", [], None
-    changed = differences(started["record"], record)
-    if changed and not _can_resume(stage):
-        return "start", [], None  # it failed before anything was kept: nothing was trained under the old settings
-    return "resume", changed, None
+def _records(stage: Stage) -> tuple[dict | None, dict | None, list[str]]:
+    """`(stage.json, started.json, what is wrong with them)`."""
+    found, wrong = [], []
+    for name in (files.FINISHED, files.STARTED):
+        try:
+            found.append(files.read_record(stage.folder / name))
+        except RecordError as error:
+            found.append(None)
+            wrong.append(f"{stage.name}: {error}")
+    return found[0], found[1], wrong
+
+
+def _edited(stage: Stage, line: str) -> str:
+    return (
+        f"{stage.folder / line}: changed since the stage was finished. Put the file back, make the stage again with "
+        f"--redo {stage.name} (the old folder is kept aside), or use the changed files by the path of a copy"
+    )
+
+
+def _why(recipe: Recipe, changed: list[str], started: str) -> str:
+    """What is different from then, in words: settings, and stages that it builds on."""
+    settings = [c for c in changed if not c.startswith("parents.")]
+    parents = [c.split(" ")[0].removeprefix("parents.") for c in changed if c.startswith("parents.")]
+    known = [stage.name for stage in recipe.stages]
+    return "; ".join(settings + [f"it builds on {_fate(recipe[p], started)}" for p in parents if p in known]) or (
+        f"it built on {', '.join(parents)}, which the recipe does not have any more"
+    )
+
+
+def _fate(parent: Stage, started: str) -> str:
+    """What became of a stage since another one was started on it."""
+    if not parent.folder.is_dir():
+        return f"{parent.name}, whose folder is gone ({parent.folder})"
+    finished, begun, wrong = _records(parent)
+    if wrong:
+        return f"{parent.name}, whose record is damaged"
+    if finished is None:
+        return f"{parent.name}, " + ("which is being made again" if begun else f"whose {files.FINISHED} is gone")
+    if finished["finished"] > started:
+        return f"{parent.name}, made again since"
+    return f"{parent.name}, whose {files.FINISHED} was edited since"
+
+
+def _begun_redo(recipe: Recipe, redo: set[str]) -> set[str]:
+    """Of the stages that are asked to be made again, those that an earlier launch of the same command has set aside."""
+    before = files.read_record(recipe.output_dir / files.REDO) if redo else None
+    if before is None or set(before["asked"]) != redo:
+        return set()
+    return set(before["aside"])
 
 
 def _can_resume(stage: Stage) -> bool:
@@ -104,38 +171,16 @@ def _is_of_others(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir()) and not (folder / files.STARTED).is_file()
 
 
-def _changed(stage: Stage, action: str, changed: list[str]) -> str:
-    """Why a stage with other settings than those it was made from is refused."""
-    parents = [c for c in changed if c.startswith("parents.")]
-    if len(parents) == len(changed):
-        why = f"it builds on {', '.join(p.split(' ')[0].split('.')[1] for p in parents)}, made again since"
-    else:
-        why = "; ".join(c for c in changed if c not in parents)
-    return (
-        f"{stage.name}: {action} with other settings: {why}. "
-        f"Put them back, or make it again with --redo {stage.name} (the old folder is kept aside)."
-    )
-
-
 def run(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> None:
-    """Run the stages that are due on the processes Accelerate started. Every process calls it."""
+    """Run the stages that are due on the processes Accelerate started. Every process calls it.
 
+    Raises `ChainError` where it cannot be done, before anything is changed; `StorageError` where nothing can be written.
+    """
     state = launch.start()
-    with lock(recipe.output_dir, state.is_main_process):
+    with lock(recipe.output_dir, state.is_main_process) as writable:
         # One process looks at the disk and all follow: by the time another looks, it may have changed.
-        word: list = [None]
-        if state.is_main_process:
-            try:
-                word[0] = [(s.stage.name, s.action) for s in plan(recipe, names, redo)]
-            except ChainError as error:
-                word[0] = error
-        broadcast_object_list(word)
-        if isinstance(word[0], ChainError):
-            raise word[0]
-        if state.is_main_process:
-            stages = [{"name": s.name, "kind": s.kind, "parents": s.parents} for s in recipe.stages]
-            files.write_json(recipe.output_dir / CHAIN, {"recipe": str(recipe.file), "stages": stages})
-        for name, action in word[0]:
+        steps = _on_main(state, lambda: _prepare(recipe, names, redo, writable))
+        for name, action in steps:
             if action == "finished":
                 logger.info("%s: finished, skipped (%s)", name, recipe[name].folder)
             else:
@@ -153,23 +198,57 @@ def _outcome(recipe: Recipe) -> str:
     return f"done what was asked for; still to come: {', '.join(left)}" if left else "the chain is complete"
 
 
-def _run_stage(recipe: Recipe, stage: Stage, action: str, state) -> None:
-
-    clock, started = time.monotonic(), files.now()
-    record, earlier = None, 0.0
+def _on_main(state, function):
+    """What `function` gives on the first process, or the error that it raises there, on every process."""
+    word: list = [None]
     if state.is_main_process:
-        if action == "redo":
-            _set_aside(stage.folder)
-        if action == "start" and stage.checkpoints.is_dir():
-            shutil.rmtree(stage.checkpoints)
-            logger.info("%s: an earlier start failed before its first checkpoint: it begins anew", stage.name)
-        earlier = files.read_log(stage.checkpoints)[2]  # seconds of the sessions that were stopped
-        parents = {p: identity(files.read_json(recipe[p].folder / files.FINISHED)) for p in stage.parents}
-        record = chain_record.record(stage, parents)
-        before = files.read_json(stage.folder / files.STARTED) or {}
-        started = before.get("started", started)
-        files.write_json(stage.folder / files.STARTED, {"record": record, "started": started})
-        logger.info("%s: %s (%s)", stage.name, {"redo": "start again"}.get(action, action), stage.kind)
+        try:
+            word[0] = function()
+        except (SetupError, StorageError) as error:
+            word[0] = error
+        except OSError as error:
+            word[0] = files.storage_error(error)
+            if word[0] is None:
+                raise
+    broadcast_object_list(word)
+    if isinstance(word[0], Exception):
+        raise word[0]
+    return word[0]
+
+
+def _prepare(recipe: Recipe, names: list[str], redo: list[str], writable: bool) -> list[tuple[str, str]]:
+    """The steps as (stage, action), after what a run notes of itself is written."""
+    steps = [(s.stage.name, s.action) for s in plan(recipe, names, redo)]
+    due = [name for name, action in steps if action != "finished"]
+    if not writable:
+        if due:
+            raise StorageError(
+                f"{recipe.output_dir} cannot be written to, and {', '.join(due)} must be made there: change its rights, "
+                "or choose another output_dir=… on the command line"
+            )
+        return steps
+    again = with_children(recipe, redo)
+    if again:
+        aside = again - {name for name, action in steps if action == "redo"}
+        note = {"asked": sorted(again), "open": sorted(again & set(due)), "aside": sorted(aside)}
+        if note["open"]:
+            files.write_json(recipe.output_dir / files.REDO, note)
+        else:  # killed just before it was crossed off
+            (recipe.output_dir / files.REDO).unlink(missing_ok=True)
+    chain = recipe.output_dir / CHAIN
+    try:
+        files.read_record(chain)
+    except RecordError as error:
+        aside = files.set_aside(chain, recipe.output_dir / ".damaged", chain.name)
+        logger.warning("%s It is kept in %s and written again.", str(error).partition(":")[0], aside)
+    stages = [{"name": s.name, "kind": s.kind, "parents": s.parents} for s in recipe.stages]
+    files.write_json(chain, {"recipe": str(recipe.file), "stages": stages})
+    return steps
+
+
+def _run_stage(recipe: Recipe, stage: Stage, action: str, state) -> None:
+    clock = time.monotonic()
+    record, started, earlier = _on_main(state, lambda: _begin(recipe, stage, action))
     state.wait_for_everyone()
     metrics = stage.module.run(stage)
     state.wait_for_everyone()
@@ -177,10 +256,49 @@ def _run_stage(recipe: Recipe, stage: Stage, action: str, state) -> None:
         seconds = earlier + time.monotonic() - clock
         finish(stage, record, metrics, started, seconds, state.num_processes)
         _clean(stage)
+        _redone(recipe, stage)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float)))
         logger.info("%s: done in %.0f s: %s", stage.name, time.monotonic() - clock, shown)
     state.wait_for_everyone()
     launch.reset()
+
+
+def _begin(recipe: Recipe, stage: Stage, action: str) -> tuple[dict, str, float]:
+    """`(record, time it was first started, seconds of the launches that were stopped)`, with `started.json` written."""
+    parents = {}
+    for name in stage.parents:
+        final = files.read_record(recipe[name].folder / files.FINISHED)
+        wrong = stage_damage(recipe[name].folder, final)  # every byte: this is what the stage is made of
+        if wrong:
+            raise RecordError("\n".join(f"{stage.name}: {_edited(recipe[name], line)}" for line in wrong))
+        parents[name] = identity(final)
+    if action == "redo":
+        aside = files.set_aside(stage.folder, stage.folder.parent / ".replaced", stage.folder.name)
+        logger.warning("the old %s is kept in %s", stage.folder, aside)
+        note = files.read_record(recipe.output_dir / files.REDO)
+        files.write_json(recipe.output_dir / files.REDO, {**note, "aside": sorted({*note["aside"], stage.name})})
+    if action == "start" and stage.checkpoints.is_dir():
+        shutil.rmtree(stage.checkpoints)
+        logger.info("%s: an earlier start failed before its first checkpoint: it begins anew", stage.name)
+    earlier = files.read_log(stage.checkpoints)[2]
+    record = chain_record.record(stage, parents)
+    started = (files.read_record(stage.folder / files.STARTED) or {}).get("started", files.now())
+    files.write_json(stage.folder / files.STARTED, {"record": record, "started": started})
+    logger.info("%s: %s (%s)", stage.name, {"redo": "start again"}.get(action, action), stage.kind)
+    return record, started, earlier
+
+
+def _redone(recipe: Recipe, stage: Stage) -> None:
+    """Cross a finished stage off the `--redo` that has begun; after the last one the same command begins a new one."""
+    path = recipe.output_dir / files.REDO
+    note = files.read_record(path)
+    if note is None:
+        return
+    note["open"] = [name for name in note["open"] if name != stage.name]
+    if note["open"]:
+        files.write_json(path, note)
+    else:
+        path.unlink()
 
 
 def _clean(stage: Stage) -> None:
@@ -188,11 +306,3 @@ def _clean(stage: Stage) -> None:
 
     shutil.rmtree(stage.checkpoints, ignore_errors=True)
     (stage.folder / files.STARTED).unlink(missing_ok=True)
-
-
-def _set_aside(folder: Path) -> None:
-    """Move a folder that is made again to `.replaced/NAME-TIME`: nothing is lost."""
-    aside = folder.parent / ".replaced" / f"{folder.name}-{files.now().replace(':', '')[:17]}"
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(aside)
-    logger.warning("the old %s is kept in %s", folder, aside)

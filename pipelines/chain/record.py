@@ -11,10 +11,13 @@ from pathlib import Path
 from pipelines import files
 from pipelines.chain.model_card import card
 from pipelines.data import fingerprint
-from pipelines.files import FINISHED, HISTORY, write_json
+from pipelines.files import FINISHED, HISTORY, STARTED, write_json
 from pipelines.recipe.stage import Stage, resolve
 
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers", "bitsandbytes", "deepspeed"]
+
+CARD = "README.md"
+UNUSED = (CARD, HISTORY)  # what people may edit: nothing is built on it
 
 # Settings that cannot change what is learned: a stage that differs only in these is the same stage.
 HARMLESS = (
@@ -103,8 +106,7 @@ def _short(value) -> str:
 
 def finish(stage: Stage, made_from: dict, metrics: dict, started: str, seconds: float, world: int) -> None:
     """Write the log (`history.jsonl`), the card of a model and, last of all, `stage.json`."""
-    with open(stage.folder / HISTORY, "w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(entry) + "\n" for entry in metrics.get("history", []))
+    files.write_rows(stage.folder / HISTORY, metrics.get("history", []))
     final = {
         "stage": stage.name,
         "kind": stage.kind,
@@ -122,8 +124,40 @@ def finish(stage: Stage, made_from: dict, metrics: dict, started: str, seconds: 
         "versions": versions(),
     }
     if stage.spec.leaves_model:
-        (stage.folder / "README.md").write_text(card(stage, final), encoding="utf-8")
+        files.write_text(stage.folder / CARD, card(stage, final))
+    files.follow_umask(stage.folder)
+    final["files"] = files.contents(stage.folder, written(stage.folder), sync=True)
+    final["checksum"] = own_checksum(final)
     write_json(stage.folder / FINISHED, final)
+
+
+def written(folder: Path) -> list[str]:
+    """The files of a stage that `stage.json` vouches for: all but logs, checkpoints and itself."""
+    inside = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    kept = [p for p in inside if p.parts[0] not in ("logs", "checkpoints") and p.name not in (STARTED, FINISHED)]
+    return [p.as_posix() for p in kept if not any(part.startswith(".") for part in p.parts)]
+
+
+def own_checksum(final: dict) -> str:
+    """Of the content of a `stage.json`, its own field left out."""
+    text = json.dumps({k: v for k, v in final.items() if k != "checksum"}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def stage_damage(folder: Path, final: dict, quick: bool = False, everything: bool = False) -> list[str]:
+    """What of a finished stage is no longer what it wrote, as `files.damage` words it; one made without checksums passes.
+
+    Args:
+        quick: see `files.damage`.
+        everything: also what nothing is built on: model card, history, the record itself, files that were added.
+    """
+    listed = final.get("files", {})
+    wrong = files.damage(folder, {n: of for n, of in listed.items() if everything or n not in UNUSED}, quick)
+    if everything and listed:
+        wrong += [f"{name} was added" for name in written(folder) if name not in listed]
+        if final.get("checksum") != own_checksum(final):
+            wrong.append(f"{FINISHED} was edited")
+    return wrong
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -39,11 +41,17 @@ def main(argv: list[str]) -> int:
     if not args.run.is_dir():
         raise SetupError(f"{args.run}: no such folder; give the output_dir of a recipe, e.g. runs/demo")
     settings = {"every": args.watch or 0, "watts": args.watts, "price": args.price_per_hour}
-    print(write(args.run, args.out, **settings))
+    out = args.out
+    if out is None and not os.access(args.run, os.W_OK):
+        out = Path(f"{args.run.resolve().name}-{PAGE}")  # of a finished run that nobody may change
+    print(write(args.run, out, **settings))
+    for stage in read(args.run):
+        for problem in stage.problems:
+            print(f"{stage.name}: {problem}", file=sys.stderr)
     try:
-        while args.watch and any(s.state != "finished" for s in read(args.run)):
+        while args.watch and any(s.state not in ("finished", "damaged") for s in read(args.run)):
             time.sleep(args.watch)
-            write(args.run, args.out, **settings)
+            write(args.run, out, **settings)
     except KeyboardInterrupt:
         return 130
     return 0

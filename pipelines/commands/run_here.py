@@ -10,6 +10,7 @@ from pipelines import launch
 from pipelines.chain import chain
 from pipelines.commands import split_words
 from pipelines.errors import ChainError, Interrupted, NotFinite
+from pipelines.files import storage_error
 from pipelines.recipe import recipe
 from pipelines.recipe.problems import RecipeError
 from pipelines.recipe.stage import Recipe
@@ -67,7 +68,10 @@ def draw(folder) -> None:
     """Write the run's report. It is no part of the training: where it fails, the error is shown and the run goes on."""
     try:
         logger.info("report: %s", page.write(folder, running=False))
-    except Exception:
+    except Exception as error:
+        if (problem := storage_error(error)) is not None:
+            logger.warning("the report is not written: %s", problem)
+            return
         logger.warning("%s could not be drawn; the run is not affected", folder / page.PAGE, exc_info=True)
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from pipelines.data import fingerprint
 from pipelines.data.token_file import FORMAT, digest, document_batches, plain_encoder, tokenizer_fingerprint
 from pipelines.errors import SetupError
-from pipelines.files import replacing
+from pipelines.files import contents, damage, replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
     state = PartialState()
     with state.main_process_first():
         path = home / "index.json"
-        index = json.loads(path.read_bytes()) if path.is_file() else {}
-        if index.get("key") == key and all(_size(home / f"{side}.arrow") == n for side, n in index["bytes"].items()):
+        index = _kept(path, key, verify=state.is_main_process)
+        if index is not None:
             logger.info("%s: its rows are already encoded (%s)", stage.name, home)
         elif not state.is_main_process:
             raise SetupError(f"{home} is not what the first process has just written: all need one file system.")
@@ -65,20 +65,30 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
             made = make()
             for side, rows in made.items():
                 _write_table(rows.data.table, home / f"{side}.arrow")
-            sizes = {side: _size(home / f"{side}.arrow") for side in made}
-            index = {"key": key, "bytes": sizes, "report": stage.report}
-            with replacing(path, "wb") as out:
-                out.write(json.dumps(index, indent=1).encode())
+            listed = contents(home, [f"{side}.arrow" for side in made])
+            index = {"key": key, "files": listed, "report": stage.report}
+            write_json(path, index)
     stage.report |= index["report"]
     sets = dict.fromkeys(("train", "validation"), (None, None))
-    for side in index["bytes"]:
+    for side in (name.removesuffix(".arrow") for name in index["files"]):
         rows = Dataset.from_file(str(home / f"{side}.arrow"))
         sets[side] = (rows.remove_columns("where"), rows["where"])
     return sets
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+def _kept(path: Path, key: str, verify: bool) -> dict | None:
+    """The index of rows that were encoded for this key and are still what was written; None where they are not."""
+    try:
+        index = json.loads(path.read_bytes()) if path.is_file() else {}
+        if index.get("key") != key or "files" not in index:
+            return None
+        wrong = damage(path.parent, index["files"], quick=not verify)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s cannot be read (%s); the rows are encoded again", path, error)
+        return None
+    if wrong:
+        logger.warning("%s: %s; the rows are encoded again", path.parent, "; ".join(wrong))
+    return None if wrong else index
 
 
 def _write_table(table, path: Path) -> None:

@@ -114,12 +114,13 @@ class Stream(torch.utils.data.IterableDataset):
 
     def save(self, checkpoint: Path) -> None:
         """Write where the stream stands. Called between two steps, when all that was handed out is used."""
-        files.write_json(checkpoint / FILE, {"done": self.done, "block": self.block})
+        files.write_json(checkpoint / FILE, {"done": self.done, "block": self.block, "counts": self.counts})
 
     def load(self, checkpoint: Path) -> None:
         """Go on from where the stream stood at `checkpoint`, on any number of processes."""
         state = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))
         self.done, self.block = state["done"], state["block"]
+        self.counts = state.get("counts", {})  # none left to read: those of then are the last
 
     def report(self) -> dict:
         """What was counted, up to the end of the block at hand, and how often a source was begun at most."""

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 
 from pipelines import IGNORE_INDEX
 from pipelines.errors import SetupError
-from pipelines.files import replacing
+from pipelines.files import checksum, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +56,23 @@ def tokenize_corpus(
     folder = Path(folder)
     with plain_encoder(tokenizer) as encode:
         content_key = digest([FORMAT, key, separator_id, tokenizer_fingerprint(tokenizer)])
-        if key is not None and (index := read_index(folder)) and index["key"] == content_key:
+        if (
+            key is not None
+            and (index := read_index(folder))
+            and index["key"] == content_key
+            and _as_written(folder, index)
+        ):
             logger.info("%s: %d tokens already there", folder, index["tokens"])
             return index
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "index.json").unlink(missing_ok=True)
         dtype = np.dtype("uint16" if max(len(tokenizer), separator_id + 1) <= 2**16 else "uint32")
-        tokens = count = 0
+        tokens, count, written = 0, 0, xxhash.xxh3_128()
         with replacing(folder / "tokens.bin", "wb") as out, _progress_bar() as bar:
             for batch in document_batches(documents):
                 block = np.concatenate([np.array([*ids, separator_id], dtype) for ids in encode(batch)])
                 out.write(block)
+                written.update(block)
                 tokens, count = tokens + len(block), count + len(batch)
                 bar.update(len(block))
             if not count:
@@ -76,11 +83,22 @@ def tokenize_corpus(
         "dtype": dtype.name,
         "separator_id": separator_id,
         "key": content_key,
+        "xxh3": written.hexdigest(),
     }
     with replacing(folder / "index.json", "wb") as out:
         out.write(json.dumps(index, indent=1).encode())
     logger.info("%s: %d tokens of %d documents", folder, tokens, count)
     return index
+
+
+def _as_written(folder: Path, index: dict) -> bool:
+    """Whether every token is the one that was written. The first process looks; an index without checksum passes."""
+    if os.environ.get("RANK", "0") != "0" or "xxh3" not in index:
+        return True
+    if checksum(folder / "tokens.bin") == index["xxh3"]:
+        return True
+    logger.warning("%s: tokens.bin holds other bytes than were written; tokenising again", folder)
+    return False
 
 
 def read_index(folder: str | Path) -> dict | None:

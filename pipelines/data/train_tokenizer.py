@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
 from pipelines.data.token_file import FORMAT, counting, digest, document_batches
 from pipelines.errors import SetupError
-from pipelines.files import replacing
+from pipelines.files import contents, damage, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def trained_tokenizer(folder: str | Path, section, documents: Iterable[str], key
 
     home, settings = Path(folder) / "tokenizer", [section.train, section.vocab_size, section.lowercase]
     content_key = digest([FORMAT, key, *settings, section.max_documents])
-    if key is not None and (home / "key").is_file() and (home / "key").read_text() == content_key:
+    if key is not None and _is_kept(home, content_key):
         return AutoTokenizer.from_pretrained(home)
     texts = counting(islice(documents, section.max_documents))
     if section.train == "wordpiece":
@@ -156,6 +156,21 @@ def trained_tokenizer(folder: str | Path, section, documents: Iterable[str], key
     home.mkdir(parents=True, exist_ok=True)
     (home / "key").unlink(missing_ok=True)
     tokenizer.save_pretrained(home)
-    with replacing(home / "key", "wb") as out:
-        out.write(content_key.encode())
+    names = sorted(path.name for path in home.iterdir() if path.is_file() and not path.name.startswith("."))
+    write_json(home / "key", {"key": content_key, "files": contents(home, names)})
     return AutoTokenizer.from_pretrained(home)  # as every other process will see it: its fingerprint is in the keys
+
+
+def _is_kept(home: Path, content_key: str) -> bool:
+    """Whether `home` holds the tokenizer that was trained for this key, and nothing happened to its files since."""
+    text = (home / "key").read_text(encoding="utf-8", errors="replace") if (home / "key").is_file() else ""
+    if text == content_key:  # written by an earlier version, without checksums
+        return True
+    try:
+        kept = json.loads(text)
+        wrong = damage(home, kept["files"]) if kept["key"] == content_key else None
+    except (ValueError, KeyError, TypeError):
+        return False
+    if wrong:
+        logger.warning("%s: %s; the tokenizer is trained again", home, "; ".join(wrong))
+    return wrong == []

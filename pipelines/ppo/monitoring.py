@@ -191,9 +191,7 @@ class Monitor:
         """Drop samples that an interrupted run wrote after its last checkpoint: they come again."""
         path = Path(self.args.output_dir) / SAMPLES
         if self.args.process_index == 0 and path.is_file():
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: text may hold U+0085 or U+2028
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            files.write_rows(path, [row for row in files.read_rows(path) if row["step"] <= step])
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps."""

@@ -80,6 +80,7 @@ class PPOTrainer(TwoModelTrainer):
 
     _tag_names = ["trl", "ppo"]
     _name = "PPO"
+    seconds_before = 0.0  # spent in earlier launches, for the rates; 0: unknown, the rates are those of this launch
     _paper = {"title": "Fine-Tuning Language Models from Human Preferences", "id": "1909.08593"}
 
     def __init__(
@@ -167,7 +168,7 @@ class PPOTrainer(TwoModelTrainer):
         args = self.args
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
         self.is_in_train = True
-        started = time.time()
+        started = time.time() - self.seconds_before
         self._set_up(checkpoint)
         if checkpoint is None:
             probe = math.ceil(64 / self.accelerator.num_processes) * self.accelerator.num_processes
@@ -179,7 +180,7 @@ class PPOTrainer(TwoModelTrainer):
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         if args.eval_on_start and checkpoint is None:
             self.monitor.add_evaluation(self.evaluate(), len(self.eval_dataset))
-        first_step = self.state.global_step
+        first_step = 0 if self.seconds_before else self.state.global_step
         while self.state.global_step < self.max_steps and not self.control.should_training_stop:
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
             seen = self.state.global_step * self.batch_size
@@ -216,6 +217,7 @@ class PPOTrainer(TwoModelTrainer):
         self._begin(self.max_steps, self.batch_size, checkpoint)
         self.monitor.unlogged.clear()
         if checkpoint is None:
+            self.monitor.forget_samples_after(-1)  # of a run that was killed before its first checkpoint
             return
         state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
         if state["batch_size"] != self.batch_size:

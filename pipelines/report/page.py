@@ -16,7 +16,7 @@ from pipelines.report import charts
 from pipelines.report.charts import number
 from pipelines.report.figures import curves, special_figures
 from pipelines.report.html import chart_grid, duration, html_table, tile_row
-from pipelines.report.run_folder import Seen, read
+from pipelines.report.run_folder import Seen, listed_stages, read
 
 PAGE = "report.html"
 WATTS = {"cpu": 50.0, "gpu": 400.0}  # assumed per process where --watts says nothing
@@ -49,9 +49,8 @@ def page(
     """The HTML text."""
     running = any(s.state == "running" for s in stages)
     style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    recipe = (files.read_json(run / files.CHAIN) or {}).get("recipe") or next(
-        (s.final["recipe"] for s in stages if s.final), ""
-    )
+    recipe = next((str(s.final.get("recipe", "")) for s in stages if s.final), "")
+    problems = [*listed_stages(run)[1], *(line for s in stages for line in s.problems)]
     done = sum(s.state == "finished" for s in stages)
     seconds = sum(s.seconds for s in stages)
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
@@ -69,6 +68,7 @@ def page(
             f"{reload_}<title>{escape(run.resolve().name)}: report</title><style>{style}</style></head><body>",
             f"<h1>{escape(run.resolve().name)}</h1>",
             f'<p class="soft">{escape(recipe)} · written {made}{" · running" if running else ""}</p>',
+            "".join(f'<p class="problem">{escape(line)}</p>' for line in problems),
             tile_row(tiles),
             f"<section><h2>The chain</h2>{charts.picture([_node(s) for s in stages])}</section>",
             f"<section><h2>Time, energy and cost</h2>{_costs(stages, watts, price)}</section>",
@@ -90,7 +90,13 @@ def headline(stage: Seen) -> tuple[float | None, str]:
 
 def _node(stage: Seen) -> charts.Node:
     value, name = headline(stage)
-    state = {"finished": "✓ finished", "running": "▶ running", "stopped": "‖ stopped", "due": "○ due"}[stage.state]
+    state = {
+        "finished": "✓ finished",
+        "running": "▶ running",
+        "stopped": "‖ stopped",
+        "due": "○ due",
+        "damaged": "✗ damaged",
+    }[stage.state]
     if stage.total:
         state += f", step {stage.step} of {stage.total}"
     elif stage.seconds:

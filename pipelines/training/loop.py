@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import signal
 import sys
 import time
@@ -14,16 +12,14 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from pipelines import files, launch
 from pipelines.data import token_file
 from pipelines.errors import Interrupted
 from pipelines.models import adapters, loading
 from pipelines.speed.packing import PackedCollator
-from pipelines.training import masked_words
+from pipelines.training import checkpoints, masked_words
 from pipelines.training.arguments import precision
-from pipelines.training.checkpoints import COMPLETE, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +77,23 @@ class _Size(TrainerCallback):
             )  # fmt: skip
 
 
+class _GoOn(TrainerCallback):
+    """Where the training goes on from a checkpoint: its figures do too."""
+
+    def __init__(self, trainer, checkpoint: str):
+        self.trainer, self.checkpoint = trainer, Path(checkpoint)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        checkpoints.load_counts(self.trainer, self.checkpoint)
+
+
+class _EpochOfStream(TrainerCallback):
+    """The epoch of a stream is the share of its steps: the same number in every launch, to the last digit."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / state.max_steps
+
+
 class Progress(TrainerCallback):
     """One bar per stage, and a line per log entry with what matters; replaces transformers' bar and raw dicts.
 
@@ -93,8 +106,9 @@ class Progress(TrainerCallback):
         "learning_rate",
     )  # fmt: skip
 
+    bar = None
+
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = None
         self._note(args, state, {"max_steps": state.max_steps, "precision": precision(args)})
         if state.is_world_process_zero and not args.disable_tqdm:
             name = Path(args.output_dir).parent.name
@@ -108,9 +122,8 @@ class Progress(TrainerCallback):
 
     def _note(self, args, state, entry: dict):
         if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            with open(Path(args.output_dir) / files.LOG, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps({**entry, "step": state.global_step, "time": time.time()}) + "\n")
+            row = {**entry, "step": state.global_step, "time": time.time()}
+            files.append_rows(Path(args.output_dir) / files.LOG, [row], sync=False)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs:
@@ -123,6 +136,10 @@ class Progress(TrainerCallback):
             tqdm.write(line, file=sys.stderr)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """The bar ends, so that what is printed next begins on a line of its own."""
         if self.bar is not None:
             self.bar.close()
 
@@ -145,22 +162,37 @@ def _set_up(trainer) -> str:
     )
 
 
+def _warn_of_space(stage, trainer) -> None:
+    """Say at the start what would otherwise fail hours later: checkpoints that the disk cannot hold."""
+    free = files.free_bytes(stage.folder)
+    limit = trainer.args.save_total_limit
+    one = checkpoints.bytes_to_save(trainer)
+    missing = max(0, (limit or 1) + 1 - len(checkpoints.all_of(stage.checkpoints)))  # a new one before an old one goes
+    if trainer.args.save_strategy != "no" and free is not None and one * missing > free:
+        logger.warning(
+            "%s: its checkpoints need about %s more (%d of %s), but %s has %s free: make room, or lower "
+            "args.save_total_limit",
+            stage.name, files.size(one * missing), missing, files.size(one), stage.folder, files.size(free),
+        )  # fmt: skip
+
+
 def fit(stage, trainer) -> None:
     """Train from the last whole checkpoint (or from the start) to the end; raises `Interrupted` on Ctrl-C."""
-    folder = stage.checkpoints
-    resume = last_checkpoint(folder)
-    newest = get_last_checkpoint(folder) if folder.is_dir() else None
-    if PartialState().is_main_process:
-        if newest and newest != resume:
-            logger.warning("%s: %s is incomplete (stopped while saving)", stage.name, Path(newest).name)
-            for broken in folder.glob("checkpoint-*"):
-                if not (broken / COMPLETE).exists():
-                    shutil.rmtree(broken)
-        if resume:
-            logger.warning("%s: resuming from %s", stage.name, resume)
+    folder, args = stage.checkpoints, trainer.args
+    resume = checkpoints.newest_whole(stage.name, folder, with_best=args.load_best_model_at_end)
+    if resume and args.save_only_model:
+        logger.warning("%s: its checkpoints hold no optimizer (args.save_only_model): it begins again", stage.name)
+        resume = None
+    if resume:
+        logger.warning("%s: resuming from %s", stage.name, resume)
+        args.eval_on_start = False  # it was evaluated when it started
+        trainer.add_callback(_GoOn(trainer, resume))
+    trainer.seconds_before = files.read_log(folder)[2]
+    _warn_of_space(stage, trainer)
     PartialState().wait_for_everyone()
     adapters.adapters_in_float32(trainer.model)
     if trainer.stream is not None:
+        trainer.add_callback(_EpochOfStream())
         trainer.args.ignore_data_skip = True  # the Trainer would read, and throw away, all that was trained on
         if resume:
             trainer.stream.load(Path(resume))
@@ -170,17 +202,19 @@ def fit(stage, trainer) -> None:
     stopper = _StopOnSignal()
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
-    trainer.add_callback(Progress())
     if not hasattr(trainer, "policy"):  # an update of PPO is many optimizer steps
         trainer.add_callback(_Size(stage))
+    progress = Progress()
+    trainer.add_callback(progress)
     trainer.add_callback(stopper)
     stopper.catch()
     try:
         trainer.train(resume_from_checkpoint=resume)
     finally:
         stopper.release()
+        progress.close()
     if stopper.stopped:
         raise Interrupted(
             f"stage {stage.name} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in "
-            f"{last_checkpoint(folder)}. Run the same command to go on."
+            f"{checkpoints.last_checkpoint(folder)}. Run the same command to go on."
         )

@@ -7,17 +7,18 @@ or not used, evaluation losses that count every row once, and a stop on NaN that
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import rotate_checkpoints
 
-from pipelines.errors import NotFinite, SetupError
+from pipelines import files
+from pipelines.errors import NotFinite, SetupError, StorageError
 from pipelines.models import sharding
-from pipelines.training.checkpoints import COMPLETE, last_checkpoint
+from pipelines.training import checkpoints
 from pipelines.training.saving import untied
 
 
@@ -69,6 +70,7 @@ class ChainTrainer:
     where: list | None = None
     stream = None
     structure = None  # of a model with adapters, before it was cut into shards
+    seconds_before = 0.0  # spent in earlier launches of this training
     _to_come: int | None = None  # rows of all processes that an evaluation under way has not seen yet
 
     def get_train_dataloader(self):
@@ -93,6 +95,13 @@ class ChainTrainer:
         with sharding.embeddings_for_fsdp(self.model) if self.is_fsdp_enabled else contextlib.nullcontext():
             return super()._prepare_for_training(*args, **kwargs)
 
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        best = self.state.best_global_step  # the path in the state is that of then: the run's folder may have moved
+        if best and (folder := Path(self.args.output_dir) / f"checkpoint-{best}").is_dir():
+            self.state.best_model_checkpoint = str(folder)
+        return found
+
     def _run_epoch(self, *args, **kwargs):
         # Killed between the last checkpoint and the end: nothing is left to train, and no step more is taken.
         if self.state.global_step >= self.state.max_steps:
@@ -100,7 +109,11 @@ class ChainTrainer:
             return
         if self.stream is not None:  # it is where it was (see `fit`), in the middle of its only epoch
             kwargs["epoch"] = kwargs["epochs_trained"] = self.state.global_step / self.state.max_steps
+        kwargs["start_time"] -= self.seconds_before
         super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        return super()._finalize_training(trial, num_train_samples, start_time - self.seconds_before)
 
     def _prepare_inputs(self, inputs):
         if isinstance(inputs, dict) and "row" in inputs:
@@ -149,11 +162,10 @@ class ChainTrainer:
         rows = getattr(self, "_rows", None)
         names = [self.where[int(i)] for i in rows] if rows is not None and self.where else []
         flat = [n for name in names for n in (name if isinstance(name, list) else [name])]
-        last = last_checkpoint(Path(self.args.output_dir))
         return (
             f"{what} is {value} at step {self.state.global_step + 1}.\n"
             f"  rows of this batch: {', '.join(flat[:16]) or 'not recorded'}{' …' if len(flat) > 16 else ''}\n"
-            f"  last good checkpoint: {last or 'none yet'}\n"
+            f"  last good checkpoint: {self._last() or 'none yet'}\n"
             "  usual causes: a learning rate that is too high, fp16 overflow (use bf16 or fp32), a broken row"
         )
 
@@ -161,21 +173,45 @@ class ChainTrainer:
         super()._save(output_dir, state_dict and untied(self.model, state_dict))
 
     def _save_checkpoint(self, model, trial):
-        """As the parent's, but the checkpoint is marked when all of it is written, and older ones go only then."""
+        """As the parent's, but the checkpoint is marked when all of it is on disk, and older ones go only then.
+
+        Raises `StorageError` where the disk is full: what was written of it is deleted, the last whole one stays.
+        """
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self.args.output_dir)
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (checkpoint / checkpoints.COMPLETE).unlink(missing_ok=True)
         try:
             super()._save_checkpoint(model, trial)
+            if self.stream is not None and self.args.should_save:
+                self.stream.save(checkpoint)
+            checkpoints.save_counts(self, checkpoint)
+            checkpoints.seal(checkpoint)
+        except Exception as error:
+            problem = files.storage_error(error, checkpoint, checkpoints.bytes_to_save(self))
+            if problem is None:
+                raise
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise StorageError(f"{problem}: it goes on from {self._last() or 'the beginning'}") from error
         finally:
             self.args.save_total_limit = limit
-        PartialState().wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self.args.output_dir)
-            checkpoint = folder / f"checkpoint-{self.state.global_step}"
-            if self.stream is not None:
-                self.stream.save(checkpoint)
-            (checkpoint / COMPLETE).touch()
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+
+    def _load_best_model(self):
+        best = self.state.best_model_checkpoint
+        wrong = checkpoints.damage(Path(best)) if (Path(best) / checkpoints.COMPLETE).is_file() else []
+        if wrong:
+            raise StorageError(
+                f"{best}, the best model of this training, is damaged: {'; '.join(wrong[:3])}. "
+                "The same command goes on from what is whole"
+            )
+        super()._load_best_model()
+
+    def _last(self) -> str | None:
+        return checkpoints.last_checkpoint(Path(self.args.output_dir))

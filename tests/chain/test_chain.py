@@ -1,7 +1,6 @@
 """Finished stages are skipped, changed ones refused by name, interrupted ones resumed; nothing of others is touched."""
 
 import json
-import types
 
 import pytest
 
@@ -9,38 +8,6 @@ from pipelines import files
 from pipelines.chain import chain, record
 from pipelines.commands.run_here import run_and_report
 from pipelines.errors import ChainError
-from pipelines.recipe import recipe as recipe_recipe
-from pipelines.stages import sft
-
-ROWS = [{"prompt": f"what is {i}", "completion": "a fish"} for i in range(20)]
-
-
-@pytest.fixture
-def two(recipe, write, monkeypatch):
-    """A recipe of two stages that only write a file; `two(*overrides)` loads it, `runs` counts what ran."""
-    data = write("a.jsonl", ROWS)
-    path = recipe(
-        {
-            "one": {"kind": "sft", "model": {"model_name_or_path": "gpt2"}, "data": {"train": data}, "args": {"learning_rate": 1e-3}},
-            "two": {"kind": "sft", "model": {"model_name_or_path": "stage:one"}, "data": {"train": data}},
-        }
-    )  # fmt: skip
-    runs = []
-
-    def run(stage):
-        runs.append(stage.name)
-        stage.folder.mkdir(exist_ok=True)
-        (stage.folder / "model.txt").write_text(str(len(runs)))
-        if fail and stage.name == fail[0]:
-            raise RuntimeError("killed")
-        return {"loss": 1.0}
-
-    fail = []
-
-    fake = types.SimpleNamespace(**{k: getattr(sft, k) for k in ("DEFAULTS", "problems")}, run=run)
-    monkeypatch.setattr("pipelines.recipe.stage.Stage.module", fake)
-    load = lambda *overrides: recipe_recipe.load(path, list(overrides))
-    return types.SimpleNamespace(load=load, runs=runs, fail=fail, data=data, path=path)
 
 
 def actions(recipe, *args, **kwargs):
@@ -155,7 +122,7 @@ def test_the_time_of_a_stopped_session_counts(two):
 def test_changed_data_is_refused(two):
     chain.run(two.load())
     with open(two.data, "a") as stream:
-        stream.write(json.dumps(ROWS[0]) + "\n")
+        stream.write(json.dumps({"prompt": "what is 0", "completion": "a fish"}) + "\n")
     with pytest.raises(ChainError, match="data.*sha256"):
         chain.plan(two.load())
 
@@ -168,7 +135,7 @@ def test_a_parent_made_again_makes_the_child_stale(two):
     (folder.parent / "one" / "stage.json").unlink()
     (folder.parent / "one" / "model.txt").unlink()
     (folder.parent / "one" / "README.md").unlink()
-    with pytest.raises(ChainError, match="it builds on one, made again since"):
+    with pytest.raises(ChainError, match="it builds on one, whose stage.json is gone"):
         chain.plan(two.load())
 
 
