@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
