@@ -399,6 +399,11 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat()
 
 
+def kind_of(folder: str) -> str | None:
+    """The kind of the finished stage in `folder`; None for other folders."""
+    return (read_json(Path(folder) / FINISHED) or {}).get("kind")
+
+
 def recorded(folder: str, section: str, key: str):
     """What the recipe of the stage in `folder` gave for `section.key`; None for other folders and keys not given."""
     made = read_json(Path(folder) / FINISHED) or {}

@@ -4,7 +4,7 @@ Seven measurements, each done where it is asked for; the stage of kind `evaluate
 
     text         loss per token, bits per byte, perplexity per token, word and byte of a text
     labelled     classifiers: accuracy, macro F1, Matthews correlation, and which classes are confused
-    preferences  reward models: accuracy per pair and per ranking, margin, calibration, liking for length
+    preferences  reward models, or a policy of dpo: accuracy per pair and per ranking, margin, calibration, liking for length
     pairs        what a model writes for prompts or sources against given texts: BLEU, chrF, ROUGE; and the texts' loss
     tasks        tasks of lm-eval, with or without examples before each question
     prompts      answers to prompts, judged by a Python function, a reward model or a classifier
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pipelines import files, launch
 from pipelines.commands import command_line
+from pipelines.commands.run import configure_logging
 from pipelines.errors import SetupError
 from pipelines.evaluation.checks import problems
 from pipelines.evaluation.figures import confusion, figures, matrices, named, table
@@ -31,6 +32,7 @@ EXAMPLES = """
 pipelines evaluate runs/demo/base runs/demo/sft --text data/bay/corpus_validation.jsonl.gz
 pipelines evaluate runs/demo/sft runs/demo/policy --prompts data/bay/heldout_prompts.jsonl --judge runs/demo/reward
 pipelines evaluate runs/demo/reviews --labelled data/bay/reviews_validation.jsonl --json figures.json
+pipelines evaluate runs/demo/reward --preferences data/bay/rankings_validation.jsonl
 pipelines evaluate Qwen/Qwen3-0.6B --tasks hellaswag --limit 200
 """
 
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--running-text", action="store_true", help="read that file as one text, without any EOS")
     parser.add_argument("--labelled", help="classifiers: a file with text and label (name or id of a class)")
-    parser.add_argument("--preferences", help="reward models: a file of pairs (chosen, rejected) or rankings (ranks)")
+    parser.add_argument("--preferences", help="reward or dpo models: a file of pairs (chosen, rejected) or rankings")
     parser.add_argument("--pairs", help="a file with prompt and completion, or source and target: BLEU, chrF, ROUGE")
     parser.add_argument("--tasks", nargs="+", help="lm-eval's names, or paths of task files (.yaml)")
     parser.add_argument("--shots", type=int, help="examples before each question (default: what the task says)")
@@ -71,6 +73,7 @@ def main(argv: list[str]) -> int:
     if wrong := list(problems(settings)):
         raise SetupError("\n".join(f"{key}: {message}" for key, message, _ in wrong))
 
+    configure_logging()
     state = launch.start()
     short = {path: Path(path).name for path in args.models}
     names = short if len(set(short.values())) == len(short) else {path: path for path in short}

@@ -12,7 +12,7 @@ FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function, as op
 NEEDS = {
     "text": "a causal language model", "tasks": "a causal language model", "prompts": "a causal language model",
     "pairs": "a causal language model or an encoder-decoder", "labelled": "a sequence classifier",
-    "preferences": "a reward model",
+    "preferences": "a reward model or what a stage of kind dpo made",
 }  # fmt: skip
 ALONE = {"labelled": "classifier", "preferences": "reward model"}  # what only models of another kind can do
 
@@ -27,7 +27,9 @@ def problems(section: dict):
         what = ALONE[asked[0]] if asked[0] in ALONE else "language model"
         yield "models", f"needs at least one {what}: stage:NAME, a folder or a hub id", None
     for key in ALONE.keys() & asked:
-        if len(asked) > 1:
+        if len(asked) > 1 and not (
+            key == "preferences" and "labelled" not in asked
+        ):  # a dpo model can do the rest, too
             other = next(o for o in asked if o != key)
             yield (
                 key,

@@ -93,6 +93,8 @@ def auto_class(name: str, path: str, asked: list[str]) -> str:
         found, able = "", ()
     else:
         found, able = "AutoModelForCausalLM", ("text", "tasks", "prompts", "pairs")
+        if files.kind_of(path) == "dpo":  # its log-probs and its reference's are a reward
+            able += ("preferences",)
     for key in asked:
         if key not in able:
             raise SetupError(f"{name}: {key} needs {NEEDS[key]}, and this is a {architecture}")

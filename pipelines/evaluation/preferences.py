@@ -1,8 +1,10 @@
-"""A reward model on people's preferences: how often it agrees, by how much, and whether it only likes what is long."""
+"""A reward model, or a policy that DPO made one, on people's preferences: how often it agrees, by how much, and whether it
+only likes what is long."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +12,8 @@ from pipelines import files
 from pipelines.errors import DataError, SetupError
 from pipelines.evaluation.batches import by_length, rows_of
 from pipelines.evaluation.figures import Items, drawn, ratio
+from pipelines.evaluation.texts import answer_nats
+from pipelines.generation.answers import load
 from pipelines.generation.logprobs import sequence_scores
 from pipelines.models import chat_template, loading
 from pipelines.training.rankings import decided
@@ -30,7 +34,8 @@ def preference_values(name: str, path: str, model, tokenizer, settings, seed: in
     `longer_chosen`: share of pairs whose better answer has more characters, and `longer_scored_higher`: share of pairs
     whose longer answer has the higher score; far above the former, the model likes length.
     """
-    if model.config.num_labels != 1:
+    causal = files.kind_of(path) == "dpo"  # or `auto_class` had refused the model
+    if not causal and model.config.num_labels != 1:
         raise SetupError(
             f"{name}: preferences need a model with one score; this one has {model.config.num_labels} outputs"
         )
@@ -40,24 +45,47 @@ def preference_values(name: str, path: str, model, tokenizer, settings, seed: in
         logger.warning("%s: %d of %d rankings decide nothing (all ranks equal): left out", name, len(rows) - len(ranked), len(rows))  # fmt: skip
     if not ranked:
         raise DataError(f"{settings.preferences}: no ranking decides anything")
-    scores = answer_scores(name, path, model, tokenizer, settings, ranked)
-    return pair_figures(ranked, scores)
+    read = implicit_rewards if causal else answer_scores
+    scores = iter(read(name, path, model, tokenizer, settings, ranked))
+    return pair_figures(ranked, [[next(scores) for _ in row["completions"]] for row in ranked])
 
 
-def answer_scores(name: str, path: str, model, tokenizer, settings, rows: list[dict]) -> list[list[float]]:
+def answer_scores(name: str, path: str, model, tokenizer, settings, rows: list[dict]) -> list[float]:
     """The score of each answer of each ranking; what is too long is cut at its beginning, as the stage reward does."""
-    trained = files.recorded(path, "args", "max_length")
-    context = loading.context_length(model, settings.max_length or trained)
-    texts = [
-        sum(chat_template.encode_answer(tokenizer, row["prompt"], c), []) for row in rows for c in row["completions"]
-    ]
-    long = sum(len(ids) > context for ids in texts)
-    if long:
-        logger.warning("%s: %d of %d answers with their prompts are longer than %d tokens: cut at their beginning", name, long, len(texts), context)  # fmt: skip
-    texts = [ids[-context:] for ids in texts]
+    texts = [prompt + answer for prompt, answer in _encode(name, path, model, tokenizer, settings, rows)]
     work = lambda some: sequence_scores(model, [texts[i] for i in some], False, model.device).tolist()
-    scores = iter(by_length([len(ids) for ids in texts], settings.batch_size, work, f"{name}: preferences"))
-    return [[next(scores) for _ in row["completions"]] for row in rows]
+    return by_length([len(ids) for ids in texts], settings.batch_size, work, f"{name}: preferences")
+
+
+def implicit_rewards(name: str, path: str, model, tokenizer, settings, rows: list[dict]) -> list[float]:
+    """beta * (log pi(answer) - log pi_reference(answer)) of each answer (Rafailov et al. 2023, section 4).
+
+    The reference is the model that the stage dpo in `path` started from, which its folder records.
+    """
+    start = files.recorded(path, "model", "model_name_or_path")
+    base = str(Path(path).parent / start.removeprefix("stage:")) if start.startswith("stage:") else start
+    encoded = _encode(name, path, model, tokenizer, settings, rows)
+    lengths = [len(prompt) + len(answer) for prompt, answer in encoded]
+
+    def nats(model, title: str) -> np.ndarray:
+        work = lambda some: answer_nats(model, [encoded[i] for i in some])
+        return np.array(by_length(lengths, settings.batch_size, work, title))
+
+    own = nats(model, f"{name}: preferences")
+    reference, _ = load(base)
+    beta = files.recorded(path, "args", "beta")
+    return (0.1 if beta is None else beta) * (nats(reference, f"{name}: its reference {start}") - own)
+
+
+def _encode(name: str, path: str, model, tokenizer, settings, rows: list[dict]) -> list[tuple[list[int], list[int]]]:
+    """`(prompt ids, answer ids)` of each answer of each ranking; prompts are cut at their beginning where need be."""
+    context = loading.context_length(model, settings.max_length or files.recorded(path, "args", "max_length"))
+    pairs = [chat_template.encode_answer(tokenizer, row["prompt"], c) for row in rows for c in row["completions"]]
+    long = sum(len(prompt) + len(answer) > context for prompt, answer in pairs)
+    if long:
+        logger.warning("%s: %d of %d answers with their prompts are longer than %d tokens: cut at their beginning", name, long, len(pairs), context)  # fmt: skip
+    cut = lambda prompt, answer: (prompt[max(len(prompt) + len(answer) - context, 0) :], answer[-context:])
+    return [cut(prompt, answer) for prompt, answer in pairs]
 
 
 def pair_figures(rows: list[dict], scores: list[list[float]]) -> dict[str, Items]:

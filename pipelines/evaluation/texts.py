@@ -89,7 +89,7 @@ def pair_losses(name: str, path: str, model, tokenizer, settings, rows: list[dic
         loss = _seq2seq_loss
     else:
         encoded, long = _answers(tokenizer, rows, context)
-        loss = _causal_loss
+        loss = lambda model, _, some: answer_nats(model, some)
     if long:
         logger.warning("%s: %d of %d pairs are longer than %d tokens: prompts are cut at their beginning, sources at their end (the first: %s)", name, len(long), len(rows), context, rows[long[0]]["where"])  # fmt: skip
     work = lambda some: loss(model, tokenizer, [encoded[i] for i in some])
@@ -115,7 +115,8 @@ def _answers(tokenizer, rows: list[dict], context: int):
     return encoded, long
 
 
-def _causal_loss(model, tokenizer, some) -> list[float]:
+def answer_nats(model, some: list[tuple[list[int], list[int]]]) -> list[float]:
+    """-log p of each answer given its prompt, of `(prompt ids, answer ids)`, under a causal model."""
     logprobs, _ = token_logprobs(model, collate(some, False, model.device), 1.0)
     return [-part.double().sum().item() for part in logprobs.split([len(answer) for _, answer in some])]
 

@@ -382,7 +382,7 @@ class EvaluateSection:
     preferences: str | None = field(
         default=None,
         metadata={
-            "help": "Reward models: a file of pairs or rankings, in any form that a reward stage reads. Accuracy per pair and "
+            "help": "Reward models, or models made by dpo: a file of pairs or rankings, in any form that a reward stage reads. Accuracy per pair and "
             "per ranking, margin, loss, calibration error, and whether it only likes long answers."
         },
     )

@@ -13,7 +13,7 @@
                                                       # `label: NAME`), or module:function
 
 Classifiers get a stage of their own, with `labelled: test.jsonl`: accuracy, macro F1, Matthews, confusion matrix. So do
-reward models, with `preferences: test.jsonl`: accuracy per pair and per ranking, margin, calibration.
+reward models (or policies of dpo), with `preferences: test.jsonl`: accuracy per pair and per ranking, margin, calibration.
 
 The figures stand in `stage.json` (metrics, figures: value, low and high of each), the values of single items in
 `values.json`; a table is printed. The work is done by `pipelines/evaluation`, which is also the verb `python -m pipelines evaluate`.
@@ -44,7 +44,7 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         if section.get("labelled"):
             able, what = ("classify",), "classifier"
         elif section.get("preferences"):
-            able, what = ("reward",), "reward model"
+            able, what = ("reward", "dpo"), "reward model or a policy of dpo"
         elif section.get("pairs") and not any(section.get(key) for key in ("text", "tasks", "prompts")):
             able = (*of_kind(writes_text=True), "seq2seq")
         yield from writer_problems("evaluate.models", section["models"], kinds, able, what)

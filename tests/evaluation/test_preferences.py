@@ -106,7 +106,10 @@ def test_the_command_scores_as_the_stage_does(write, reward, tmp_path, caplog, c
 
 def test_what_is_no_reward_model_is_refused(write, tiny_gpt2, recipe, tmp_path):
     file = write("p.jsonl", ROWS[:2])
-    with pytest.raises(SetupError, match="preferences needs a reward model, and this is a GPT2LMHeadModel"):
+    with pytest.raises(
+        SetupError,
+        match="preferences needs a reward model or what a stage of kind dpo made, and this is a GPT2LMHeadModel",
+    ):
         evaluate.main([str(tiny_gpt2), "--preferences", file])
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -125,7 +128,11 @@ def test_what_is_no_reward_model_is_refused(write, tiny_gpt2, recipe, tmp_path):
     }  # fmt: skip
     with pytest.raises(RecipeError) as error:
         load(recipe(stages))
-    for words in ["must be a reward model (reward), this stage is of kind sft", "measure them apart", "goes with text"]:
+    for words in [
+        "must be a reward model or a policy of dpo (reward, dpo), this stage is of kind sft",
+        "measure them apart",
+        "goes with text",
+    ]:
         assert words in str(error.value)
 
 
@@ -135,3 +142,33 @@ def _one(tiny_gpt2, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(tiny_gpt2, num_labels=1).save_pretrained(tmp_path / "one")
     AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(tmp_path / "one")
     return str(tmp_path / "one")
+
+
+def test_a_policy_of_dpo_is_its_own_reward_model(write, recipe, tiny_gpt2, tmp_path):
+    """Its figures are those that the stage itself found on its validation rows."""
+    from pipelines.chain import chain
+    from pipelines.evaluation.measure import measure
+    from pipelines.recipe.sections import EvaluateSection
+
+    train, held_out = write("t.jsonl", ROWS[:6]), write("v.jsonl", ROWS[6:8])
+    sft = {
+        "kind": "sft",
+        "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"},
+        "data": {"train": write("s.jsonl", [{"prompt": "a", "completion": "it is"}] * 4)},
+        "args": {"max_steps": 1, "global_batch_size": 4, "max_length": 64},
+    }
+    dpo = {
+        "kind": "dpo",
+        "model": {"model_name_or_path": "stage:sft"},
+        "data": {"train": train, "validation": held_out},
+        "args": {"max_steps": 3, "global_batch_size": 4, "learning_rate": 1e-2, "beta": 0.3, "max_length": 64},
+    }
+    loaded = load(recipe({"sft": sft, "preferred": dpo}))
+    chain.run(loaded)
+    folder = loaded["preferred"].folder
+    metrics = json.loads((folder / "stage.json").read_text())["metrics"]
+    found = figures(measure({"m": str(folder)}, EvaluateSection(preferences=held_out), 0))
+    margin, accuracy = found["m/preferences/margin"][0], found["m/preferences/accuracy_per_pair"][0]
+    keys = {key.removeprefix("eval_"): value for key, value in metrics.items() if isinstance(value, float)}
+    assert margin == pytest.approx(keys["margin"], abs=1e-4) and abs(margin) > 1e-3
+    assert accuracy == pytest.approx(keys["accuracy"])
