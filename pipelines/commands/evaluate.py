@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pipelines import files, launch
 from pipelines.commands import command_line
-from pipelines.commands.run import configure_logging
+from pipelines.commands.run_here import configure_logging
 from pipelines.errors import SetupError
 from pipelines.evaluation.checks import problems
 from pipelines.evaluation.figures import confusion, figures, matrices, named, table
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--judge", help="package.module:function (prompt, answer) -> number, a reward model or a classifier"
     )
-    parser.add_argument("--label", help="of a classifier as judge: the label whose log-odds are the score")
+    parser.add_argument("--label", help="of a classifier as judge or for preferences: whose log-odds are the score")
     parser.add_argument("--samples", type=int, default=1, help="answers to each prompt")
     parser.add_argument("--temperature", type=float, help="0: the likeliest (default: 1 for prompts, 0 for pairs)")
     parser.add_argument("--response-length", type=int, default=128, help="longest answer in tokens")

@@ -41,7 +41,8 @@ def problems(section: dict):
     if bool(section.get("prompts")) != bool(section.get("judge")):
         yield "judge", "goes with prompts: models answer the one, the other judges", section.get("judge")
     judge = section.get("judge") or ""
-    if section.get("label") and (not judge or (FUNCTION.fullmatch(judge) and not judge.startswith("stage:"))):
+    classifier = judge and (judge.startswith("stage:") or not FUNCTION.fullmatch(judge))
+    if section.get("label") and not classifier and not section.get("preferences"):
         yield "label", "is for a classifier as judge: drop this key", section["label"]
     if (section.get("temperature") or 0) < 0:
         yield "temperature", "must be 0 or above", section["temperature"]

@@ -29,7 +29,7 @@ def class_values(name: str, path: str, model, tokenizer, settings, seed: int) ->
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     rows = rows_of(settings.labelled, "labelled", seed)
     labels = [class_id(row, names) for row in rows]
-    trained = files.recorded(path, "args", "max_length")
+    trained = scorers.trained_reading(path).tokens or files.recorded(path, "args", "max_length")
     context = loading.context_length(model, settings.max_length or trained)
     scorers.make_readable(model, tokenizer)
     features, long = encode(tokenizer, rows, context)

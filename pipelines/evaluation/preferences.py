@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from pipelines import files
-from pipelines.errors import DataError, SetupError
+from pipelines.errors import DataError
 from pipelines.evaluation.batches import by_length, rows_of
 from pipelines.evaluation.figures import Items, drawn, ratio
 from pipelines.evaluation.texts import answer_nats
 from pipelines.generation.answers import load
 from pipelines.generation.logprobs import sequence_scores
-from pipelines.models import chat_template, loading
+from pipelines.models import chat_template, loading, scorers
 from pipelines.training.rankings import decided
 
 logger = logging.getLogger(__name__)
@@ -34,18 +34,23 @@ def preference_values(name: str, path: str, model, tokenizer, settings, seed: in
     `longer_chosen`: share of pairs whose better answer has more characters, and `longer_scored_higher`: share of pairs
     whose longer answer has the higher score; far above the former, the model likes length.
     """
-    causal = files.kind_of(path) == "dpo"  # or `auto_class` had refused the model
-    if not causal and model.config.num_labels != 1:
-        raise SetupError(
-            f"{name}: preferences need a model with one score; this one has {model.config.num_labels} outputs"
-        )
     rows = rows_of(settings.preferences, "rankings", seed)
     ranked = [row for row in rows if decided(row["ranks"])]
     if len(ranked) < len(rows):
         logger.warning("%s: %d of %d rankings decide nothing (all ranks equal): left out", name, len(rows) - len(ranked), len(rows))  # fmt: skip
     if not ranked:
         raise DataError(f"{settings.preferences}: no ranking decides anything")
-    read = implicit_rewards if causal else answer_scores
+    kind = files.kind_of(path)
+    if kind == "dpo":
+        read = implicit_rewards
+    elif (
+        kind == "classify"
+        or model.config.num_labels > 1
+        or (tokenizer.chat_template is None and not hasattr(model, "score"))
+    ):
+        read = classifier_scores  # as `scorers.load_scorer` has it for PPO and for judges
+    else:
+        read = answer_scores
     scores = iter(read(name, path, model, tokenizer, settings, ranked))
     return pair_figures(ranked, [[next(scores) for _ in row["completions"]] for row in ranked])
 
@@ -55,6 +60,17 @@ def answer_scores(name: str, path: str, model, tokenizer, settings, rows: list[d
     texts = [prompt + answer for prompt, answer in _encode(name, path, model, tokenizer, settings, rows)]
     work = lambda some: sequence_scores(model, [texts[i] for i in some], False, model.device).tolist()
     return by_length([len(ids) for ids in texts], settings.batch_size, work, f"{name}: preferences")
+
+
+def classifier_scores(name: str, path: str, model, tokenizer, settings, rows: list[dict]) -> list[float]:
+    """The log-odds of `settings.label` for each answer of each ranking, read as the classifier was trained to."""
+    scorer = scorers.Classifier(model, tokenizer, settings.label, scorers.trained_reading(path))
+    logger.info("%s: a classifier that reads %s", name, "prompt and answer as a pair" if scorer.reads.pairs else "the answer alone")  # fmt: skip
+    prompts = [row["prompt"] for row in rows for _ in row["completions"]]
+    features = scorer.features(prompts, [c for row in rows for c in row["completions"]], continued=False)
+    work = lambda some: scorer([features[i] for i in some]).tolist()
+    lengths = [len(feature["input_ids"]) for feature in features]
+    return by_length(lengths, settings.batch_size, work, f"{name}: preferences")
 
 
 def implicit_rewards(name: str, path: str, model, tokenizer, settings, rows: list[dict]) -> list[float]:

@@ -115,7 +115,7 @@ def test_what_is_no_reward_model_is_refused(write, tiny_gpt2, recipe, tmp_path):
 
     AutoModelForSequenceClassification.from_pretrained(tiny_gpt2, num_labels=3).save_pretrained(tmp_path / "three")
     AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(tmp_path / "three")
-    with pytest.raises(SetupError, match="a model with one score; this one has 3 outputs"):
+    with pytest.raises(SetupError, match="is a classifier of LABEL_0, LABEL_1, LABEL_2: name one"):
         evaluate.main([str(tmp_path / "three"), "--preferences", file])
     equal = write("e.jsonl", ROWS[-1:])
     with pytest.raises(DataError, match="no ranking decides anything"):
@@ -134,6 +134,34 @@ def test_what_is_no_reward_model_is_refused(write, tiny_gpt2, recipe, tmp_path):
         "goes with text",
     ]:
         assert words in str(error.value)
+
+
+def test_a_classifier_is_judged_by_the_log_odds_of_a_label(write, tiny_gpt2, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+    from pipelines.evaluation.measure import measure
+    from pipelines.recipe.sections import EvaluateSection
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, initializer_range=0.5, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1},
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "bert")
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    tokenizer.save_pretrained(tmp_path / "bert")
+    of = lambda label: figures(measure({"m": str(tmp_path / "bert")}, EvaluateSection(preferences=write("p.jsonl", ROWS[:6]), label=label), 0))  # fmt: skip
+
+    def score(text):
+        with torch.no_grad():
+            bad, good = model(**tokenizer(text, return_tensors="pt")).logits[0].tolist()
+        return good - bad
+
+    margin = np.mean([score(row["chosen"]) - score(row["rejected"]) for row in ROWS[:6]])
+    assert of("good")["m/preferences/margin"][0] == pytest.approx(margin, abs=1e-4)
+    assert of("bad")["m/preferences/margin"][0] == pytest.approx(-margin, abs=1e-4)
 
 
 def _one(tiny_gpt2, tmp_path):
