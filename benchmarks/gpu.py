@@ -264,7 +264,7 @@ def planned(path: Path, stage: str) -> float:
     from pipelines.recipe.recipe import load
 
     loaded = load(path)
-    job = describe(loaded, loaded[stage])
+    job = describe(loaded[stage])
     model, values = job.stage.sections["model"], job.values
     setup = Setup(
         gpu="h100",

@@ -33,7 +33,7 @@ from pipelines.evaluation import metrics
 from pipelines.kinds import KINDS
 from pipelines.launch import FAST, SWITCH, start
 from pipelines.models import tokenizer_setup
-from pipelines.planning import costs
+from pipelines.planning import costs, setups
 from pipelines.planning.job import describe
 from pipelines.planning.planner import Planner, micro_batch
 from pipelines.recipe.recipe import load
@@ -331,11 +331,11 @@ def table(work: Path, chosen: list[int]) -> None:
         case, found = CASES[n], json.loads((work / str(n) / "measured.json").read_text())
         before, peak = max(((one["before"], one["peak"]) for one in found), key=lambda sizes: sizes[1] - sizes[0])
         loaded = load(work / str(n) / "recipe.yaml", read_data=False)
-        job = describe(loaded, loaded.stages[0])
+        job = describe(loaded.stages[0])
         planner, command = Planner(job), [str(loaded.file), "--processes", str(case.world)]
         if case.world > 1:
             command += ["--config_file", str(ROOT / f"accelerate_configs/{case.launcher}.yaml")]
-        setup = plan.setup_of(job, plan.parser().parse_args(command))
+        setup = setups.setup_of(job, plan.parser().parse_args(command))
         memory = planner.memory(setup)
         predicted, measured = memory.without_process().total, peak - before
         ratios.append(predicted / measured)

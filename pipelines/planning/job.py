@@ -7,12 +7,12 @@ recipe will make. Rows that are local are read, and their tokens counted where t
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 from pipelines.data import mixing, sources
-from pipelines.kinds import CLASSIFIER
+from pipelines.kinds import CLASSIFIER, KINDS
 from pipelines.models import chat_template
 from pipelines.planning import anatomy, unmade
 from pipelines.speed import packing
@@ -50,6 +50,16 @@ class Job:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def shape(self) -> str:
+        """The shape of its rows, as `kinds.Kind.rows` has it."""
+        return KINDS[self.kind].rows
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are packs of examples."""
+        return self.shape == "sft" and bool(self.values.get("packing"))
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row: the context where nothing is known of the rows."""
         return max(self.lengths, default=self.context)
@@ -57,7 +67,7 @@ class Job:
     @property
     def mean(self) -> float:
         """Tokens of a sequence on average."""
-        if self.kind in ("pretrain", "mlm") or not self.lengths:
+        if self.shape == "text" or not self.lengths:
             return self.context
         return sum(self.lengths) / len(self.lengths)
 
@@ -67,90 +77,124 @@ class Job:
         return sum(self.laid) / len(self.laid) if self.laid else self.mean * self.answers
 
 
-def describe(loaded, stage) -> Job:
+def describe(stage) -> Job:
     """What the stage will train on and with; raises `PlanError` where that cannot be known."""
     values = {"per_device_train_batch_size": 8, "num_train_epochs": 3.0, **stage.module.DEFAULTS}
     values |= stage.sections.get("args", {})
-    tokenizer = unmade.at_hand(stage)
-    notes = [] if tokenizer else [f"no tokenizer at hand yet: {CHARACTERS} characters are taken for a token"]
-    section = stage.sections.get("model", {})
-    texts, rows, count, labels = _texts(stage, notes)
-    settings = {}
-    if stage.kind == "classify":
-        settings["num_labels"] = len(stage.sections.get("task", {}).get("labels") or labels) or 2
-    elif stage.kind == "reward":
-        settings["num_labels"] = 1
-    config = unmade.config_of(stage, section.get("model_name_or_path"), tokenizer, settings)
-    models = {"model": Model(config, stage.spec.auto_class)}
-    if stage.kind == "ppo":
-        reward = stage.sections.get("reward", {})
-        scorers = reward.get("models") or []
-        start = reward.get("critic") or (scorers or [section["model_name_or_path"]])[0]
-        named = {"critic": start} if start != "shared" else {}  # a value head weighs nothing
-        named |= {f"reward {i}": path for i, path in enumerate(scorers)}
-        for name, path in named.items():
-            of_it = unmade.config_of(stage, path, None, {"num_labels": 1}, overrides=False)
-            models[name] = Model(of_it, CLASSIFIER)
-    context = _context(config, values, stage.kind)
-    target = 0
-    if stage.kind == "seq2seq":
-        context, target = values.get("max_source_length", 512), values.get("max_target_length", 128)
-    elif stage.kind == "ppo":
-        target = values.get("response_length", 53)
-        context = min(values.get("max_prompt_length") or context, context) - target
-    layout = "padded"
-    if stage.kind in ("sft", "reward"):
-        layout = anatomy.layout(config, models["model"].auto_class)
-    sequences = _sequences(stage, texts, tokenizer)
-    if stage.kind == "seq2seq":
+    tokenizer, shape = unmade.at_hand(stage), stage.spec.rows
+    data = _read(stage)
+    if tokenizer is None:
+        data.notes.insert(0, f"no tokenizer at hand yet: {CHARACTERS} characters are taken for a token")
+    models = _models(stage, tokenizer, data.labels)
+    config = models["model"].config
+    context, target = _limits(stage, config, values)
+    sequences, rows = _sequences(stage, data.sample, tokenizer), data.rows
+    if shape == "sft" and rows and sequences:  # a dialogue may be several sequences, each a row of training
+        rows = round(rows * sum(map(len, sequences)) / len(sequences))
+        sequences = [[ids] for row in sequences for ids in row]
+    elif shape == "seq2seq":
         target = min(target, max((len(goal) for _, goal in sequences), default=target))
         sequences = [[source] for source, _ in sequences]
-    if rows and stage.kind in (
-        "pretrain",
-        "mlm",
-    ):  # windows of the text laid end to end, something between the documents
-        window = context - 2 if stage.kind == "mlm" else context
-        rows = max(1, round(rows * (sum(len(text) + 1 for [text] in sequences) / len(sequences)) / window))
-    drop = stage.sections.get("data", {}).get("too_long", "drop") == "drop" and stage.kind in ("sft", "reward")
-    fitting = [row for row in sequences if max(map(len, row)) <= context]
-    if drop and rows and fitting:
-        rows = rows * len(fitting) // len(sequences)
-    sequences = fitting if drop else [[ids[-context:] for ids in row] for row in sequences]
-    lengths = [max(map(len, row)) for row in sequences]
-    laid = [_laid(row, layout) for row in sequences] if stage.kind == "reward" else []
-    return Job(stage, stage.kind, values, models, rows, lengths, context, count, target, layout, laid, notes)
+    elif shape == "text" and rows:  # windows of the text laid end to end, something between the documents
+        window = context - 2 if stage.spec.auto_class == "AutoModelForMaskedLM" else context
+        tokens = sum(len(text) + 1 for [text] in sequences) / len(sequences)
+        rows = max(1, round(rows * tokens / window))
+    learns = shape in ("sft", "rankings")
+    if learns and stage.sections.get("data", {}).get("too_long", "drop") == "drop":
+        fitting = [row for row in sequences if max(map(len, row)) <= context]
+        rows = rows * len(fitting) // len(sequences) if rows and fitting else rows
+        sequences = fitting
+    else:
+        sequences = [[ids[-context:] for ids in row] for row in sequences]
+    layout = anatomy.layout(config, models["model"].auto_class) if learns else "padded"
+    return Job(
+        stage,
+        stage.kind,
+        values,
+        models,
+        rows,
+        [max(map(len, row)) for row in sequences],
+        context,
+        data.answers,
+        target,
+        layout,
+        [_laid(row, layout) for row in sequences] if shape == "rankings" else [],
+        data.notes,
+    )
 
 
-def _texts(stage, notes: list[str]) -> tuple[list, int | None, int, set]:
-    """`(a sample of rows, rows in all, answers to a ranking at most, labels seen)` of the training data."""
+def _models(stage, tokenizer, labels: set) -> dict[str, Model]:
+    """The stage's model, and of one with a `reward:` section its critic and reward models."""
+    spec, section = stage.spec, stage.sections.get("model", {})
+    settings = {}
+    if spec.auto_class == CLASSIFIER:
+        named = stage.sections.get("task", {}).get("labels") or labels
+        settings["num_labels"] = (len(named) or 2) if spec.rows == "labelled" else 1
+    path = section.get("model_name_or_path")
+    models = {"model": Model(unmade.config_of(stage, path, tokenizer, settings), spec.auto_class)}
+    if "reward" in spec.sections:
+        reward = stage.sections.get("reward", {})
+        scorers = reward.get("models") or []
+        start = reward.get("critic") or (scorers or [path])[0]
+        others = {"critic": start} if start != "shared" else {}  # a value head weighs nothing
+        others |= {f"reward {i}": scorer for i, scorer in enumerate(scorers)}
+        for name, of in others.items():
+            models[name] = Model(unmade.config_of(stage, of, None, {"num_labels": 1}, overrides=False), CLASSIFIER)
+    return models
 
-    said, found = stage.sections["data"], sources.sources(stage.data, "train")
-    ours = [source["path"].startswith("stage:") for source in sources.sources(said, "train")]
+
+def _limits(stage, config, values: dict) -> tuple[int, int]:
+    """`(most tokens of a row, most tokens that are written behind it)`, from what the stage's arguments know of lengths."""
+    of = stage.section_class("args")
+    if hasattr(of, "max_source_length"):
+        return tuple(values.get(key, getattr(of, key)) for key in ("max_source_length", "max_target_length"))
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1024
+    if hasattr(of, "response_length"):
+        target = values.get("response_length", of.response_length)
+        return min(values.get("max_prompt_length") or limit, limit) - target, target
+    return min(limit, values.get("max_length") or 1024), 0  # as `loading.context_length`
+
+
+@dataclass
+class _Data:
+    """A sample of the training rows, their number (None: not known), answers to a ranking at most, labels, notes."""
+
+    sample: list[dict] = field(default_factory=list)
+    rows: int | None = None
+    answers: int = 1
+    labels: set = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+
+def _read(stage) -> _Data:
+    """The training rows that are here: counted, and `SAMPLE` of them drawn evenly from all sources."""
+    data, asked, found = _Data(), stage.sections["data"], sources.sources(stage.data, "train")
+    ours = [source["path"].startswith("stage:") for source in sources.sources(asked, "train")]
     here = [source for source, made in zip(found, ours) if not made or Path(source["path"]).exists()]
     if len(here) < len(found):
-        notes.append("rows that an earlier stage will write are not counted")
+        data.notes.append("rows that an earlier stage will write are not counted")
     if not here or not all(sources.is_local(source["path"]) for source in here):
-        notes.append("rows that are not here are taken to fill the context")
-        return [], None, 2, set()
+        data.notes.append("rows that are not here are taken to fill the context")
+        data.answers = 2
+        return data
     section = {**stage.data, "train": here}
     if section.get("streaming"):
-        return (
-            list(islice(mixing.endless(section, stage.spec.rows, stage.seed, [{} for _ in here]), SAMPLE)),
-            None,
-            1,
-            set(),
-        )
-    rows, answers, labels = [], 1, set()
-    count = 0
+        data.sample = mixing.first_block(section, stage.spec.rows, stage.seed, SAMPLE)
+        return data
+    data.rows, draw = 0, random.Random(stage.seed)
     for row in mixing.stream(section, "train", stage.spec.rows, stage.seed, stage.sections.get("task")):
-        count += 1
-        if len(rows) < SAMPLE:
-            rows.append(row)
-        answers = max(answers, len(row.get("completions", [0])))
-        if stage.kind == "classify":
-            label = row["label"]
-            labels.update(label if isinstance(label, list) else [label])
-    return rows, count, answers, labels
+        data.rows += 1
+        if len(data.sample) < SAMPLE:
+            data.sample.append(row)
+        elif (
+            place := draw.randrange(data.rows)
+        ) < SAMPLE:  # every row is as likely in the sample (Vitter's algorithm R)
+            data.sample[place] = row
+        data.answers = max(data.answers, len(row.get("completions", [0])))
+        label = row.get("label", [])
+        data.labels.update(label if isinstance(label, list) else [label])
+    return data
 
 
 def _sequences(stage, rows: list[dict], tokenizer) -> list[list[list[int]]]:
@@ -185,7 +229,7 @@ def _sequences(stage, rows: list[dict], tokenizer) -> list[list[list[int]]]:
                 if tokenizer and tokenizer.chat_template
                 else [[i for m in row["messages"] for i in tokens(m.get("content") or "") + [-1] * TEMPLATE]]
             )
-        elif stage.kind == "ppo":
+        elif stage.spec.rows == "prompts":
             known = tokenizer and tokenizer.chat_template
             prompt = row["prompt"]
             out.append(
@@ -209,11 +253,3 @@ def _laid(answers: list[list[int]], layout: str) -> int:
 
     every = sum(map(len, answers))
     return every - (len(answers) - 1) * packing.alike(answers) if layout == "shared" else every
-
-
-def _context(config, values: dict, kind: str) -> int:
-    """The longest row in tokens, as `models.context_length`."""
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1024
-    asked = values.get("max_length")
-    return min(limit, asked) if asked else limit if kind == "ppo" else min(limit, 1024)

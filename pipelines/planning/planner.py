@@ -56,9 +56,7 @@ class Setup:
 def micro_batch(job: Job, setup: Setup) -> tuple[int, int]:
     """`(rows, tokens of each)` of the largest micro-batch of one device."""
     micro = setup.micro
-    if job.kind in ("pretrain", "mlm"):
-        return micro, job.context
-    if job.kind == "sft" and job.values.get("packing"):
+    if job.shape == "text" or job.packs:
         return micro, job.context
     if job.layout != "padded" and job.lengths and job.rows:  # no padding: the most tokens that come together
         tokens = job.laid or job.lengths
@@ -67,7 +65,7 @@ def micro_batch(job: Job, setup: Setup) -> tuple[int, int]:
         batches = order[: len(order) // micro * micro].reshape(-1, micro)
         longest = max(job.laid, default=job.longest)
         return math.ceil(int(tokens[batches].sum(1).max()) / longest), longest
-    if job.kind == "reward":
+    if job.shape == "rankings":
         return micro * job.answers, job.longest
     if job.kind == "ppo":
         return micro, job.longest + job.target
@@ -124,7 +122,7 @@ class Planner:
                 mask=self.mask(),
                 decoder_length=self.job.target if kind == "seq2seq" else 0,
                 dropout=kind != "ppo",
-                fast_gelu=kind in ("pretrain", "sft", "reward", "ppo"),
+                fast_gelu=kind in ("pretrain", "sft", "reward", "dpo", "ppo"),
                 adapt=adapter(self.job.stage) if setup.lora else None,
             )
             note = f"activations of {self.anatomy(name).architecture} by formula: it cannot be run without numbers"
@@ -140,9 +138,9 @@ class Planner:
     def mask(self) -> str | None:
         """The attention mask that a forward keeps, as `anatomy.activations` takes it."""
         job = self.job
-        if job.kind == "reward" and job.layout == "shared" and job.laid:
+        if job.shape == "rankings" and job.layout == "shared" and job.laid:
             return "branches"
-        padded = job.kind in ("classify", "seq2seq") or (job.kind in ("sft", "reward") and job.layout == "padded")
+        padded = job.kind in ("classify", "seq2seq") or (job.shape in ("sft", "rankings") and job.layout == "padded")
         return "padding" if padded else None
 
     @property
@@ -282,7 +280,7 @@ class Planner:
         if self.job.rows is None:
             return None
         rows = self.job.rows
-        if self.job.kind == "sft" and values.get("packing"):
+        if self.job.packs:
             rows = max(1, math.ceil(rows * self.job.mean / self.job.context))
         if self.job.kind == "ppo":
             return math.ceil(math.ceil(values["num_train_epochs"] * rows) / per_step)
@@ -291,7 +289,7 @@ class Planner:
     def tokens_per_step(self, setup: Setup) -> float:
         """Tokens that go through the model in a step: those of packs and windows, of all answers, of prompt and answer."""
         job, per_step = self.job, self.per_step(setup)
-        if job.kind in ("pretrain", "mlm") or (job.kind == "sft" and job.values.get("packing")):
+        if job.shape == "text" or job.packs:
             return per_step * job.context
         return per_step * (job.of_row + job.target)
 

@@ -10,10 +10,11 @@ from transformers import AutoConfig
 
 from pipelines.__main__ import main
 from pipelines.commands import plan
+from pipelines.data import mixing
 from pipelines.generation.logprobs import disable_dropout
 from pipelines.kinds import CLASSIFIER, KINDS
 from pipelines.models import chat_template, tokenizer_setup
-from pipelines.planning import anatomy, costs, suggest
+from pipelines.planning import anatomy, costs, setups, suggest, tables, unmade
 from pipelines.planning.job import Job, Model, describe
 from pipelines.planning.planner import Planner, Setup, micro_batch
 from pipelines.recipe.recipe import load
@@ -114,7 +115,7 @@ def test_rankings_share_their_prompt_as_the_collator_lays_them(tiny_gpt2, recipe
     stage = {"kind": "reward", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": {"train": write("r.jsonl", rows)},
              "args": {"per_device_train_batch_size": 2}}  # fmt: skip
     loaded = load(recipe({"judge": stage}))
-    found = describe(loaded, loaded.stages[0])
+    found = describe(loaded.stages[0])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_gpt2)
     tokenizer_setup.dress(tokenizer, None)
     collate = RankingCollator(tokenizer.pad_token_id, packed=True)
@@ -247,7 +248,7 @@ def test_what_ppo_decodes_at_once_is_made_smaller():
     ([], None, 1),
 ])  # fmt: skip
 def test_where_a_stage_runs(words, gpu, world):
-    setup = plan.setup_of(a_job(per_device_train_batch_size=8), plan.parser().parse_args(["recipe", *words]))
+    setup = setups.setup_of(a_job(per_device_train_batch_size=8), plan.parser().parse_args(["recipe", *words]))
     assert (setup.gpu, setup.world, setup.bf16) == (gpu, world, gpu is not None)
 
 
@@ -291,7 +292,7 @@ def test_writing_the_model_takes_a_copy():
     [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero2", "zero2"), ("zero3", "zero3"), ("cpu", "single"), ("cpu_2", "ddp")],
 )
 def test_config_files_say_what_is_sharded(file, strategy):
-    assert plan.launcher(f"accelerate_configs/{file}.yaml")["strategy"] == strategy
+    assert setups.launcher(f"accelerate_configs/{file}.yaml")["strategy"] == strategy
 
 
 def test_a_whole_chain_is_planned_before_any_of_it_exists(recipe, write, capsys):
@@ -333,13 +334,13 @@ def test_a_whole_chain_is_planned_before_any_of_it_exists(recipe, write, capsys)
     said = capsys.readouterr().out
     for words in (
         "base (pretrain)",
-        "30 steps of 8 rows",
-        "16 steps of 8 rows",
-        "10 updates of 16 rows",
+        "30 steps",
+        "16 steps",
+        "10 updates",
         "critic",
         "fits",
-        "costs",
-        "all:",
+        "cost",
+        "all ",
     ):
         assert words in said, said
     assert main(["plan", str(path), "sft", "stages.sft.args.max_steps=7"]) == 0
@@ -358,7 +359,7 @@ def test_rows_that_an_earlier_stage_will_write_are_left_out_and_said(tiny_gpt2, 
     }  # fmt: skip
 
     loaded = load(recipe(stages), read_data=False)
-    found = describe(loaded, loaded["judge"])
+    found = describe(loaded["judge"])
     assert found.rows == 12 and found.notes == ["rows that an earlier stage will write are not counted"]
 
 
@@ -388,3 +389,36 @@ def test_wrong_names_are_told_with_the_right_ones(recipe, write, capsys):
     ):
         assert main(["plan", str(path), *words]) == 2
         assert hint in capsys.readouterr().err
+
+
+def test_rows_are_sampled_over_all_sources(tiny_gpt2, recipe, write, monkeypatch):
+    """A short source before a long one: the first rows alone would say half of the tokens."""
+    monkeypatch.setattr("pipelines.planning.job.SAMPLE", 200)
+    short = write("a.jsonl", [{"prompt": "the cat", "completion": f"a dog {i}"} for i in range(300)])
+    long = write("b.jsonl", [{"prompt": "the cat", "completion": f"a big dog {i} " * 4} for i in range(300)])
+    stage = {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": {"train": [short, long]}}
+    loaded = load(recipe({"sft": stage}), read_data=False)
+    found = describe(loaded["sft"])
+    tokenizer = unmade.tokenizer_of(loaded["sft"])
+    rows = mixing.stream(loaded["sft"].data, "train", "sft", 42)
+    every = [len(ids) for row in rows for ids, _ in chat_template.encode_row(tokenizer, row)]
+    assert found.rows == 600 and len(found.lengths) == 200
+    assert found.mean == pytest.approx(sum(every) / len(every), rel=0.1)
+
+
+def test_the_cpu_is_measured_in_the_precision_that_is_trained_in(monkeypatch):
+    asked = []
+    monkeypatch.setattr(setups, "calibrate", lambda bf16: asked.append(bf16) or (1e12, 1e10))
+    for bf16 in (False, True):
+        found = tables.outlook(Planner(a_job()), Setup(bf16=bf16), 0.4, True)
+        assert found.seconds > 0 and ("bf16" if bf16 else "float32") in found.basis
+    assert asked == [False, True]
+
+
+def test_what_does_not_fit_is_told_below_the_tables():
+    planner, setup = Planner(a_job()), Setup(gpu="t4", micro=64)
+    told = tables.report([tables.outlook(planner, setup, 0.4, False)], 2.0)
+    head, rule, row = next(part for part in told.split("\n\n") if part.startswith("stage")).splitlines()[:3]
+    assert head.split()[-1] == "cost" and set(rule) == {"-", " "} and "NO" in row
+    assert "does not fit into 16.0 GB; it would with" in told and "per_device_train_batch_size" in told
+    assert max(map(len, told.splitlines())) < 260
