@@ -138,8 +138,8 @@ def has_goal(completion_ids, **_):
 
 
 def great(completion_ids, **_):
-    """Good or not as a classifier believes to which one rare word is decisive."""
-    return good(completion_ids, np.where(np.arange(WORDS) == RARE, 8.0, WORTH))
+    """Good, and far better with one rare word in it, as a classifier believes to which that word is decisive."""
+    return [value + 2.0 * (RARE in ids) for value, ids in zip(good(completion_ids), completion_ids, strict=True)]
 
 
 def with_a_phrase(completion_ids, **_):
@@ -322,8 +322,8 @@ WORLDS = [
         settings={"missing_eos_penalty": 1.0, "response_length": 24},
         model=(48, 2, RARELY),
     ),
-    World("one word decides", "one_phrase_takes_over", reward=great, settings={"learning_rate": 2e-3, "kl_coef": 0.02}),
-    World("a phrase is liked", "one_phrase_takes_over", reward=with_a_phrase, settings={"learning_rate": 2e-3}),
+    World("one word decides", "one_phrase_takes_over", reward=great),
+    World("a phrase is liked", "one_phrase_takes_over", reward=with_a_phrase),
     World("a hole in the reward", "held_out_falls", reward=with_a_hole, settings={"learning_rate": 2e-3, "kl_coef": 0.01}),
     World("critic frozen", "critic_explains_nothing", spoil=frozen_critic),
     World("critic not trained", "critic_explains_nothing", settings={"vf_coef": 0.0}),
