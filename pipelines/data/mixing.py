@@ -17,19 +17,23 @@ logger = logging.getLogger(__name__)
 SIDES = ("train", "validation", "ptx")  # the last in ppo only: pretraining text beside the prompts
 
 
-def stream(section: dict, side: str, kind: str, seed: int, task: dict | None = None) -> Iterator[dict]:
+def stream(
+    section: dict, side: str, kind: str, seed: int, task: dict | None = None, report: dict | None = None
+) -> Iterator[dict]:
     """Normalised rows of one side, one after the other, with `where`: weights and the validation fraction applied.
+
+    Columns that hold something and are not read are logged, and listed in `report["ignored_columns"]`.
 
     Which rows are held out or left out by a weight depends only on the seed and the row itself (its prompt, where it
     has one), never on its place, so a growing file keeps its split and the same prompt is never on both sides.
     """
-    share = fraction(section)
+    share, report = fraction(section), {} if report is None else report
     origin = "train" if side == "validation" and share else side
     for source in sources(section, origin):
-        weight = float(source.get("weight", 1.0)) if side == "train" else 1.0
+        weight, ignored = float(source.get("weight", 1.0)) if side == "train" else 1.0, set()
         for where, raw in read(source):
             try:
-                row = normalise(raw, kind, source.get("columns"), task)
+                row = normalise(raw, kind, source.get("columns"), task, ignored)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
             if share and (_draw(row, seed, "split") < share) != (side == "validation"):
@@ -37,6 +41,7 @@ def stream(section: dict, side: str, kind: str, seed: int, task: dict | None = N
             copies = int(weight) + (_draw(row, seed, where) < weight - int(weight))
             for _ in range(copies):
                 yield {**row, "where": where}
+        _note_ignored(ignored, source, report)
 
 
 def given(section: dict) -> list[str]:
@@ -44,13 +49,23 @@ def given(section: dict) -> list[str]:
     return ["train", *(["validation"] if section.get("validation") is not None else [])]
 
 
-def load(section: dict, kind: str, seed: int, task: dict | None = None) -> tuple[list[dict], list[dict]]:
+def _note_ignored(ignored: set[str], source: dict, report: dict) -> None:
+    """Name columns that are not read, each once in a stage."""
+    new = sorted(ignored - set(report.get("ignored_columns", [])))
+    if new:
+        logger.warning("%s: ignored columns: %s", source["path"], ", ".join(new))
+        report["ignored_columns"] = sorted({*report.get("ignored_columns", []), *new})
+
+
+def load(
+    section: dict, kind: str, seed: int, task: dict | None = None, report: dict | None = None
+) -> tuple[list[dict], list[dict]]:
     """`(train rows, validation rows)` in memory; the second is empty where the recipe has no validation, the first where
-    it streams them."""
-    streaming = section.get("streaming")
-    train = [] if streaming else list(stream(section, "train", kind, seed, task))
+    it streams them. `report` as in `stream`."""
+    streaming, report = section.get("streaming"), {} if report is None else report
+    train = [] if streaming else list(stream(section, "train", kind, seed, task, report))
     has_validation = section.get("validation") is not None
-    validation = list(stream(section, "validation", kind, seed, task)) if has_validation else []
+    validation = list(stream(section, "validation", kind, seed, task, report)) if has_validation else []
     if not train and not streaming:
         raise DataError("data.train: no rows are left for training")
     if has_validation and not validation:
@@ -58,16 +73,16 @@ def load(section: dict, kind: str, seed: int, task: dict | None = None) -> tuple
     return train, validation
 
 
-def endless(section: dict, kind: str, seed: int, places: list[dict]) -> Iterator[dict]:
+def endless(section: dict, kind: str, seed: int, places: list[dict], report: dict | None = None) -> Iterator[dict]:
     """Normalised training rows without end, with `where`; a source that ends begins again.
 
     The next row comes from the source that is furthest behind its `weight`'s share of all rows (D'Hondt's method), so
     that the mixture is the same from beginning to end. `places` (an empty mapping for each source, or a copy of what
     it held earlier) says where to begin and is kept up to date, as in `read`. Several files of a source come in another
-    order each time.
+    order each time. `report` as in `stream`.
     """
-    found = sources(section, "train")
-    readers = [_again(source, kind, seed, place) for source, place in zip(found, places, strict=True)]
+    found, report = sources(section, "train"), {} if report is None else report
+    readers = [_again(source, kind, seed, place, report) for source, place in zip(found, places, strict=True)]
     weights = [float(source.get("weight", 1.0)) for source in found]
     while True:
         behind = max(range(len(found)), key=lambda i: weights[i] / (places[i].get("taken", 0) + 1))
@@ -81,14 +96,18 @@ def first_block(section: dict, kind: str, seed: int, size: int) -> list[dict]:
     return list(islice(endless(section, kind, seed, [{} for _ in sources(section, "train")]), size))
 
 
-def _again(source: dict, kind: str, seed: int, place: dict) -> Iterator[dict]:
+def _again(source: dict, kind: str, seed: int, place: dict, report: dict) -> Iterator[dict]:
+    ignored, named = set(), 0
     while True:
         epoch = place.setdefault("epoch", 0)
         for where, raw in read(source, place, f"{seed}|{epoch}"):
             try:
-                row = normalise(raw, kind, source.get("columns"))
+                row = normalise(raw, kind, source.get("columns"), None, ignored)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
+            if len(ignored) > named:
+                named = len(ignored)
+                _note_ignored(ignored, source, report)
             yield {**row, "where": where}
         if not place.get("rows"):
             raise DataError(f"{source['path']}: no rows")

@@ -9,12 +9,19 @@
     labelled   text (+ text_pair), label                        classify
     seq2seq    source, target                                   seq2seq
 
-Every row carries `where` ("data/x.jsonl:17"), so whatever happens to it later can be said by name.
+A prompt is text or messages, an answer text or, where it holds more than text, messages; messages are in the shape of
+`pipelines.data.dialogues`, and rows with tools have `tools`. Every row carries `where` ("data/x.jsonl:17"), so whatever
+happens to it later can be said by name. docs/data-formats.md shows all forms that are accepted.
 """
 
 from __future__ import annotations
 
+import json
+import re
+
 from pipelines import errors
+from pipelines.data import dialogues
+from pipelines.data.dialogues import text, type_name, written_list
 from pipelines.errors import DataError
 
 NEEDS = {
@@ -26,53 +33,103 @@ NEEDS = {
     "labelled": ["text", "label"],
     "seq2seq": ["source", "target"],
 }
-SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+DIALOGUE = ("prompt", "instruction", "input", "system", "history", "tools")
+# All columns that a kind of rows reads.
+READS = {
+    "text": ("text",),
+    "sft": (*DIALOGUE, "completion", "output", "messages", "conversations"),
+    "rankings": (*DIALOGUE, "chosen", "rejected", "completions", "ranks", "margin", "tags", "models"),
+    "prompts": DIALOGUE,
+    "samples": (*DIALOGUE, "completions", "models", "ended"),
+    "labelled": ("text", "text_pair", "label"),
+    "seq2seq": ("source", "target"),
+}
+KEEPS = ("prompts", "samples")  # kinds whose further columns are kept: reward functions get them
+# Further columns of prompts that would collide with what a reward function is given, or with our own.
+TAKEN = ("prompts", "completions", "completion_ids", "where")
+USUAL = {  # what others call our columns, for the advice when one is missing
+    "prompt": ("question", "query", "instruction", "prompts", "problem", "input", "text", "messages"),
+    "completion": ("answer", "response", "output", "solution", "target", "reply"),
+    "chosen": ("preferred", "better", "accepted", "response_chosen", "chosen_response"),
+    "rejected": ("dispreferred", "worse", "response_rejected", "rejected_response"),
+    "completions": ("responses", "answers", "candidates", "outputs"),
+    "ranks": ("rank", "ranking"),
+    "text": ("content", "sentence", "review", "document", "body", "comment", "tweet", "article", "premise"),
+    "label": ("labels", "class", "category", "target", "sentiment", "score", "rating", "stars"),
+    "source": ("input", "document", "article", "src", "text", "en"),
+    "target": ("output", "summary", "highlights", "tgt", "translation", "label"),
+}
+SAFE = 2.0**24  # ranks up to here are told apart as 32-bit numbers
+LARGEST = 3.0e38  # what a 32-bit number holds
 
 
-def normalise(row: dict, kind: str, columns: dict | None = None, task: dict | None = None) -> dict:
-    """The row in the shape of `kind`; raises `DataError` saying what is wrong with it."""
-    row = dict(row)
-    for ours, theirs in (columns or {}).items():
-        if theirs not in row:
-            raise DataError(f"no column {theirs!r} (mapped to {ours}); the row has {', '.join(row) or 'none'}")
-        row[ours] = row.pop(theirs)
+def normalise(
+    row: dict, kind: str, columns: dict | None = None, task: dict | None = None, ignored: set[str] | None = None
+) -> dict:
+    """The row in the shape of `kind`; raises `DataError` saying what is wrong with it.
+
+    `columns` maps our names to theirs; `ignored` gets the names of columns (and keys of messages) that hold something
+    and are not read.
+    """
+    ignored = set() if ignored is None else ignored
+    if columns:
+        for ours, theirs in columns.items():
+            if theirs not in row:
+                raise DataError(f"no column {theirs!r} (mapped to {ours}); the row has {', '.join(row) or 'none'}")
+        taken = set(columns.values())
+        ignored |= {name for name in columns if name in row and name not in taken}
+        rest = {name: value for name, value in row.items() if name not in taken}
+        row = rest | {ours: row[theirs] for ours, theirs in columns.items()}
+    else:
+        row = dict(row)
     if kind == "sft":
-        return _sft(row)
-    if kind == "rankings":
-        return _ranking(row)
-    missing = [c for c in NEEDS[kind] if row.get(c) is None]
-    if missing:
-        raise DataError(_missing(missing, row, kind))
-    if kind == "text":
-        return {"text": _filled(row, "text")}
-    if kind == "seq2seq":
-        return {"source": _filled(row, "source"), "target": _filled(row, "target")}
-    if kind == "labelled":
-        out = {"text": _filled(row, "text"), "label": _label(row["label"], task or {})}
-        return {**out, "text_pair": _filled(row, "text_pair")} if row.get("text_pair") is not None else out
-    if kind == "samples":
-        return {**row, "prompt": _prompt(row["prompt"]), "completions": _answers(row)}
-    assert kind == "prompts", kind
-    return {**row, "prompt": _prompt(row["prompt"])}
+        out = _sft(row, columns or {}, ignored)
+    elif kind == "rankings":
+        out = _ranking(row, ignored)
+    elif kind in KEEPS:
+        return _kept(row, kind, ignored)
+    else:
+        if missing := [c for c in NEEDS[kind] if row.get(c) is None]:
+            raise DataError(_missing(missing, row, kind))
+        if kind == "labelled":
+            out = {"text": text(row.pop("text"), "text"), "label": _label(row.pop("label"), task or {})}
+            if (pair := row.pop("text_pair", None)) is not None:
+                out["text_pair"] = text(pair, "text_pair")
+        else:
+            out = {column: text(row.pop(column), column) for column in NEEDS[kind]}
+        if row:
+            ignored |= {name for name, value in row.items() if value is not None and value != ""}
+        return out
+    if row:
+        dialogues.unused_columns(row, ignored)
+    return out
 
 
-def _sft(row: dict) -> dict:
-    if row.get("conversations") is not None and row.get("messages") is None:
-        turns = row["conversations"]
-        unknown = [t.get("from") for t in turns if t.get("from") not in SHAREGPT]
-        if unknown:
-            raise DataError(f"conversations: unknown speaker {unknown[0]!r}; known: {', '.join(SHAREGPT)}")
-        row["messages"] = [{"role": SHAREGPT[t["from"]], "content": t.get("value")} for t in turns]
-    if row.get("messages") is not None:
-        return {"messages": _dialogue(row["messages"], "messages", ends_with="assistant")}
-    if row.get("instruction") is not None and row.get("output") is not None and row.get("prompt") is None:
-        extra = row.get("input") or ""
-        row["prompt"] = row["instruction"] + ("\n\n" + extra if extra.strip() else "")
-        row["completion"] = row["output"]
-    missing = [c for c in NEEDS["sft"] if row.get(c) is None]
+def _sft(row: dict, columns: dict, ignored: set[str]) -> dict:
+    found = next((c for c in ("messages", "conversations") if row.get(c) is not None), None)
+    if found and not ("prompt" in columns or "completion" in columns):
+        tools = dialogues.tools(row)
+        dialogue = dialogues.messages(row.pop(found), found, ignored)
+        dialogue = dialogues.with_context(row, dialogue, found)
+        dialogues.order(dialogue, found, ("assistant",))
+        if all(m.get("learn") is False for m in dialogue if m["role"] == "assistant"):
+            raise DataError(f"{found}: every answer is marked as not to be learned: leave the row out")
+        return {"messages": dialogue, **tools}
+    alpaca = row.get("prompt") is None and row.get("instruction") is not None
+    if alpaca and row.get("completion") is None and "output" in row:
+        row["completion"] = text(row.pop("output"), "output")
+    missing = [c for c in NEEDS["sft"] if row.get(c) is None and not (c == "prompt" and alpaca)]
     if missing:
         raise DataError(_missing(missing, row, "sft"))
-    return {"prompt": _prompt(row["prompt"]), "completion": _answer(row, "completion")}
+    tools, history = dialogues.tools(row), row.get("history")
+    asked = dialogues.prompt(row, ignored)
+    answer = dialogues.answer(row.pop("completion"), "completion", ignored)
+    if isinstance(answer, list) and all(m.get("learn") is False for m in answer if m["role"] == "assistant"):
+        raise DataError("completion is marked as not to be learned: leave the row out")
+    if history:  # the format says that its answers are learned, too
+        answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+        return {"messages": [*asked, *answer], **tools}
+    return {"prompt": asked, "completion": answer, **tools}
 
 
 def _missing(missing: list[str], row: dict, kind: str) -> str:
@@ -80,62 +137,72 @@ def _missing(missing: list[str], row: dict, kind: str) -> str:
     empty = [c for c in missing if c in row]
     if empty:
         return f"{empty[0]} is empty"
+    names = {}
+    for column in missing:
+        free = [c for c in row if isinstance(c, str) and c not in READS[kind] and c not in names.values()]
+        near = [c for c in USUAL.get(column, ()) if c in free]
+        names[column] = near[0] if near else "THEIR_NAME"
     return (
-        f"no column {', '.join(missing)}{also}; the row has {', '.join(row) or 'none'}. "
-        f"Name the columns with data.columns, e.g. {{{missing[0]}: {next(iter(row), 'their_name')}}}"
+        f"no column {', '.join(missing)}{also}; the row has {', '.join(map(str, row)) or 'none'}. "
+        f"Name the columns with data.columns, e.g. {{{', '.join(f'{ours}: {theirs}' for ours, theirs in names.items())}}}"
     )
 
 
-def _filled(row: dict, column: str) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise DataError(f"{column} must be text, not {type(value).__name__}")
-    if not value.strip():
-        raise DataError(f"{column} is empty")
-    return value
-
-
-def _prompt(value):
-    if isinstance(value, str):
-        if not value.strip():
-            raise DataError("prompt is empty")
-        return value
-    return _dialogue(value, "prompt", ends_with="user")
-
-
-def _answer(row: dict, column: str) -> str:
-    """An answer as text; one given as a message list holds exactly one assistant message."""
-    value = row[column]
-    if isinstance(value, list):
-        if len(value) != 1 or value[0].get("role") != "assistant":
-            raise DataError(f"{column} must be one assistant message (what comes before it belongs into prompt)")
-        value = value[0].get("content")
-    return _filled({column: value}, column)
-
-
-def _ranking(row: dict) -> dict:
+def _ranking(row: dict, ignored: set[str]) -> dict:
     """`prompt, completions, ranks`; a pair of chosen and rejected is a ranking of two."""
+    tools = dialogues.tools(row)
     if row.get("completions") is None:
-        if row.get("prompt") is None and isinstance(row.get("chosen"), list):
-            return _ranking(_implicit_prompt(row))
-        if missing := [c for c in NEEDS["rankings"] if row.get(c) is None]:
-            raise DataError(_missing(missing, row, "rankings"))
-        answers = [_answer(row, "chosen"), _answer(row, "rejected")]
-        if answers[0] == answers[1]:
-            raise DataError("chosen and rejected are the same answer: there is nothing to learn from the pair")
-        margin = row.get("margin")
-        beside = _beside({"margin": [margin, 0] if _is_number(margin) else margin}, [1, 2])
-        return {"prompt": _prompt(row["prompt"]), "completions": answers, "ranks": [1, 2], **beside}
-    if missing := [c for c in ("prompt", "ranks") if row.get(c) is None]:
+        if missing := [c for c in ("chosen", "rejected") if row.get(c) is None]:
+            _need_prompt(row, missing)
+        asked, answers = _pair(row, ignored)
+        margin, ranks = row.pop("margin", None), [1, 2]
+        beside = _beside({**row, "margin": [margin, 0] if _is_number(margin) else margin}, ranks)
+    else:
+        _need_prompt(row, [c for c in ("ranks",) if row.get(c) is None])
+        asked, answers = dialogues.prompt(row, ignored), _answers(row, ignored)
+        ranks = row.pop("ranks")
+        if not isinstance(ranks, list) or len(ranks) != len(answers):
+            raise DataError(
+                f"ranks must be a list of {len(answers)} numbers, one for each of the completions{written_list(ranks)}"
+            )
+        if not all(map(_is_number, ranks)):
+            raise DataError(f"ranks must be numbers, 1 being the best and equals sharing one; found {_short(ranks)}")
+        if any(abs(rank) > SAFE for rank in ranks):
+            raise DataError(f"ranks must lie within ±{SAFE:.0f}; found {_short(ranks)}")
+        keys = [_key(a) for a in answers]
+        if len(set(zip(keys, ranks))) > len(set(keys)):
+            raise DataError("the same answer has two different ranks")
+        beside = _beside(row, ranks)
+    for name in ("margin", "tags", "models"):
+        row.pop(name, None)
+    if any(m.get("learn") is False for a in answers if isinstance(a, list) for m in a):
+        raise DataError("an answer is marked as not to be learned, but it is ranked: leave the row or the mark out")
+    return {"prompt": asked, "completions": answers, "ranks": ranks, **tools, **beside}
+
+
+def _need_prompt(row: dict, missing: list[str]) -> None:
+    if row.get("prompt") is None and row.get("instruction") is None:
+        missing = ["prompt", *missing]
+    if missing:
         raise DataError(_missing(missing, row, "rankings"))
-    answers, ranks = _answers(row), row["ranks"]
-    if not isinstance(ranks, list) or len(ranks) != len(answers):
-        raise DataError(f"ranks must be a list of {len(answers)} numbers, one for each of the completions")
-    if not all(map(_is_number, ranks)):
-        raise DataError(f"ranks must be numbers, 1 being the best and equals sharing one; found {ranks}")
-    if len({(a, r) for a, r in zip(answers, ranks)}) > len(set(answers)):
-        raise DataError("the same answer has two different ranks")
-    return {"prompt": _prompt(row["prompt"]), "completions": answers, "ranks": ranks, **_beside(row, ranks)}
+
+
+def _pair(row: dict, ignored: set[str]) -> tuple[str | list[dict], list]:
+    """`(prompt, [better answer, worse answer])` of a row with chosen and rejected."""
+    chosen, rejected = row.pop("chosen"), row.pop("rejected")
+    if dialogues.is_whole(chosen) and dialogues.is_whole(rejected):
+        found = [dialogues.whole(chosen, "chosen", ignored), dialogues.whole(rejected, "rejected", ignored)]
+        return dialogues.split_pair(row, *found, ignored)
+    if row.get("prompt") is None and row.get("instruction") is None:
+        wrong = [v for v in (chosen, rejected) if not isinstance(v, (str, list, dict))]
+        if wrong:
+            raise DataError(f"chosen and rejected must be text or messages, not {type_name(wrong[0])}")
+        raise DataError(_missing(["prompt"], {**row, "chosen": chosen, "rejected": rejected}, "rankings"))
+    asked = dialogues.prompt(row, ignored)
+    answers = [dialogues.answer(chosen, "chosen", ignored), dialogues.answer(rejected, "rejected", ignored)]
+    if answers[0] == answers[1]:
+        raise DataError("chosen and rejected are the same answer: there is nothing to learn from the pair")
+    return asked, answers
 
 
 def _beside(row: dict, ranks: list) -> dict:
@@ -143,90 +210,139 @@ def _beside(row: dict, ranks: list) -> dict:
     found = {name: row[name] for name in ("margin", "tags", "models") if row.get(name) is not None}
     for name, values in found.items():
         if not isinstance(values, list) or len(values) != len(ranks):
-            raise DataError(f"{name} must be a list of {len(ranks)}, one for each answer; found {values!r}")
+            raise DataError(
+                f"{name} must be a list of {len(ranks)}, one for each answer; found {_short(values)}{written_list(values)}"
+            )
     margin = found.get("margin", [0] * len(ranks))
     if not all(map(_is_number, margin)):
-        raise DataError(f"margin must be numbers, a pair's margin being their difference; found {margin}")
+        raise DataError(f"margin must be numbers, a pair's margin being their difference; found {_short(margin)}")
     if any(a < b and x < y for a, x in zip(ranks, margin) for b, y in zip(ranks, margin)):
-        raise DataError(f"margin {margin} puts a worse answer above a better one (ranks {ranks}: 1 is best)")
+        raise DataError(f"margin {_short(margin)} puts a worse answer above a better one (ranks {ranks}: 1 is best)")
     for name, kind in (("tags", list), ("models", str)):
         if not all(isinstance(value, kind) for value in found.get(name, [])):
             raise DataError(f"{name} must hold {'a list of tags' if kind is list else 'a name'} for each answer")
     if not all(isinstance(tag, str) for answer in found.get("tags", []) for tag in answer):
-        raise DataError(f"tags must be texts; found {found['tags']}")
+        raise DataError(f"tags must be texts; found {_short(found['tags'])}")
     return found
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    """Whether a value is a number that 32-bit arithmetic can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
-def _answers(row: dict) -> list[str]:
+def _short(value) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # a whole number of more than 4300 digits
+        return "a number of thousands of digits"
+    return shown if len(shown) < 80 else shown[:77] + "…"
+
+
+def _key(answer):
+    """The same for the same answer; can be put into a set."""
+    return answer if isinstance(answer, str) else json.dumps(answer, sort_keys=True)
+
+
+def _answers(row: dict, ignored: set[str]) -> list:
     """The answers of a row that holds several to one prompt."""
-    completions = row["completions"]
+    completions = row.pop("completions")
     if not isinstance(completions, list) or len(completions) < 2:
-        raise DataError("completions must be a list of two or more answers")
-    return [_answer({"completions": c}, "completions") for c in completions]
+        raise DataError(f"completions must be a list of two or more answers{written_list(completions)}")
+    return [dialogues.answer(c, "completions", ignored) for c in completions]
 
 
-def _implicit_prompt(row: dict) -> dict:
-    """chosen and rejected as whole dialogues with a common beginning: that beginning is the prompt."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    if not isinstance(rejected, list) or chosen[:-1] != rejected[:-1] or len(chosen) < 2:
-        raise DataError("no column prompt, and chosen and rejected do not share all turns but the last")
-    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-
-
-def _dialogue(messages, column: str, ends_with: str) -> list[dict]:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{column} must be text or a list of messages with role and content")
-    out = []
-    for i, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or "role" not in message:
-            raise DataError(f"{column}: message {i} has no role")
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            raise DataError(f"{column}: message {i} ({message['role']}) is empty")
-        out.append({"role": message["role"], "content": message["content"]})
-    turns = [m["role"] for m in out if m["role"] != "system"]
-    if any(m["role"] == "system" for m in out[1:]):
-        raise DataError(f"{column}: a system message may only come first")
-    for i, role in enumerate(turns):
-        if role not in ("user", "assistant"):
-            raise DataError(f"{column}: unknown role {role!r}; use system, user, assistant")
-        if role != ("user", "assistant")[i % 2]:
-            raise DataError(f"{column}: roles must alternate user, assistant, …; found {', '.join(turns)}")
-    if not turns or turns[-1] != ends_with:
-        raise DataError(f"{column} must end with a message of the {ends_with}")
-    return out
+def _kept(row: dict, kind: str, ignored: set[str]) -> dict:
+    """A row of prompts or samples: what is read of it, and all that it holds beside."""
+    alpaca = row.get("prompt") is None and row.get("instruction") is not None
+    if missing := [c for c in NEEDS[kind] if row.get(c) is None and not (c == "prompt" and alpaca)]:
+        raise DataError(_missing(missing, row, kind))
+    out = {"prompt": dialogues.prompt(row, ignored), **dialogues.tools(row)}
+    if kind == "samples":
+        out["completions"] = _answers(row, ignored)
+        if not all(isinstance(answer, str) for answer in out["completions"]):
+            raise DataError("completions: answers with tool calls or reasoning cannot be compared by people; give text")
+        for name, type_ in (("models", str), ("ended", bool)):
+            if (values := row.get(name)) is not None and not (
+                isinstance(values, list)
+                and len(values) == len(out["completions"])
+                and all(isinstance(value, type_) for value in values)
+            ):
+                raise DataError(
+                    f"{name} must be a list of {len(out['completions'])} {'names' if type_ is str else 'booleans'}, "
+                    f"one for each of the completions; found {_short(values)}"
+                )
+    for name in TAKEN if kind == "prompts" else ("where",):
+        if row.pop(name, None) is not None:
+            ignored.add(name)
+    rest = {}
+    for name, value in row.items():
+        if name in dialogues.INSTEAD or name in dialogues.NOT_TEXT:
+            dialogues.unused_columns({name: value}, ignored)
+        if isinstance(value, (list, dict)):
+            dialogues.plain(value, name)
+        rest[name] = value
+    return {**rest, **out}
 
 
 def _label(label, task: dict):
     kind, names = task.get("problem_type", "single_label_classification"), task.get("labels")
     if kind == "regression":
-        try:
-            return float(label)
-        except (TypeError, ValueError):
-            raise DataError(f"label must be a number for regression, not {label!r}") from None
+        return _target(label)
     if kind == "multi_label_classification":
         if not isinstance(label, list):
-            raise DataError(f"label must be a list of labels for multi-label classification, not {label!r}")
-        return [_class(item, names) for item in label]
+            raise DataError(
+                f"label must be a list of labels for multi-label classification, not {_short(label)}{written_list(label)}"
+            )
+        if len(label) > 1 and all(isinstance(item, (bool, float)) or item in (0, 1) for item in label):
+            if any(isinstance(item, (bool, float)) for item in label) or len(label) > 2 or label[0] == label[1]:
+                raise DataError(
+                    f"label {_short(label)} looks like a 0 or 1 for each class; give the ids or names of the classes "
+                    f"that the text has, here {[i for i, item in enumerate(label) if item]}"
+                )
+        found = [_class(item, names) for item in label]
+        if len(set(found)) < len(found):
+            raise DataError(f"label {_short(label)} holds a label twice")
+        return found
     return _class(label, names)
 
 
+def _target(label) -> float:
+    """The number that a regression is to predict."""
+    number = label
+    if isinstance(label, str):
+        if not label.strip():
+            raise DataError("label is empty")
+        try:
+            number = float(label) if label.isascii() and "_" not in label else None
+        except ValueError:
+            number = None
+    if not _is_number(number):
+        raise DataError(f"label must be a (finite) number for regression, not {_short(label)}")
+    return float(number)
+
+
 def _class(label, names: list[str] | None):
-    """A class as its id where names are known (an id or a name may stand in the data), else as it stands."""
-    if isinstance(label, str) and label.lstrip("-").isdigit():
-        label = int(label)  # CSV has no numbers
+    """A class as its id where names are known (the data may hold an id or a name), else the label itself."""
+    if isinstance(label, str):
+        if not label or label.isspace():
+            raise DataError("label is empty")
+        if re.fullmatch(r"-?[0-9]{1,18}", label):
+            label = int(label)  # CSV has no numbers
+        elif label[0] == "[" and label.rstrip()[-1] == "]":
+            raise DataError(
+                f"label {_short(label)} is a list written as text: write the rows as JSON lines, and set "
+                "task.problem_type: multi_label_classification"
+            )
     if isinstance(label, bool) or not isinstance(label, (int, str)):
-        raise DataError(f"label must be a class id or name, not {label!r}")
-    if isinstance(label, int) and label < 0:
-        raise DataError(f"label {label} is out of range: ids start at 0")
+        raise DataError(f"label must be a class id or name, not {_short(label)}")
+    if isinstance(label, int) and not 0 <= label < 10**18:
+        raise DataError(f"label {_short(label)} is out of range: ids start at 0")
     if names is None:
         return label
     if isinstance(label, str):
         if label not in names:
-            raise DataError(f"label {label!r} is none of {', '.join(names)}{errors.meant(label, names)}")
+            raise DataError(f"label {_short(label)} is none of {', '.join(names)}{errors.meant(label, names)}")
         return names.index(label)
     if label >= len(names):
         raise DataError(f"label {label} is out of range: there are {len(names)} labels (ids 0 to {len(names) - 1})")

@@ -59,6 +59,7 @@ class Stream(torch.utils.data.IterableDataset):
         # the block at hand: its number, how many items come before it, where its rows begin, what was counted before
         self.block = {"number": 0, "items": 0, "places": places, "counts": {}}
         self.counts: dict[str, int] = {}
+        self.found: dict = stage.report  # gets `ignored_columns`
 
     def __iter__(self):
         items = self._items()
@@ -75,7 +76,7 @@ class Stream(torch.utils.data.IterableDataset):
         """The items of all processes from number `done` on."""
         first = self.done
         places = copy.deepcopy(self.block["places"])
-        rows = mixing.endless(self.section, self.kind, self.seed, places)
+        rows = mixing.endless(self.section, self.kind, self.seed, places, self.found)
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(self._read, rows, places)
             while True:

@@ -174,7 +174,7 @@ def ready(stage, tokenizer):
 
 def labelled(stage) -> tuple[dict[str, list[dict]], list[str]]:
     """`(rows of each side, names of the labels in the order of their ids)`."""
-    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed, stage.sections.get("task"))
+    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed, stage.sections.get("task"), stage.report)
     names = label_names(train, validation, stage.section("task"))
     return {side: rows for side, rows in (("train", train), ("validation", validation)) if rows}, names
 

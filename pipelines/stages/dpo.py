@@ -268,7 +268,7 @@ def ready(stage, tokenizer):
 
 def encode(stage, tokenizer, context: int) -> dict[str, Dataset]:
     """The encoded rankings of each side, as `_encode` gives them."""
-    sides = zip(("train", "validation"), mixing.load(stage.data, stage.spec.rows, stage.seed))
+    sides = zip(("train", "validation"), mixing.load(stage.data, stage.spec.rows, stage.seed, report=stage.report))
     too_long = stage.section("data").too_long
     return {side: _encode(stage, side, rows, tokenizer, context, too_long) for side, rows in sides if rows}
 

@@ -151,7 +151,7 @@ def run(stage) -> dict:
         tokenizers.append(None)
     critic = _critic(start, section, reward, policy, tokenizer)
 
-    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed)
+    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed, report=stage.report)
     stage.report["prompts"] = {"train": len(train), "validation": len(validation)}
     trainer = ChainPPOTrainer(
         model=policy,

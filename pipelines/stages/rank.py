@@ -56,7 +56,7 @@ def run(stage) -> dict:
     if not PartialState().is_main_process:
         return {}
     settings = stage.section("rank")
-    samples, _ = mixing.load(stage.data, stage.spec.rows, stage.seed)
+    samples, _ = mixing.load(stage.data, stage.spec.rows, stage.seed, report=stage.report)
     if settings.judgements:
         if settings.labeller:
             logger.info("%s: people ranked, so the labeller %s is not asked", stage.name, settings.labeller)

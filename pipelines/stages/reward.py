@@ -187,7 +187,7 @@ def encode(stage, tokenizer, context: int) -> dict[str, Dataset]:
     """The encoded rankings of each side, as `_encode` gives them; `args.rank_margin` and `args.tags` are applied."""
     args, too_long = stage.sections.get("args", {}), stage.section("data").too_long
     tags, margin = args.get("tags") or [], args.get("rank_margin")
-    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed)
+    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed, report=stage.report)
     for row in [*train, *validation]:
         if "margin" not in row and margin:
             row["margin"] = [-margin * rank for rank in row["ranks"]]

@@ -63,7 +63,7 @@ def run(stage) -> dict:
     """Let every model answer, write the file; returns the counts."""
 
     state, settings = PartialState(), stage.section("sample")
-    rows, _ = mixing.load(stage.data, stage.spec.rows, stage.seed)
+    rows, _ = mixing.load(stage.data, stage.spec.rows, stage.seed, report=stage.report)
     rows = list({json.dumps(row["prompt"]): row for row in reversed(rows)}.values())[::-1]  # each prompt once
     prompts = [row["prompt"] for row in rows]
     each = settings.completions // len(settings.models)

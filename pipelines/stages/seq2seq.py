@@ -247,7 +247,7 @@ def check(model, tokenizer, args) -> None:
 def encode(stage, tokenizer, limits: dict[str, int]) -> dict[str, Dataset]:
     """The encoded rows of each side, as `_encode` gives them; `limits` are the most tokens of source and target."""
     prefix, too_long = stage.section("task").prefix, stage.data.get("too_long", "truncate")
-    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed)
+    train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed, report=stage.report)
     for row in [*train, *validation]:
         row["source"] = prefix + row["source"]
     sides = {"train": train, "validation": validation}

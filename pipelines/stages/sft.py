@@ -141,7 +141,7 @@ def ready(stage, tokenizer):
 
 def encode(stage, tokenizer, context: int) -> dict[str, list[dict]]:
     """The encoded rows of each side, those of a stream left out: `{"input_ids", "labels", "where"}`, not packed yet."""
-    sides = zip(("train", "validation"), mixing.load(stage.data, stage.spec.rows, stage.seed))
+    sides = zip(("train", "validation"), mixing.load(stage.data, stage.spec.rows, stage.seed, report=stage.report))
     too_long = stage.section("data").too_long
     return {side: _encode(stage, side, rows, tokenizer, context, too_long) for side, rows in sides if rows}
 

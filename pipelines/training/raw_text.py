@@ -21,8 +21,8 @@ def rows(stage, side: str) -> Iterator[dict]:
     """The rows of a side with `text` and `where`; those of a streamed side never end."""
     if stage.data.get("streaming") and side == "train":
         places: list[dict] = [{} for _ in sources.sources(stage.data, side)]
-        return mixing.endless(stage.data, stage.spec.rows, stage.seed, places)
-    return mixing.stream(stage.data, side, stage.spec.rows, stage.seed)
+        return mixing.endless(stage.data, stage.spec.rows, stage.seed, places, stage.report)
+    return mixing.stream(stage.data, side, stage.spec.rows, stage.seed, report=stage.report)
 
 
 def kept_sides(stage) -> list[str]:

@@ -13,9 +13,8 @@ import torch
 
 from pipelines.__main__ import main
 from pipelines.chain import chain
-from pipelines.data import mixing, streaming
+from pipelines.data import mixing, readers, streaming
 from pipelines.data import sources as data_sources
-from pipelines.data.sources import _parse
 from pipelines.errors import DataError
 from pipelines.planning import job
 from pipelines.recipe import data_checks, problems
@@ -220,10 +219,8 @@ def test_a_stopped_stage_goes_on_bit_for_bit_without_reading_from_the_beginning(
         recipe({"s": stage_of(kind, write, tiny_gpt2)}, f"{name}.yaml", output_dir=str(tmp_path / name))
     )
     read = []
-    parse = _parse
-    monkeypatch.setattr(
-        data_sources, "_parse", lambda line, path, number: read.append(number) or parse(line, path, number)
-    )
+    parse = readers._parse
+    monkeypatch.setattr(readers, "_parse", lambda line, path, number: read.append(number) or parse(line, path, number))
     whole, stopped, again = loaded("whole"), loaded("stopped"), loaded("stopped")
     read.clear()  # by `check`
     chain.run(whole)
