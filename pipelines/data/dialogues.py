@@ -18,7 +18,7 @@ SPEAKERS = {
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"},
     **{"observation": "tool", "function_response": "tool", "function_call": "function_call"},
 }
-FIRST = ("system", "developer")  # their message may only come first
+SYSTEM = ("system", "developer")
 PLAIN = ("user", "assistant", "system")
 # Names under which public formats mark what of a dialogue is learned: OpenAI, axolotl, ms-swift, xtuner, LLaMA-Factory,
 # verl; and torchtune's for the opposite.
@@ -44,7 +44,7 @@ NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")
 INSTEAD = {
     "functions": "is the old name of tools: rename it",
     "function_call": "is the old form of tool_calls: write [{function: {name, arguments}}] there",
-    "chat_template_kwargs": "cannot differ from row to row: set the template's variables in the recipe, and drop it",
+    "chat_template_kwargs": "cannot differ from row to row: set model.chat_template_kwargs in the recipe, and drop it",
 }
 HH = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # Anthropic HH: whole dialogues as text
 DEPTH = 64  # of nested lists and objects in tools and their arguments
@@ -275,34 +275,17 @@ def plain(value, where: str) -> None:
 
 
 def order(dialogue: list[dict], column: str, ends_with: tuple[str, ...]) -> None:
-    """Raise `DataError` where messages do not follow each other as they must.
+    """Raise `DataError` where a result of a tool follows nobody's call, or the last message is of another role.
 
-    One system or developer message may come first; user and assistant alternate, the user first; results of tools come
-    after a message of the assistant and are followed by another result or the assistant.
+    Whatever else the order, messages go to the chat template as they are: what it refuses or drops is an error there.
     """
-    roles = [message["role"] for message in dialogue]
-    start = 1 if roles[0] in FIRST else 0
-    before = "system"
-    for i, role in enumerate(roles[start:], start + 1):
-        if role in FIRST:
-            raise DataError(f"{column}: message {i} is a {role} message, which may only come first")
-        if role not in FOLLOWS[before]:
-            found = ", ".join(roles[start : start + 6]) + (", …" if len(roles) > start + 6 else "")
-            if role == before:
-                raise DataError(
-                    f"{column}: messages {i - 1} and {i} are both of the {role}: roles must alternate; join the two "
-                    f"(found {found})"
-                )
-            raise DataError(
-                f"{column}: roles must alternate user, assistant, … (results of tools between two of the assistant); "
-                f"message {i} is of the {role}; found {found}"
-            )
-        before = role
-    if roles[-1] not in ends_with:
-        raise DataError(f"{column} must end with a message of the {' or a '.join(ends_with)}, not of the {roles[-1]}")
-
-
-FOLLOWS = {"system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+    before = ""
+    for i, message in enumerate(dialogue, 1):
+        if message["role"] == "tool" and before not in ("assistant", "tool"):
+            raise DataError(f"{column}: message {i} is the result of a tool, but does not follow the assistant's call")
+        before = message["role"]
+    if before not in ends_with:
+        raise DataError(f"{column} must end with a message of the {' or a '.join(ends_with)}, not of the {before}")
 
 
 def with_context(row: dict, dialogue: list[dict], column: str) -> list[dict]:
@@ -314,7 +297,7 @@ def with_context(row: dict, dialogue: list[dict], column: str) -> list[dict]:
             raise DataError(f"system must be text, not {type_name(system)}")
         if system.strip():
             before.append({"role": "system", "content": system})
-    if before and dialogue[0]["role"] in FIRST:
+    if before and dialogue[0]["role"] in SYSTEM:
         if dialogue[0]["content"] != system:
             raise DataError(f"system is given twice: as a column, and as the first message of {column}")
         before = []
@@ -328,7 +311,7 @@ def with_context(row: dict, dialogue: list[dict], column: str) -> list[dict]:
             raise DataError(f"history: item {i} must be a list of two texts, [question, answer]")
         for role, said in zip(("user", "assistant"), pair):
             turns.append({"role": role, "content": text(said, f"history: item {i}: its {role} message")})
-    start = 1 if turns and dialogue[0]["role"] in FIRST else 0
+    start = 1 if turns and dialogue[0]["role"] in SYSTEM else 0
     return [*before, *dialogue[:start], *turns, *dialogue[start:]]
 
 
@@ -399,7 +382,7 @@ def is_whole(value) -> bool:
         return value.startswith("\n\nHuman:") and "\n\nAssistant:" in value
     first = value[0] if isinstance(value, list) and value else None
     role = (first.get("role") or first.get("from")) if isinstance(first, dict) else None
-    return isinstance(role, str) and SPEAKERS.get(role) in (*FIRST, "user")
+    return isinstance(role, str) and SPEAKERS.get(role) in (*SYSTEM, "user")
 
 
 def whole(value, column: str, ignored: set[str]) -> list[dict]:
@@ -443,6 +426,6 @@ def _begins(shared: list[dict], given, ignored: set[str]) -> bool:
         given = whole(given.removesuffix("\n\nAssistant:").removesuffix("\n\nAssistant: "), "prompt", ignored)
     if isinstance(given, list):
         given = unmarked(messages(given, "prompt", ignored))
-        return shared[: len(given)] == given or [m for m in shared if m["role"] not in FIRST][: len(given)] == given
+        return shared[: len(given)] == given or [m for m in shared if m["role"] not in SYSTEM][: len(given)] == given
     asked = [m["content"].strip() for m in shared if m["role"] == "user"]
     return text(given, "prompt").strip() in (asked[:1] + asked[-1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import torch
 
@@ -11,6 +12,34 @@ from pipelines.errors import DataError
 logger = logging.getLogger(__name__)
 
 SINGLE, MULTI, NUMBER = "single_label_classification", "multi_label_classification", "regression"
+
+
+def doubtful(counts: dict) -> list[str]:
+    """What is worth a warning about labels and their counts: twins by blanks or case, ids beside names, single rows."""
+    found, twins = [], {}
+    for label in counts:
+        twins.setdefault(" ".join(str(label).split()).casefold(), []).append(label)
+    for same in twins.values():
+        if len(same) > 1:
+            found.append(
+                f"the labels {', '.join(map(repr, same))} differ only in blanks or case, and are different classes"
+            )
+    names = [label for label in counts if isinstance(label, str)]
+    if names and len(names) < len(counts):
+        ids = [label for label in counts if not isinstance(label, str)]
+        found.append(f"some labels are ids ({ids[0]}) and some names ({names[0]!r}), and are different classes")
+    single = [label for label, count in counts.items() if count == 1]
+    if single:
+        more = f" and {len(single) - 5} more" if len(single) > 5 else ""
+        found.append(f"one row alone has the label {', '.join(map(repr, single[:5]))}{more}")
+    return found
+
+
+def label_counts(rows: list[dict]) -> Counter:
+    """How many rows have each label, in the order in which they appear."""
+    return Counter(
+        label for row in rows for label in (row["label"] if isinstance(row["label"], list) else [row["label"]])
+    )
 
 
 def label_names(train: list[dict], validation: list[dict], task) -> list[str]:
@@ -22,13 +51,19 @@ def label_names(train: list[dict], validation: list[dict], task) -> list[str]:
     if task.problem_type == NUMBER:
         return task.labels or ["value"]
     several = task.problem_type == MULTI
-    seen = {label for row in train for label in (row["label"] if several else [row["label"]])}
+    seen = label_counts(train)
+    if several and not task.labels and len(seen) > 1 and all(len(row["label"]) == len(seen) for row in train):
+        raise DataError(
+            "data.train: every row has every label: give the ids or names of the labels that a text has, not a 0 or 1 for each"
+        )
     if task.labels:
         absent = [name for i, name in enumerate(task.labels) if i not in seen]
         if absent:
             logger.warning("no training row has the label %s: it cannot be learned", ", ".join(absent))
         return task.labels
-    # ids before names: both may stand in a file
+    for doubt in doubtful(seen):
+        logger.warning("data.train: %s", doubt)
+    # ids before names: a file may hold both
     order = sorted(seen, key=lambda label: (isinstance(label, str), label))
     if len(order) < (1 if several else 2):
         raise DataError(f"data.train: all rows have the same label {order}: there is nothing to learn")

@@ -268,8 +268,8 @@ def _csv(path: Path, place: dict) -> Iterator[tuple[str, dict]]:
             if len(cells) != len(header):
                 problem = "more" if len(cells) > len(header) else "fewer"
                 raise DataError(
-                    f"{path}:{place['line']}: {problem} fields ({len(cells)}) than the header has columns "
-                    f"({len(header)}); quote the commas and line ends in cells"
+                    f"{path}:{place['line']}: {problem} fields than the header has columns ({len(cells)}, not "
+                    f"{len(header)}); quote the commas and line ends in cells"
                 )
             yield f"{path}:{place['line']}", dict(zip(header, cells))
     except csv.Error as error:

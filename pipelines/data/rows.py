@@ -116,16 +116,15 @@ def _sft(row: dict, columns: dict, ignored: set[str]) -> dict:
             raise DataError(f"{found}: every answer is marked as not to be learned: leave the row out")
         return {"messages": dialogue, **tools}
     alpaca = row.get("prompt") is None and row.get("instruction") is not None
-    if alpaca and row.get("completion") is None and "output" in row:
-        row["completion"] = text(row.pop("output"), "output")
-    missing = [c for c in NEEDS["sft"] if row.get(c) is None and not (c == "prompt" and alpaca)]
+    learned = "output" if alpaca and row.get("completion") is None and "output" in row else "completion"
+    missing = [c for c in ("prompt", learned) if row.get(c) is None and not (c == "prompt" and alpaca)]
     if missing:
         raise DataError(_missing(missing, row, "sft"))
     tools, history = dialogues.tools(row), row.get("history")
     asked = dialogues.prompt(row, ignored)
-    answer = dialogues.answer(row.pop("completion"), "completion", ignored)
+    answer = dialogues.answer(row.pop(learned), learned, ignored)
     if isinstance(answer, list) and all(m.get("learn") is False for m in answer if m["role"] == "assistant"):
-        raise DataError("completion is marked as not to be learned: leave the row out")
+        raise DataError(f"{learned} is marked as not to be learned: leave the row out")
     if history:  # the format says that its answers are learned, too
         answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
         return {"messages": [*asked, *answer], **tools}

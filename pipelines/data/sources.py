@@ -27,7 +27,8 @@ def sources(section: dict, side: str) -> list[dict]:
         return []
     items = value if isinstance(value, list) else [value]
     base = {"columns": section.get("columns") if side != "ptx" else None}  # those are names of the prompts' columns
-    return [{**base, "path": i} if isinstance(i, str) else {**base, **i} for i in items]
+    full = lambda item: {**base, **item} if isinstance(item, dict) else item  # `check` refuses anything else
+    return [{**base, "path": i} if isinstance(i, str) else full(i) for i in items]
 
 
 def fraction(section: dict) -> float:

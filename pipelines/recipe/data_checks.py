@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from pipelines import errors
+from pipelines.data.labels import MULTI, SINGLE, doubtful
 from pipelines.data.mixing import SIDES
-from pipelines.data.rows import normalise
+from pipelines.data.rows import KEEPS, READS, normalise
 from pipelines.data.sources import SHOWN, SUFFIXES, TRIED, files, fraction, is_local, read, sources
 from pipelines.errors import DataError
 from pipelines.kinds import KINDS, of_kind
 from pipelines.recipe import schema
 from pipelines.recipe.sections import SourceSection
 
+logger = logging.getLogger(__name__)
+
 
 def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> Iterator[tuple[str, str, object]]:
     """`(key path below data, what is wrong, value)` for the section and, with `read_rows`, for every local row."""
     if not section.get("train"):
         yield "train", "needs a source: a file, a glob or a hub id", None
+    elif isinstance(section["train"], (bool, int, float)):
+        yield "train", "needs a source: a file, a glob or a hub id", section["train"]
     value = section.get("validation")
     if isinstance(value, (int, float)) and not 0 < value < 1:
         yield "validation", "a fraction lies between 0 and 1 (or give a source)", value
     known = schema.fields(SourceSection)
+    seen = {side: Seen() for side in SIDES}
     tried = TRIED if section.get("streaming") else None
     for side in SIDES:
         many = isinstance(section.get(side), list)
@@ -31,8 +40,10 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
             at = f"{side}[{i}]" if many else side
             if not isinstance(source, dict) or not source.get("path"):
                 yield at, "a source is a path, a hub id or a mapping with `path`", source
+                seen[side].whole = False
                 continue
-            wrong = list(_wrong_keys(source, known, at))
+            rows = "text" if side == "ptx" else kind
+            wrong = [*_wrong_keys(source, known, at), *_wrong_columns(source, rows, at)]
             yield from wrong
             if not wrong and source["path"].startswith("stage:"):
                 # Its rows come to be when that stage runs; they are checked when they are read.
@@ -42,9 +53,13 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
                 if not files(source["path"]):
                     yield f"{at}", f"no such file (looked in {Path.cwd()})", source["path"]
                 elif read_rows:
-                    rows = "text" if side == "ptx" else kind
                     limit = tried if side == "train" else None
-                    yield from ((at, message, None) for message in _wrong_rows(source, rows, task, limit))
+                    wrong_rows = list(_wrong_rows(source, rows, task, limit, seen[side]))
+                    seen[side].whole &= not wrong_rows
+                    yield from ((at, message, None) for message in wrong_rows)
+            seen[side].whole &= not wrong and not source["path"].startswith("stage:") and is_local(source["path"])
+    if read_rows:
+        yield from _wrong_sets(seen, kind, task or {})
 
 
 def streaming_problems(kind: str, sections: dict[str, dict]) -> Iterator[tuple[str, str, object]]:
@@ -85,6 +100,64 @@ def streaming_problems(kind: str, sections: dict[str, dict]) -> Iterator[tuple[s
             yield f"args.{key}", "a stream has no epochs: use steps", "epoch"
 
 
+@dataclass
+class Seen:
+    """What the rows of one side hold together."""
+
+    rows: int = 0
+    decided: int = 0  # rankings whose answers differ in rank
+    labels: Counter = field(default_factory=Counter)
+    labels_of_each: set[int] = field(default_factory=set)
+    where: dict = field(default_factory=dict)  # the first row of each label
+    whole: bool = True  # whether all rows of the side were read, and are right
+
+    def add(self, where: str, row: dict) -> None:
+        """Count one normalised row."""
+        self.rows += 1
+        if "ranks" in row:
+            self.decided += len(set(row["ranks"])) > 1
+        if "label" in row and not isinstance(row["label"], float):
+            labels = row["label"] if isinstance(row["label"], list) else [row["label"]]
+            self.labels.update(labels)
+            self.labels_of_each.add(len(labels))
+            for label in labels:
+                self.where.setdefault(label, where)
+
+
+def _wrong_sets(seen: dict[str, Seen], kind: str, task: dict) -> Iterator[tuple[str, str, object]]:
+    """What is wrong with all rows of a side together, where all were read; doubts about labels are logged."""
+    for side in ("train", "validation"):
+        if kind == "rankings" and seen[side].whole and seen[side].rows and not seen[side].decided:
+            yield side, f"all {seen[side].rows} rankings are ties: there is nothing to learn from", None
+    train, validation = seen["train"], seen["validation"]
+    if kind != "labelled" or task.get("labels") or not train.whole or not train.labels:
+        return
+    for doubt in doubtful(train.labels):
+        logger.warning("data.train: %s", doubt)
+    if task.get("problem_type") == MULTI and len(train.labels) > 1 and train.labels_of_each == {len(train.labels)}:
+        yield "train", "every row has every label: give the labels that a text has, not a 0 or 1 for each", None
+    elif task.get("problem_type", SINGLE) == SINGLE and len(train.labels) == 1:
+        yield "train", f"all rows have the same label {next(iter(train.labels))!r}: there is nothing to learn", None
+    for label in validation.labels.keys() - train.labels.keys():
+        yield "validation", f"{validation.where[label]}: no training row has the label {label!r}", None
+
+
+def _wrong_columns(source: dict, kind: str, at: str) -> Iterator[tuple[str, str, object]]:
+    """Names on the left of `columns` that the stage does not read: a typing error, or the two sides exchanged."""
+    columns = source.get("columns")
+    if kind in KEEPS or not isinstance(columns, dict):
+        return
+    for ours, theirs in columns.items():
+        if ours not in READS[kind]:
+            turned = f"; it is written {{{theirs}: {ours}}}, ours first" if theirs in READS[kind] else ""
+            known = ", ".join(READS[kind])
+            yield (
+                f"{at}.columns",
+                f"no column {ours!r} is read here{errors.meant(ours, READS[kind])}{turned}; known: {known}",
+                ours,
+            )
+
+
 def _wrong_keys(source: dict, known: dict, at: str) -> Iterator[tuple[str, str, object]]:
     for key, value in source.items():
         if key not in known:
@@ -100,14 +173,14 @@ def _wrong_keys(source: dict, known: dict, at: str) -> Iterator[tuple[str, str, 
         yield f"{at}.rows", "must be at least 1", rows
 
 
-def _wrong_rows(source: dict, kind: str, task: dict | None, limit: int | None) -> Iterator[str]:
+def _wrong_rows(source: dict, kind: str, task: dict | None, limit: int | None, seen: Seen) -> Iterator[str]:
     """The first `SHOWN` bad rows of a source (of its first `limit` rows), and how many more there are."""
     bad = count = 0
     try:
         for where, row in islice(read(source), limit):
             count += 1
             try:
-                normalise(row, kind, source.get("columns"), task)
+                seen.add(where, normalise(row, kind, source.get("columns"), task))
             except DataError as error:
                 bad += 1
                 if bad <= SHOWN:

@@ -230,6 +230,8 @@ def _encode(stage, side: str, rows: list[dict], tags: list[str], tokenizer, cont
 
     columns, long = {name: [] for name in ("ids", "answer_lengths", "ranks", "margin", "tags", "row", "where")}, []
     ranked = [row for row in rows if decided(row["ranks"])]
+    if rows and not ranked:
+        raise errors.DataError(f"{side}: all {len(rows)} rankings are ties: there is nothing to learn from")
     for row in ranked:
         with chat_template.naming(row):
             tools = row.get("tools")

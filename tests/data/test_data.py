@@ -43,7 +43,7 @@ def test_pairs_with_and_without_prompt():
         ("sft", {"prompt": "p"}, "no column completion"),
         ("sft", {"prompt": "p", "completion": " "}, "completion is empty"),
         ("sft", {"prompt": "p", "completion": None}, "completion is empty"),
-        ("sft", {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "alternate"),
+        ("sft", {"messages": [{"role": "tool", "content": "a"}]}, "does not follow the assistant"),
         ("sft", {"messages": [{"role": "user", "content": "a"}]}, "end with a message of the assistant"),
         ("sft", {"messages": [{"role": "bot", "content": "a"}]}, "unknown role 'bot'"),
         ("sft", {"messages": [{"role": "user", "content": ""}]}, "message 1 (user) is empty"),
