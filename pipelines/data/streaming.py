@@ -59,7 +59,7 @@ class Stream(torch.utils.data.IterableDataset):
         # the block at hand: its number, how many items come before it, where its rows begin, what was counted before
         self.block = {"number": 0, "items": 0, "places": places, "counts": {}}
         self.counts: dict[str, int] = {}
-        self.found: dict = stage.report  # gets `ignored_columns`
+        self.found: dict = {}  # gets `ignored_columns`
 
     def __iter__(self):
         items = self._items()
@@ -125,7 +125,8 @@ class Stream(torch.utils.data.IterableDataset):
 
     def report(self) -> dict:
         """What was counted, up to the end of the block at hand, and how often a source was begun at most."""
-        return {**self.counts, "passes": max(place.get("epoch", 0) + 1 for place in self.block["places"])}
+        passes = max(place.get("epoch", 0) + 1 for place in self.block["places"])
+        return {**self.counts, "passes": passes, **self.found}
 
 
 def text_encoder(tokenizer, separator_id: int):

@@ -144,13 +144,9 @@ def _row(raw: dict) -> dict:
         )
     if len(completions) > MOST:
         raise errors.DataError(f"{len(completions)} completions: the page ranks at most {MOST}")
-    row = normalise({**raw, "ranks": [1] * len(completions)}, "rankings")
+    row = normalise(raw, "samples")
     if len(set(row["completions"])) < 2:
         raise errors.DataError("all completions are the same answer: there is nothing to rank")
-    if models is not None and not (
-        isinstance(models, list) and len(models) == len(completions) and all(isinstance(m, str) for m in models)
-    ):
-        raise errors.DataError(f"models must be a list of {len(completions)} names, one for each of the completions")
     out = {"prompt": row["prompt"], "completions": row["completions"]}
     return out | ({"models": models} if models else {}) | ({"id": raw["id"]} if raw.get("id") is not None else {})
 

@@ -294,6 +294,8 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_lon
     """`Dataset` of prompts, answers, ranks, row and where; what is left out is counted, logged and recorded."""
     columns, long = {name: [] for name in ("prompts", "answers", "ranks", "row", "where")}, []
     ranked = [row for row in rows if decided(row["ranks"])]
+    if rows and not ranked:
+        raise DataError(f"{side}: all {len(rows)} rankings are ties: there is nothing to learn from")
     for row in ranked:
         with chat_template.naming(row):
             pairs = [

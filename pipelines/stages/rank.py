@@ -131,4 +131,4 @@ def judged(stage, path: str, samples: list[dict]) -> list[dict]:
 
 def _key(row: dict) -> str:
     """The same for the same answers to the same prompt, in whatever order they are shown."""
-    return json.dumps([row["prompt"], sorted(row["completions"])])
+    return json.dumps([row["prompt"], sorted(row["completions"], key=json.dumps)])
