@@ -9,6 +9,8 @@ Writes `rankings.jsonl`: prompt, completions, ranks (1 is best, equals share a r
 answer where the samples say so. With `rank: {judgements: FILE.jsonl}` people rank instead: the chain stops here and
 says how until the file is there, and goes on by the same command. Several people may have ranked the same answers:
 each judgement is a row. A file that grows later makes the stage stale: `--redo` it, and what builds on it.
+
+Beside it stands `best.jsonl`, the winners as rows for sft (best of n): `data: {train: stage:rankings/best.jsonl}`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from pipelines.errors import DataError, SetupError
 logger = logging.getLogger(__name__)
 
 DEFAULTS: dict = {}
-RANKINGS = "rankings.jsonl"
+RANKINGS, BEST = "rankings.jsonl", "best.jsonl"
 
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
@@ -64,14 +66,30 @@ def run(stage) -> dict:
     else:
         rankings = scripted(settings.labeller, samples)
     files.write_rows(stage.folder / RANKINGS, rankings)
+    won = files.write_rows(stage.folder / BEST, winners(rankings))
     ties = sum(len(set(row["ranks"])) == 1 for row in rankings)
     tags = [tag for row in rankings for answer in row.get("tags") or [] for tag in answer]
     return {
         "samples": len(samples),
         "rankings": len(rankings),
         "undecided": ties,
+        "winners": won,
         **{f"tagged_{tag}": tags.count(tag) for tag in sorted(set(tags))},
     }
+
+
+def winners(rankings: list[dict]) -> list[dict]:
+    """The best answer of every ranking that decides something, as rows `prompt, completion`.
+
+    Of answers that share the first rank the first without a tag; a ranking whose best answers all have tags gives none.
+    """
+    rows = []
+    for ranking in rankings:
+        ranks, tags = ranking["ranks"], ranking.get("tags") or [[]] * len(ranking["ranks"])
+        clean = [i for i, rank in enumerate(ranks) if rank == min(ranks) and not tags[i]]
+        if clean and len(set(ranks)) > 1:
+            rows.append({"prompt": ranking["prompt"], "completion": ranking["completions"][clean[0]]})
+    return rows
 
 
 def scripted(labeller: str, samples: list[dict]) -> list[dict]:

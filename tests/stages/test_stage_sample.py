@@ -6,11 +6,13 @@ import pytest
 
 from pipelines import errors
 from pipelines.chain import chain
+from pipelines.data import mixing
 from pipelines.errors import DataError, SetupError
 from pipelines.generation import answers
 from pipelines.recipe.problems import RecipeError
 from pipelines.recipe.recipe import load
 from pipelines.stages import sample
+from pipelines.stages.rank import winners
 from pipelines.stages.sample import _read, collect
 
 PROMPTS = [{"prompt": f"what colour is the {w} {i}"} for i in range(6) for w in ("cat", "dog", "tree")]
@@ -57,6 +59,9 @@ def test_what_models_wrote_is_ranked_and_learned_from(recipe, stages, caplog):
     assert {m for row in samples for m in row["models"]} == {"other", stages["samples"]["sample"]["models"][0]}
     assert not (folder / "README.md").exists() and not (folder / "checkpoints").exists()
 
+    best = loaded["rankings"].folder / "best.jsonl"
+    assert {row["prompt"] for row in rows(best)} <= {row["prompt"] for row in samples} and rows(best)
+    assert len(list(mixing.stream({"train": str(best)}, "train", "sft", 0))) == len(rows(best))
     rankings = rows(loaded["rankings"].folder / "rankings.jsonl")
     assert [r["ranks"] for r in rankings] == [[len(c) for c in s["completions"]] for s in samples]
     assert rankings[0]["labeller"] == "by_length" and rankings[0]["models"] == samples[0]["models"]
@@ -133,6 +138,17 @@ def test_people_rank_when_they_are_named(recipe, stages, tmp_path, capsys):
     judgements.write_text(json.dumps(judged[0]) + "\n")  # other judgements: the stage is stale
     with pytest.raises(errors.ChainError, match="judged.jsonl"):
         chain.plan(load(path))
+
+
+def test_the_winners_of_rankings_are_rows_for_sft():
+    rankings = [
+        {"prompt": "a", "completions": ["x", "y", "z"], "ranks": [2, 1, 3], "tags": [[], [], []]},
+        {"prompt": "b", "completions": ["x", "y", "z"], "ranks": [1, 1, 2], "tags": [["rude"], [], []]},
+        {"prompt": "c", "completions": ["x", "y"], "ranks": [1, 2], "tags": [["rude"], []]},  # its best one is rude
+        {"prompt": "d", "completions": ["x", "y"], "ranks": [1, 1]},  # decides nothing
+        {"prompt": "e", "completions": ["x", "y"], "ranks": [2.5, 0.5]},
+    ]
+    assert [(row["prompt"], row["completion"]) for row in winners(rankings)] == [("a", "y"), ("b", "y"), ("e", "y")]
 
 
 def test_a_labeller_that_answers_nonsense_is_named(recipe, stages):
