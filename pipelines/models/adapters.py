@@ -49,7 +49,11 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
         whole = [*heads(model), *sorted(inner)]
         config.modules_to_save = [*(config.modules_to_save or []), *whole]
         config.exclude_modules = rf"(.*\.)?({'|'.join(map(re.escape, whole))})(\..*)?"  # trained whole, not adapted
-    config.trainable_token_indices = _rows_to_train(model, new_tokens) if new_tokens else None
+    whole = config.modules_to_save
+    config.modules_to_save = _embeddings_once(model, whole)
+    config.ensure_weight_tying = config.modules_to_save is not whole
+    rows = _rows_to_train(model, new_tokens, config.modules_to_save or []) if new_tokens else {}
+    config.trainable_token_indices = rows or None
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     try:
         model = peft.get_peft_model(model, config)
@@ -87,12 +91,28 @@ def on_base_of(policy):
     return model
 
 
-def _rows_to_train(model, tokens: list[int]) -> dict[str, list[int]]:
-    """Which rows of which embeddings learn these tokens: the input's, and the output's where it has its own."""
+def _embeddings_once(model, whole: list[str] | None) -> list[str] | None:
+    """`whole` with tied embeddings, where either is in it, named once, by the head: so peft trains one weight for both."""
     names = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = {names[embedding]: tokens}
-    if head is not None and head.weight is not embedding.weight:
+    if not whole or head is None or head.weight is not embedding.weight:
+        return whole
+    theirs = {end for module in (embedding, head) for end in (names[module], names[module].rpartition(".")[2])}
+    kept = [name for name in whole if name not in theirs]
+    return whole if len(kept) == len(whole) else [*kept, names[head]]
+
+
+def _rows_to_train(model, tokens: list[int], whole: list[str]) -> dict[str, list[int]]:
+    """Which rows of which embeddings learn these tokens: the input's, and the output's where it has its own.
+
+    Modules that are trained `whole` (model.lora_modules_to_save) learn them in any case.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    saved = {module for module, name in names.items() if name.rpartition(".")[2] in whole or name in whole}
+    tied = head is not None and head.weight is embedding.weight
+    rows = {} if embedding in saved or (tied and head in saved) else {names[embedding]: tokens}
+    if head is not None and not tied and head not in saved:
         if head.bias is None:
             rows[names[head]] = tokens
         else:  # peft's layer for single rows knows no bias

@@ -16,7 +16,7 @@ from pipelines.ppo.rewards import from_adapter
 from pipelines.ppo.trainer import PPOTrainer
 from pipelines.recipe import recipe as recipe_recipe
 from pipelines.recipe.sections import RewardSection
-from pipelines.stages.ppo import _critic, _on_base, scorer
+from pipelines.stages.ppo import _critic, _on_base, one_score
 from pipelines.training import loop, saving
 
 ROWS = [
@@ -291,7 +291,7 @@ def test_other_architectures_share_their_base(family, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     how = {**LORA, "lora_target_modules": ["all-linear"]}
     section = ModelSection(model_name_or_path=str(tmp_path / "base"), **how)
-    reward = adapters.adapt(scorer(str(tmp_path / "base"), section, new_head=True), section, "SEQ_CLS").eval()
+    reward = adapters.adapt(one_score(str(tmp_path / "base"), section, new_head=True), section, "SEQ_CLS").eval()
     for name, weight in reward.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
@@ -303,7 +303,7 @@ def test_other_architectures_share_their_base(family, tmp_path):
     assert own and all("lora" in n or "score" in n for n in own)
     adapters.merge(critic, None).save_pretrained(tmp_path / "merged")
     ids = [[5, 9, 11, 4], [7, 8, 3]]
-    three = critic.get_base_model(), reward.get_base_model(), scorer(str(tmp_path / "merged"), section).eval()
+    three = critic.get_base_model(), reward.get_base_model(), one_score(str(tmp_path / "merged"), section).eval()
     found, expected, merged = (sequence_scores(model, ids, False, "cpu") for model in three)
     assert (expected[0] - expected[1]).abs() > 1e-4
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
@@ -359,7 +359,7 @@ def test_a_critic_without_a_reward_model_is_a_new_adapter_on_the_base(run):
     _, out = run
     section = ModelSection(model_name_or_path=str(out / "sft"), **LORA)
     policy = adapters.adapt(loading.load_model(section, "AutoModelForCausalLM"), section, "CAUSAL_LM")
-    critic = _critic(str(out / "sft"), section, RewardSection(share_base=True), policy)
+    critic = _critic(str(out / "sft"), section, RewardSection(share_base=True), policy, None)
     own = sum(w.numel() for w in critic.parameters() if w.requires_grad)
     shared = storages(policy.parameters()).keys() & storages(critic.parameters()).keys()
     assert own == critic.get_nb_trainable_parameters()[0] and len(shared) > 20
@@ -619,3 +619,22 @@ def test_embeddings_that_cannot_be_cut_up_by_themselves_are_found_out(tiny_gpt2)
         with sharding.embeddings_for_fsdp(model):
             assert model.get_input_embeddings() is None and "BertEmbeddings" not in model._no_split_modules
         assert model.get_input_embeddings() is embedding and model._no_split_modules
+
+
+@pytest.mark.parametrize("whole", [["wte"], ["lm_head"], ["wte", "lm_head"]])
+def test_embeddings_that_are_trained_whole_learn_the_new_tokens_too(tiny_gpt2, tmp_path, whole):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    section = ModelSection(use_peft=True, lora_modules_to_save=whole)
+    model = adapters.adapt(model, section, "CAUSAL_LM", [3, 7]).eval()
+    ids = torch.tensor([[3, 5, 7, 9]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert any("modules_to_save" in name and weight.grad.abs().sum() > 0 for name, weight in trained.items())
+    torch.optim.SGD(trained.values(), lr=0.5).step()
+    merged = adapters.merge(model, None)
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight  # tied as before
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).logits, model(input_ids=ids).logits)
