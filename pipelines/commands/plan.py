@@ -16,7 +16,7 @@ ABOUT = """\
 Will it fit, how long will it take: said for every stage before anything runs.
 
 No weights are read: models come from their config (a local folder, the hub or its cache, or what an earlier stage will
-make), are counted and traced without numbers, and the rest are formulae (docs/plan.md). What does not fit is tried again
+make), are counted and traced without numbers, and the rest are formulae (docs/planning.md). What does not fit is tried again
 with one change after the other, and the changes that make it fit are named.
 """
 EXAMPLES = """

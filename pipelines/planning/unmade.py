@@ -6,6 +6,7 @@ What an earlier stage will make is taken from where that stage starts.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import shutil
 import tempfile
@@ -15,10 +16,14 @@ from pathlib import Path
 import torch
 import transformers
 
+from pipelines.data import sources
 from pipelines.errors import PlanError, SetupError
 from pipelines.recipe.stage import Stage, resolve
 
 logger = logging.getLogger(__name__)
+
+SMALL = 2**24  # bytes of text of which a tokenizer is trained in seconds
+_made: dict[str, object] = {}  # tokenizers that were trained here, by the stage's folder and sections
 
 
 def tokenizer_of(stage: Stage, *, train: bool = False):
@@ -49,19 +54,33 @@ def _before(stage: Stage, train: bool):
 
 
 def _own(stage: Stage, train: bool):
-    """The tokenizer that the stage trains: as an earlier run left it, or with `train` made here and thrown away."""
+    """The tokenizer that the stage trains: as an earlier run left it, else made here, once, and thrown away.
+
+    Without `train` that is done only where it takes a moment: from at most `SMALL` bytes on this disk.
+    """
     own = getattr(stage.module, "own_tokenizer", None)
     if own is None or not stage.sections.get("tokenizer", {}).get("train"):
         raise SetupError(f"stages.{stage.name}: no tokenizer is named; set model.tokenizer_name_or_path")
+    key = json.dumps([str(stage.folder), stage.sections], sort_keys=True, default=str)
     kept = stage.folder.parent / ".tokens" / stage.name / "tokenizer"
-    if not train and not (kept / "key").is_file():
-        raise SetupError(f"stages.{stage.name}: its tokenizer is not trained yet")
-    with tempfile.TemporaryDirectory() as folder:
-        if kept.is_dir():
-            shutil.copytree(kept, Path(folder) / "tokenizer")
-        elif train:
-            logger.warning("the tokenizer of %s is not trained yet: it is made for this, and not kept", stage.name)
-        return own(stage, Path(folder))
+    if key not in _made:
+        if not train and not (kept / "key").is_file() and not _is_small(stage):
+            raise SetupError(f"stages.{stage.name}: its tokenizer is not trained yet")
+        with tempfile.TemporaryDirectory() as folder:
+            if kept.is_dir():
+                shutil.copytree(kept, Path(folder) / "tokenizer")
+            else:
+                logger.warning("the tokenizer of %s is not trained yet: it is made for this, and not kept", stage.name)
+            _made[key] = own(stage, Path(folder))
+    return _made[key]
+
+
+def _is_small(stage: Stage) -> bool:
+    """Whether all training text is on this disk, and little."""
+    paths = [source["path"] for source in sources.sources(stage.data, "train")]
+    found = [path for name in paths if sources.is_local(name) for path in sources.files(name)]
+    here = all(map(sources.is_local, paths)) and all(path.is_file() for path in found)
+    return here and sum(path.stat().st_size for path in found) <= SMALL
 
 
 @lru_cache(None)

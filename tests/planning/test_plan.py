@@ -295,7 +295,7 @@ def test_config_files_say_what_is_sharded(file, strategy):
     assert setups.launcher(f"accelerate_configs/{file}.yaml")["strategy"] == strategy
 
 
-def test_a_whole_chain_is_planned_before_any_of_it_exists(recipe, write, capsys):
+def test_a_whole_chain_is_planned_before_any_of_it_exists(recipe, write, capsys, monkeypatch):
     rows = [{"prompt": "what is it", "completion": "a cat " * 20}] * 64
     pairs = [{"prompt": "what is it", "chosen": "a cat", "rejected": "a dog " * 30}] * 64
     model = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 128}
@@ -334,7 +334,7 @@ def test_a_whole_chain_is_planned_before_any_of_it_exists(recipe, write, capsys)
     said = capsys.readouterr().out
     for words in (
         "base (pretrain)",
-        "30 steps",
+        "36 steps",
         "16 steps",
         "10 updates",
         "critic",
@@ -343,8 +343,12 @@ def test_a_whole_chain_is_planned_before_any_of_it_exists(recipe, write, capsys)
         "all ",
     ):
         assert words in said, said
+    assert "characters are taken" not in said  # the tokenizer was trained for it: the text is small
+    monkeypatch.setattr(unmade, "SMALL", -1)
+    monkeypatch.setattr(unmade, "_made", {})
     assert main(["plan", str(path), "sft", "stages.sft.args.max_steps=7"]) == 0
-    assert "7 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "7 steps" in said and "characters are taken" in said
 
 
 def test_rows_that_an_earlier_stage_will_write_are_left_out_and_said(tiny_gpt2, recipe, write):
