@@ -184,7 +184,9 @@ def _value(path: Path, text: str, at: int) -> tuple[object, int]:
 def _rows_key(value: dict, path: Path, columns: dict) -> str | None:
     """The key under which a file's one object holds its rows; None where the object is a row itself."""
     columns = {*KNOWN, *columns.values()}
-    if value and all(isinstance(v, list) and not any(isinstance(x, (dict, list)) for x in v) for v in value.values()):
+    if value and all(
+        isinstance(v, list) and v and not any(isinstance(x, (dict, list)) for x in v) for v in value.values()
+    ):
         if len({len(v) for v in value.values()}) == 1 and len(value) > 1 and value.keys() & columns:
             raise DataError(
                 f"{path}: holds one list for each column, not rows; write it as JSON lines, one object a row"
