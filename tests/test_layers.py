@@ -20,7 +20,7 @@ LAYERS = [
     {"models"},
     {"data"},
     {"speed"},
-    {"files", "launch"},
+    {"files", "functions", "launch", "ranges"},
     {"errors", "kinds", "__init__"},
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}

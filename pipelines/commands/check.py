@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipelines.commands import command_line, split_words
-from pipelines.recipe import recipe
+from pipelines.recipe import model_checks, recipe
 
 EXAMPLES = """
 pipelines check recipes/demo.yaml
@@ -16,14 +16,16 @@ def main(argv: list[str]) -> int:
     parser = command_line("check", "Find every mistake in a recipe, start nothing.", EXAMPLES)
     parser.add_argument("recipe", help="a YAML file; see recipes/")
     parser.add_argument("words", nargs="*", metavar="STAGE | KEY=VALUE", help="stages (default: all); overrides")
+    parser.add_argument("--offline", action="store_true", help="do not ask the hub; list what was left out")
     args = parser.parse_intermixed_args(argv)
     names, overrides = split_words(args.words)
-    loaded = recipe.load(args.recipe, overrides, ask_hub=True)
-    for name in names:
-        loaded[name]
-    for stage in loaded.stages:
+    loaded = recipe.load(args.recipe, overrides, ask_hub=not args.offline)
+    for stage in [loaded[name] for name in names] or loaded.stages:
         base = stage.sections.get("model", {}).get("model_name_or_path") or ", ".join(stage.parents) or "a new model"
         print(f"  {stage.name:<12} {stage.kind:<9} from {base}  ->  {stage.folder}")
         print("".join(f"{'':25}{line}\n" for line in recipe.adapters(stage)), end="")
     print(f"{args.recipe}: {len(loaded.stages)} stages, no problems")
+    left_out = [line for stage in loaded.stages for line in model_checks.left_out(stage)] if args.offline else []
+    if left_out:
+        print("not checked, because the hub was not asked:\n" + "".join(f"  {line}\n" for line in left_out), end="")
     return 0

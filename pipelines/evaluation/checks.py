@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 
+from pipelines import functions, ranges
 from pipelines.data import sources
 
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function, as opposed to a model
 NEEDS = {
     "text": "a causal language model", "tasks": "a causal language model", "prompts": "a causal language model",
     "pairs": "a causal language model or an encoder-decoder", "labelled": "a sequence classifier",
@@ -41,14 +40,10 @@ def problems(section: dict):
     if bool(section.get("prompts")) != bool(section.get("judge")):
         yield "judge", "goes with prompts: models answer the one, the other judges", section.get("judge")
     judge = section.get("judge") or ""
-    classifier = judge and (judge.startswith("stage:") or not FUNCTION.fullmatch(judge))
+    classifier = judge and (judge.startswith("stage:") or not functions.is_function(judge))
     if section.get("label") and not classifier and not section.get("preferences"):
         yield "label", "is for a classifier as judge: drop this key", section["label"]
-    if (section.get("temperature") or 0) < 0:
-        yield "temperature", "must be 0 or above", section["temperature"]
-    for key in ("samples", "response_length", "batch_size", "max_length", "limit"):
-        if section.get(key) is not None and section[key] <= 0:
-            yield key, "must be above 0", section[key]
+    yield from ranges.problems(section, "evaluate")
     if section.get("tasks") and importlib.util.find_spec("lm_eval") is None:
         yield "tasks", "need lm-eval: pip install 'finetune-pipelines[evaluate]'", None
     paths = [

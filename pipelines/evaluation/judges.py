@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections import defaultdict
 
@@ -10,10 +9,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from pipelines import errors
+from pipelines import errors, functions
 from pipelines.data import mixing
 from pipelines.errors import SetupError
-from pipelines.evaluation.checks import FUNCTION
 from pipelines.evaluation.figures import Values
 from pipelines.generation.logprobs import sequence_scores
 from pipelines.models import chat_template, loading, scorers
@@ -35,13 +33,12 @@ def judge(
     a classifier, whose score is the log-odds of `label`. `answers[model][prompt]` are pairs (text, whether it came to its
     end); `continued[model]` whether the model goes on with the text of its prompt (`scorers.continues`).
     """
-    if not FUNCTION.fullmatch(who):
+    if not functions.is_function(who):
         return {
             name: {"score": model_scores(who, prompts, groups, label, (continued or {}).get(name, False))}
             for name, groups in answers.items()
         }
-    module, _, name = who.partition(":")
-    function, found = getattr(importlib.import_module(module), name), {}
+    function, found = functions.load(who), {}
     for model, groups in answers.items():
         fields = defaultdict(list)
         for prompt, group in zip(prompts, groups, strict=True):

@@ -58,7 +58,7 @@ class Speaker:
         )  # fmt: skip
         self.path, self.name = path, Path(path).name
         self.tokenizer = loading.load_tokenizer(section)
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = loading.config_of(path, trust_remote_code=trust_remote_code)
         self.translates = config.is_encoder_decoder
         auto = "AutoModelForSeq2SeqLM" if self.translates else "AutoModelForCausalLM"
         model = loading.load_model(section, auto)

@@ -12,9 +12,9 @@ def unreachable(repo: str, revision: str = "main", file: str = "config.json") ->
     """
     from urllib.parse import quote
 
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
-    if isinstance(try_to_load_from_cache(repo, file, revision=revision), str):
+    if cached(repo, revision, file):
         return None
     elsewhere = (
         f"give a local folder, or `hf download {repo}` where there is network and copy the hub's cache (HF_HOME)"
@@ -33,6 +33,13 @@ def unreachable(repo: str, revision: str = "main", file: str = "config.json") ->
         what = f"has no revision {revision!r}" if reason == "RevisionNotFound" else f"is no public model with a {file}"
         return f"{what} at {constants.ENDPOINT}: check the spelling; a private one needs `hf auth login` (or HF_TOKEN)"
     return None
+
+
+def cached(repo: str, revision: str = "main", file: str = "config.json") -> bool:
+    """Whether this file of a repository is in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo, file, revision=revision), str)
 
 
 @functools.cache

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import re
+from pathlib import Path
 
+import peft
 import torch
 import transformers
 from accelerate import PartialState
+from safetensors.torch import load_file
 from torch.nn import Embedding, Linear
 from transformers import AutoConfig, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 from trl import get_quantization_config
 
 from pipelines import launch
@@ -43,6 +48,8 @@ def load_tokenizer(section):
     """The tokenizer of a `model:` section: its own folder, or the model's."""
 
     path = section.tokenizer_name_or_path or section.model_name_or_path
+    if not (Path(path) / "tokenizer_config.json").is_file():
+        path = adapter_base(path) or path  # an adapter without a tokenizer has its base's
     # model_revision pins the model's own repository; a tokenizer from elsewhere has other revisions
     revision = "main" if section.tokenizer_name_or_path else section.model_revision
     try:
@@ -100,6 +107,10 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
     if "model_type" in overrides:
         logger.warning("model.config describes a new model and is not used: %s is", section.model_name_or_path)
         overrides = {}
+    if adapter_base(section.model_name_or_path):
+        return _base_with_adapter(
+            dataclasses.replace(section, config=overrides), auto_class, tokenizer, new_head, settings
+        )
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # missing weights are this function's own business, below
     where = {"revision": section.model_revision, "trust_remote_code": section.trust_remote_code}
@@ -146,6 +157,79 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
         model.full_precision = functools.partial(
             load_model, whole, auto_class, tokenizer, new_head=new_head, **settings
         )
+    return model
+
+
+def adapter_base(path: str) -> str | None:
+    """The model that the adapter in the folder `path` was trained on; None where the folder holds no adapter alone."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{file}: it does not name the model that the adapter belongs to (base_model_name_or_path)")
+    return base
+
+
+def config_of(path: str, revision: str = "main", trust_remote_code: bool = False):
+    """The config of a model (of an adapter: of its base); raises `ModelError` where it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(
+            adapter_base(path) or path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{path!r} cannot be loaded ({_first_line(error)}). {_remedy(error)}") from error
+
+
+def _base_with_adapter(section, auto_class: str, tokenizer, new_head: bool, settings: dict):
+    """The model of a folder that holds a PEFT adapter alone: its base, with the adapter merged into it."""
+    folder = section.model_name_or_path
+    if section.load_in_4bit or section.load_in_8bit or launch.sharded():
+        raise ModelError(
+            f"{folder} is an adapter, which is merged into its base at full precision on one device: merge it once "
+            "without shards and load_in_4bit (peft's merge_and_unload, then save_pretrained) and name the merged folder"
+        )
+    config = peft.PeftConfig.from_pretrained(folder)
+    if config.is_prompt_learning:
+        raise ModelError(
+            f"{folder} is a {config.peft_type.value} adapter, which no weights can be merged with: use LoRA"
+        )
+    base = dataclasses.replace(
+        section, model_name_or_path=config.base_model_name_or_path, model_revision=config.revision or "main"
+    )
+    model = load_model(base, auto_class, tokenizer, new_head=True, **settings)
+    weights = load_file(Path(folder) / "adapter_model.safetensors")
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    given = [len(weight) for name, weight in weights.items() if name.endswith(f"{embedding}.weight")]
+    rows = config.trainable_token_indices or []
+    rows = [row for part in (rows.values() if isinstance(rows, dict) else [rows]) for row in part]
+    wanted = max([*given, *(row + 1 for row in rows)], default=0)  # tokens that were added for the adapter
+    if wanted > vocabulary(model):
+        model.resize_token_embeddings(wanted)
+    config.inference_mode, config.task_type = True, None  # peft's classes for tasks refuse models of another one
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
+    new = model.new_weights
+    try:
+        adapted = peft.PeftModel(model, config)
+        known = peft.get_peft_model_state_dict(adapted, save_embedding_layers=bool(given)).keys()
+        if strange := sorted(weights.keys() - known) or sorted(known - weights.keys()):
+            raise ModelError(
+                f"{folder}: the adapter does not fit {auto_class} of {config.base_model_name_or_path}: {', '.join(strange[:3])}"
+            )
+        peft.set_peft_model_state_dict(adapted, weights)
+        model = adapted.merge_and_unload()
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder}: the adapter does not fit its base ({_first_line(error)})") from error
+    brought = {name.removeprefix("base_model.model.") for name in weights}
+    model.new_weights = [name for name in new if name not in brought]
+    if model.new_weights and not new_head:
+        raise ModelError(
+            f"{folder}: neither the adapter nor its base has weights that {auto_class} needs, they would be random: "
+            f"{', '.join(model.new_weights[:6])}"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    logger.info("the adapter in %s is merged into its base %s", folder, config.base_model_name_or_path)
     return model
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from pipelines import files
 from pipelines.data.labels import MULTI, encode
@@ -142,9 +141,7 @@ def load_scorer(section, label: str | None = None) -> tuple[nn.Module, object]:
 
 def outputs(section) -> int:
     """How many outputs the head of a trained classifier has; 1 for models without one, whose loading is refused."""
-    config = AutoConfig.from_pretrained(
-        section.model_name_or_path, revision=section.model_revision, trust_remote_code=section.trust_remote_code
-    )
+    config = loading.config_of(section.model_name_or_path, section.model_revision, section.trust_remote_code)
     classifies = any("ForSequenceClassification" in name for name in config.architectures or [])
     return config.num_labels if classifies else 1
 

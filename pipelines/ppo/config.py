@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from transformers import TrainingArguments
 
+from pipelines import ranges
 from pipelines.errors import SetupError
 
 
@@ -251,34 +252,9 @@ class PPOConfig(TrainingArguments):
             if not ok:
                 out.append(text)
 
-        for name in (
-            "num_ppo_epochs",
-            "num_mini_batches",
-            "response_length",
-            "local_rollout_forward_batch_size",
-        ):
-            need(getattr(self, name) >= 1, f"{name} must be at least 1, is {getattr(self, name)}")
-        for name in ("total_episodes", "max_prompt_length", "kl_horizon", "ptx_batch_size"):
-            value = getattr(self, name)
-            need(value is None or value >= 1, f"{name} must be at least 1, is {value}")
-        for name in ("temperature", "cliprange", "cliprange_value"):
-            need(getattr(self, name) > 0, f"{name} must be above 0, is {getattr(self, name)}")
-        for name in (
-            "kl_coef",
-            "vf_coef",
-            "entropy_coef",
-            "top_k",
-            "num_sample_generations",
-            "critic_warmup_steps",
-            "ptx_coef",
-        ):
-            need(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
-        for name in ("kl_target", "score_clip", "max_approx_kl", "best_kl_cap", "missing_eos_penalty"):
-            value = getattr(self, name)
-            need(value is None or value > 0, f"{name} must be above 0 (or left out), is {value}")
-        need(0 < self.top_p <= 1, f"top_p must be in (0, 1], is {self.top_p}")
-        need(0 <= self.gamma <= 1, f"gamma must be in [0, 1], is {self.gamma}")
-        need(0 <= self.lam <= 1, f"lam must be in [0, 1], is {self.lam}")
+        theirs = {field.name for field in fields(TrainingArguments)}
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in theirs}
+        out += [f"{key} {message}, is {value}" for key, message, value in ranges.problems(own)]
         need(
             self.kl_estimator in ("k1", "k2", "k3"),
             f"kl_estimator must be k1, k2 or k3, is {self.kl_estimator!r}",

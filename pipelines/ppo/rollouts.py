@@ -75,7 +75,7 @@ class RewardScorer:
         keep_thoughts: bool = False,
     ):
         self.keep_thoughts = keep_thoughts
-        self.names = _unique([checks.name_of(f) for f in functions])
+        self.names = unique([checks.name_of(f) for f in functions])
         self.packed = [isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f) for f in functions]
         self.functions = [place_frozen(f, accelerator) if isinstance(f, nn.Module) else f for f in functions]
         self.tokenizers = [None if t is None or checks.same_tokenizer(t, processing_class) else t for t in tokenizers]
@@ -348,5 +348,6 @@ def _by_length(items: list[tuple]) -> list[int]:
     return sorted(range(len(items)), key=lambda i: sum(map(len, items[i])))
 
 
-def _unique(names: list[str]) -> list[str]:
+def unique(names: list[str]) -> list[str]:
+    """The names of reward functions in logs: those that occur more than once are numbered."""
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]

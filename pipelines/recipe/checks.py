@@ -1,17 +1,20 @@
-"""The rules that a recipe must keep: keys, types, references, models, packages, and what each stage adds."""
+"""The rules that a recipe must keep: keys, types, ranges, references, models, packages, and what each stage adds."""
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines import errors
-from pipelines.kinds import KINDS, of_kind
-from pipelines.models import hub
-from pipelines.recipe import data_checks, schema
-from pipelines.recipe.problems import Problem
+from transformers.integrations import integration_utils
+
+from pipelines import errors, ranges
+from pipelines.kinds import KINDS
+from pipelines.recipe import data_checks, model_checks, schema
+from pipelines.recipe.problems import SECRET, Problem
 from pipelines.recipe.stage import Recipe, Stage, references, section_class
+from pipelines.training import arguments, best_checkpoint
 
 TOP_KEYS = {"output_dir", "seed", "stages"}
 
@@ -20,14 +23,17 @@ SET_BY_CHAIN = {
     "output_dir": "set the recipe's top-level `output_dir`; each stage gets a folder in it",
     "resume_from_checkpoint": "an interrupted stage resumes by itself: run the same command again",
     "seed": "set the recipe's top-level `seed`",
+    "data_seed": "set the recipe's top-level `seed`",
+    "local_rank": "the launcher sets it: `accelerate launch` or torchrun",
     "deepspeed": "hardware is Accelerate's: use `accelerate launch --config_file accelerate_configs/zero2.yaml`",
     "fsdp": "hardware is Accelerate's: use `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
     "fsdp_config": "hardware is Accelerate's: use `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
-    "push_to_hub": "a stage never uploads while it trains; upload its folder when it is finished",
+    "push_to_hub": "a stage never uploads while it trains; upload it when it is finished: `pipelines push`",
     "dataset_kwargs": "rows are prepared by the stage from the recipe's `data:` section",
     "chat_template_path": "set `chat_template` in the stage's `model:` section",
     "remove_unused_columns": "columns are chosen by the stage; map them with `data.columns`",
 }
+HUB = "a stage never uploads while it trains; log in once with `hf auth login`, and upload a finished stage with `pipelines push`"
 REMOVED = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps with a value below 1 (a share of all steps)",
@@ -41,27 +47,35 @@ REMOVED = {
     "max_seq_length": "max_length",
     "torch_dtype": "model.dtype",
 }
-HUB_ID = r"[\w.-]+(/[\w.-]+)?"
-TEMPLATES = ("chatml", "plain")  # chat templates that are there by name; any other is a path
-LORA = ("use_peft", "lora_", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")  # quantized only under adapters
-BITS4 = ("bnb_", "use_bnb_")
+LOGIN = (
+    "do not write it into a recipe, which is copied into every result: log in with `hf auth login` (or set HF_TOKEN)"
+)
+SECRET_KEYS = re.compile(r"(^|_)(hub_token|auth_token|access_token|api_key|apikey|password|passwd|secret)$|^token$")
 
 
 def check_recipe(file: Path, tree: dict, problems: list[Problem], read_data: bool) -> Recipe:
+    """The recipe in `tree`; whatever is wrong with it is added to `problems`."""
+
     def bad(path, message, value=None):
         problems.append(Problem(path, message, value))
 
-    for key in set(tree) - TOP_KEYS:
+    for key in sorted(tree.keys() - TOP_KEYS):
         bad(key, f"unknown key{errors.meant(key, TOP_KEYS)}; a recipe has {', '.join(sorted(TOP_KEYS))}")
-    output = tree.get("output_dir", f"runs/{file.stem}")
-    if not isinstance(output, str):
-        bad("output_dir", "must be a folder name", output)
+    for path, message in _secrets(tree, ""):
+        bad(path, message)
+    output, wrong = tree.get("output_dir", f"runs/{file.stem}"), None
+    if not isinstance(output, str) or not output.strip() or "\0" in output:
+        wrong = "must name a folder (a folder of that name in your home: ~/NAME)"
+    elif Path(os.path.expanduser(output)).is_file():
+        wrong = "is a file: name a folder"
+    if wrong:
+        bad("output_dir", wrong, output)
         output = "runs"
     seed = tree.get("seed", 42)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        bad("seed", "must be a whole number", seed)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed not in ranges.SEED:
+        bad("seed", f"must be a whole number, {ranges.SEED}", seed)
         seed = 42
-    recipe = Recipe(file, Path(output), seed)
+    recipe = Recipe(file, Path(os.path.expanduser(output)), seed)
     stages = tree.get("stages")
     if not isinstance(stages, dict) or not stages:
         bad("stages", "a recipe needs `stages:`, a mapping of stage names to stages")
@@ -77,183 +91,131 @@ def check_recipe(file: Path, tree: dict, problems: list[Problem], read_data: boo
 
 def _check_stage(recipe, name, body, kinds, bad, read_data) -> Stage | None:
     at = f"stages.{name}"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        bad(at, "a stage is named with letters, digits, - and _: its folder gets the same name")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name):
+        bad(at, "a stage is named with at most 100 letters, digits, - and _: its folder gets the same name")
     if not isinstance(body, dict):
         bad(at, "a stage is a mapping with `kind` and its sections", body)
         return None
     kind = body.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         bad(f"{at}.kind", f"must be one of {', '.join(KINDS)}{errors.meant(kind, KINDS)}", kind)
         return None
-    spec = KINDS[kind]
+    spec, found = KINDS[kind], []  # what was found below the stage, so that nothing is reported twice
+
+    def note(path, message, value=None):
+        beside = any(path == other or other.startswith(f"{path}.") for other in found)
+        if value is not None or not beside:  # a key that is wrong is not also missing
+            found.append(path)
+            bad(f"{at}.{path}" if path else at, message, value)
+
     sections: dict[str, dict] = {}
     for key, section in body.items():
         if key == "kind":
             continue
         if key not in spec.sections:
-            bad(f"{at}.{key}", f"unknown section{errors.meant(key, spec.sections)}; "
-                f"{kind} has {', '.join(spec.sections)}")  # fmt: skip
+            note(key, f"unknown section{errors.meant(key, spec.sections)}; {kind} has {', '.join(spec.sections)}")
         elif section is not None and not isinstance(section, dict):
-            bad(f"{at}.{key}", "must be a mapping of keys to values", section)
+            note(key, "must be a mapping of keys to values", section)
         else:
-            sections[key] = _check_section(f"{at}.{key}", section_class(spec.sections[key]), section or {}, bad)
-    for reference in references(sections):
+            sections[key] = _check_section(key, section_class(spec.sections[key]), section or {}, note)
+    parents = list(dict.fromkeys(references(sections)))
+    for reference in parents:
         if reference not in kinds:
             bad(at, f"`stage:{reference}` names no earlier stage{errors.meant(reference, kinds)}")
-    parents = list(dict.fromkeys(references(sections)))
     earlier = {stage.name: stage for stage in recipe.stages}
     stage = Stage(name, kind, recipe.output_dir / name, sections, recipe.seed, parents, str(recipe.file), earlier)
+    checks = [stage.module.problems(stage, kinds)]
     if "model" in spec.sections:
-        _check_model(at, kind, sections.get("model", {}), bad)
-        _check_installed(at, sections.get("model", {}), sections.get("args", {}), bad)
-        base = str(sections.get("model", {}).get("model_name_or_path"))
-        if base.startswith("stage:") and (made := kinds.get(base.removeprefix("stage:"))) in of_kind(
-            leaves_model=False
-        ):
-            bad(f"{at}.model.model_name_or_path", f"that stage is of kind {made} and leaves no model", base)
-    args = sections.get("args", {})
-    if args.get("global_batch_size") and args.get("gradient_accumulation_steps"):
-        message = "follows from global_batch_size and the number of processes: give one of the two"
-        bad(f"{at}.args.gradient_accumulation_steps", message, args["gradient_accumulation_steps"])
-    for path, message, value in stage.module.problems(stage, kinds):
-        bad(f"{at}.{path}", message, value)
+        checks.insert(0, model_checks.problems(stage, kinds))
     if "data" in spec.sections:
-        rows = data_checks.problems(sections.get("data", {}), spec.rows, sections.get("task"), read_data)
-        for path, message, value in rows:
-            bad(f"{at}.data{'.' if path and path[0] != '[' else ''}{path}", message, value)
-        for path, message, value in data_checks.streaming_problems(kind, sections):
-            bad(f"{at}.{path}", message, value)
+        checks += [_data(stage, read_data), data_checks.streaming_problems(kind, sections)]
+    if "args" in spec.sections:
+        checks.append(_args_alone(stage))
+    for check in checks:
+        for path, message, value in check:
+            note(path, message, value)
+    per_step = 1
+    if "args" in spec.sections:  # what is known to be wrong is left out: the rest is built all the same
+        whole, hardware = sections.get("args", {}), arguments.expected_hardware()
+        sections["args"] = {key: value for key, value in whole.items() if f"args.{key}" not in found}
+        args, wrong = arguments.problems(stage, hardware)
+        for path, message, value in wrong:
+            note(path, message, value)
+        by_row = spec.rows not in ("text", "prompts") and not getattr(args, "packing", False)
+        if args is not None and by_row and args.train_sampling_strategy == "random":  # as `GlobalOrder` does
+            per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * hardware.processes
+        sections["args"] = whole
+    if read_data and "data" in sections and not any(path.startswith("data") for path in found):
+        for path, message in data_checks.too_few_rows(stage, per_step):
+            note(path, message)
     return stage
 
 
 def _check_section(at: str, target: type, section: dict, bad) -> dict:
+    """The values of a section in their types; those that are wrong are reported and left out."""
     known, out = schema.fields(target), {}
     for key, value in section.items():
         path = f"{at}.{key}"
-        if at.endswith(".args") and key in SET_BY_CHAIN:
+        if at == "args" and key in SET_BY_CHAIN:
             bad(path, f"not for a recipe: {SET_BY_CHAIN[key]}", value)
+        elif at == "args" and key.startswith("hub_"):
+            bad(path, f"not for a recipe: {HUB}")
         elif key not in known and key in REMOVED:
             bad(path, f"transformers 5 has no such key; use {REMOVED[key]}", value)
         elif key not in known:
             bad(path, f"unknown key{errors.meant(key, known)}", value)
-        elif references(value):
-            out[key] = value
         else:
-            out[key], wrong = schema.check_value(known[key], value)
+            value, wrong = schema.check_value(known[key], value)
+            outside = [] if wrong else list(ranges.problems({key: value}, at))
             if wrong:
                 bad(path, wrong, value)
+            elif outside:
+                for inner, message, number in outside:
+                    bad(f"{at}.{inner}", message, number)
+            else:
+                out[key] = value
     return out
 
 
-def _check_model(at: str, kind: str, model: dict, bad) -> None:
-    path, config = model.get("model_name_or_path"), model.get("config")
-    if path is None and config is None:
-        bad(
-            f"{at}.model", "needs `model_name_or_path` (a hub id, a folder or stage:NAME) or, for a new model, `config`"
-        )
-    if isinstance(path, str):
-        _check_folder(f"{at}.model.model_name_or_path", path, bad)
-    template = model.get("chat_template")
-    if isinstance(template, str) and template not in TEMPLATES and not Path(template).is_file():
-        bad(f"{at}.model.chat_template", f"is neither {' nor '.join(TEMPLATES)} nor a file"
-            f"{errors.meant(template, TEMPLATES)}; paths count from where the command is given", template)  # fmt: skip
-    for key in model:
-        if key.startswith((*LORA, *BITS4)) and not KINDS[kind].adapters:
-            message = f"adapters are for {', '.join(of_kind(adapters=True))}; this stage trains all weights"
-            bad(f"{at}.model.{key}", message, model[key])
-        elif key.startswith(LORA) and not model.get("use_peft"):
-            bad(f"{at}.model.{key}", "is used only with `use_peft: true`", model[key])
-        elif key.startswith(BITS4) and not model.get("load_in_4bit"):
-            bad(f"{at}.model.{key}", "is used only with `load_in_4bit: true`", model[key])
-    if model.get("load_in_4bit") and model.get("load_in_8bit"):
-        bad(f"{at}.model.load_in_8bit", "and load_in_4bit cannot both be true: keep one", True)
-    if isinstance(config, dict) and path is None:
-        architecture = config.get("model_type")
-        keys, types = schema.model_config_keys(str(architecture))
-        if architecture is None:
-            bad(f"{at}.model.config.model_type", "a new model needs `model_type`, e.g. gpt2, llama, bert, t5")
-        elif not keys:
-            bad(
-                f"{at}.model.config.model_type",
-                f"transformers knows no such model{errors.meant(architecture, types)}",
-                architecture,
-            )
-        else:
-            for key in set(config) - keys - {"model_type"}:
-                bad(
-                    f"{at}.model.config.{key}",
-                    f"unknown key of {architecture}'s config{errors.meant(key, keys)}",
-                    config[key],
-                )
+def _data(stage: Stage, read_data: bool) -> Iterator[tuple[str, str, object]]:
+    """What is wrong with `data:`, rows included."""
+    section, task = stage.sections.get("data", {}), stage.sections.get("task")
+    for path, message, value in data_checks.problems(section, stage.spec.rows, task, read_data):
+        yield f"data{'.' if path and path[0] != '[' else ''}{path}", message, value
 
 
-BNB = "pip install -e '.[quantization]'"
-OPTIMIZERS = (  # names of optimizers, the module that they need and where it comes from; the others need none
-    ("torch_(8|4)bit", "torchao", "pip install torchao"),
-    ("galore", "galore_torch", "pip install git+https://github.com/jiaweizzhao/GaLore"),
-    ("lomo", "lomo_optim", "pip install lomo-optim"),
-    ("grokadamw", "grokadamw", "pip install grokadamw"),
-    ("schedule_free", "schedulefree", "pip install schedulefree"),
-    ("apollo", "apollo_torch", "pip install git+https://github.com/zhuhanqing/APOLLO"),
-    ("stable_adamw", "optimi", "pip install torch-optimi"),
-    ("anyprecision", "torchdistx", "take adamw_torch_fused"),
-    ("xla", "torch_xla", "it is for TPUs"),
-    ("npu", "torch_npu", "it is for Ascend NPUs"),
-    ("bnb|8bit|paged|lion|ademamix", "bitsandbytes", BNB),
-)
-
-
-def _check_installed(at: str, model: dict, args: dict, bad) -> None:
-    """What a setting needs must be installed: found out here, not after the stages before it have run."""
-    installed = importlib.util.find_spec
-    quantized = next((key for key in ("load_in_4bit", "load_in_8bit") if model.get(key)), None)
-    if quantized and not installed("bitsandbytes"):
-        bad(f"{at}.model.{quantized}", f"needs bitsandbytes: {BNB}", True)
-    optimizer = str(args.get("optim", ""))
-    needed = next(((m, how) for pattern, m, how in OPTIMIZERS if re.search(pattern, optimizer)), None)
-    if needed and not installed(needed[0]):
-        bad(f"{at}.args.optim", f"needs {needed[0]}: {needed[1]}", optimizer)
-    attention = model.get("attn_implementation") or ""
-    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(attention)
-    package = (
-        "kernels" if "/" in attention else package
-    )  # `kernels` downloads attention from the hub, flash attention too
-    if package and not installed(package) and not installed("kernels"):
-        bad(f"{at}.model.attn_implementation", f"needs the package {package}; drop the key (packed batches need no flash"
-            " attention)", attention)  # fmt: skip
-    if args.get("use_liger_kernel") and not installed("liger_kernel"):
-        bad(f"{at}.args.use_liger_kernel", "needs the package liger-kernel; drop the key (the loss is fused without it)",
-            True)  # fmt: skip
-
-
-def _check_folder(at: str, path: str, bad) -> None:
-    """A local folder must hold a model; what is no folder must look like a hub id."""
-    if path.startswith("stage:"):
-        return
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-            bad(at, "this folder holds no model (no config.json)", path)
-    elif path.startswith(("/", ".", "~")) or not re.fullmatch(HUB_ID, path):
-        bad(at, "no such folder, and not a hub id (name or owner/name) either", path)
-
-
-def check_hub(stage: Stage, problems: list[Problem]) -> None:
-    """Hub ids of models that are neither cached nor can be downloaded."""
-
-    model, reward = stage.sections.get("model", {}), stage.sections.get("reward", {})
-    asked = [("model.model_name_or_path", model.get("model_name_or_path"), "config.json")]
-    asked += [("model.tokenizer_name_or_path", model.get("tokenizer_name_or_path"), "tokenizer_config.json")]
-    asked += [(f"reward.models[{i}]", path, "config.json") for i, path in enumerate(reward.get("models") or [])]
-    critic = None if reward.get("critic") == "shared" else reward.get("critic")
-    asked += [("reward.critic", critic, "config.json")]
-    for key, path, file in asked:
-        if not isinstance(path, str) or path.startswith("stage:") or Path(path).expanduser().is_dir():
+def _args_alone(stage: Stage) -> Iterator[tuple[str, str, object]]:
+    """What is wrong with `args:` beside what their dataclass refuses: contradictions, metrics, loggers."""
+    args = stage.sections.get("args", {})
+    if args.get("global_batch_size") and args.get("gradient_accumulation_steps"):
+        message = "follows from global_batch_size and the number of processes: give one of the two"
+        yield "args.gradient_accumulation_steps", message, args["gradient_accumulation_steps"]
+    held_out = bool(stage.sections.get("data", {}).get("validation"))
+    yield from best_checkpoint.problems(args, held_out, best_checkpoint.reported(stage))
+    loggers = args.get("report_to") or []
+    for name in [loggers] if isinstance(loggers, str) else loggers:
+        known = integration_utils.INTEGRATION_TO_CALLBACK
+        if name in ("all", "none"):
             continue
-        if not re.fullmatch(HUB_ID, path):
-            continue  # said already
-        revision = model.get("model_revision", "main") if key == "model.model_name_or_path" else "main"
-        reason = hub.unreachable(path, revision, file)
-        if reason:
-            problems.append(Problem(f"stages.{stage.name}.{key}", reason, path))
+        if name not in known:
+            yield "args.report_to", f"must be of {', '.join(known)}, all, none{errors.meant(name, known)}", name
+        elif name not in integration_utils.get_available_reporting_integrations():
+            yield "args.report_to", f"{name} is not installed: pip install {name}, or take tensorboard", name
+
+
+def _secrets(value, path: str) -> Iterator[tuple[str, str]]:
+    """Key paths at which a token or password is, wherever in the recipe; the value itself is never shown."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            at = f"{path}.{key}".lstrip(".")
+            if SECRET.search(str(key)):
+                yield path, f"a key that looks like a token: {LOGIN}"
+            elif isinstance(inner, str) and inner and SECRET_KEYS.search(str(key)):
+                yield at, f"holds a token or password: {LOGIN}"
+            else:
+                yield from _secrets(inner, at)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _secrets(inner, f"{path}[{i}]")
+    elif isinstance(value, str) and SECRET.search(value):
+        yield path, f"looks like a token or password: {LOGIN}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from pipelines import errors
+from pipelines import errors, ranges
+from pipelines.data import mixing
 from pipelines.data.labels import MULTI, SINGLE, doubtful
 from pipelines.data.mixing import SIDES
 from pipelines.data.rows import KEEPS, READS, normalise
@@ -17,7 +19,9 @@ from pipelines.data.sources import SHOWN, SUFFIXES, TRIED, files, fraction, is_l
 from pipelines.errors import DataError
 from pipelines.kinds import KINDS, of_kind
 from pipelines.recipe import schema
+from pipelines.recipe.model_checks import HUB_ID
 from pipelines.recipe.sections import SourceSection
+from pipelines.recipe.stage import references
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +39,12 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
     seen = {side: Seen() for side in SIDES}
     tried = TRIED if section.get("streaming") else None
     for side in SIDES:
-        many = isinstance(section.get(side), list)
-        for i, source in enumerate(sources(section, side)):
+        given = section.get(side)
+        many, wrong = isinstance(given, list), list(_no_sources(given, side))
+        seen[side].whole &= not wrong
+        yield from wrong
+        for i, source in enumerate([] if wrong else sources(section, side)):
             at = f"{side}[{i}]" if many else side
-            if not isinstance(source, dict) or not source.get("path"):
-                yield at, "a source is a path, a hub id or a mapping with `path`", source
-                seen[side].whole = False
-                continue
             rows = "text" if side == "ptx" else kind
             wrong = [*_wrong_keys(source, known, at), *_wrong_columns(source, rows, at)]
             yield from wrong
@@ -49,6 +52,8 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
                 # Its rows come to be when that stage runs; they are checked when they are read.
                 if not source["path"].removesuffix(".gz").endswith(SUFFIXES):
                     yield at, "name the file that the stage writes: stage:NAME/samples.jsonl", source["path"]
+            elif not wrong and not is_local(source["path"]) and not re.fullmatch(HUB_ID, source["path"]):
+                yield at, f"no such file (looked in {Path.cwd()}), and no hub id either", source["path"]
             elif not wrong and is_local(source["path"]):
                 if not files(source["path"]):
                     yield f"{at}", f"no such file (looked in {Path.cwd()})", source["path"]
@@ -60,6 +65,52 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
             seen[side].whole &= not wrong and not source["path"].startswith("stage:") and is_local(source["path"])
     if read_rows:
         yield from _wrong_sets(seen, kind, task or {})
+
+
+def too_few_rows(stage, per_step: int) -> Iterator[tuple[str, str]]:
+    """`(key path, what is wrong)` where the rows at hand do not fill one step, or none is held out for validation."""
+    section, task = stage.data, stage.sections.get("task")
+    if (
+        section.get("streaming")
+        or references(stage.sections["data"])
+        or not all(_at_hand(source) for side in SIDES for source in sources(section, side))
+    ):
+        return  # nobody knows yet how many there are
+    try:
+        train = sum(1 for _ in islice(mixing.stream(section, "train", stage.spec.rows, stage.seed, task), per_step))
+        if train < per_step:
+            yield (
+                "data.train",
+                (
+                    f"{train} training rows do not fill one step of {per_step}: lower args.global_batch_size (or "
+                    "per_device_train_batch_size x gradient_accumulation_steps), or add data"
+                ),
+            )
+        if section.get("validation") is not None:
+            if not any(True for _ in mixing.stream(section, "validation", stage.spec.rows, stage.seed, task)):
+                yield "data.validation", f"no row is held out ({section['validation']!r} of them); raise the fraction"
+    except DataError as error:  # a bad row, reported already where rows are read
+        yield "data", str(error)
+
+
+def _at_hand(source: dict) -> bool:
+    return is_local(source["path"]) and bool(files(source["path"]))
+
+
+def _no_sources(given, side: str) -> Iterator[tuple[str, str, object]]:
+    """What is wrong with the shape of the sources of a side: each is a path or a mapping with `path`."""
+    if given is None or (side == "validation" and isinstance(given, (int, float))):
+        return
+    if given == []:
+        yield side, "an empty list: name a source, or drop the key", given
+    many = isinstance(given, list)
+    for i, item in enumerate(given if many else [given]):
+        path = item.get("path") if isinstance(item, dict) else item
+        at = f"{side}[{i}]" if many else side
+        if not isinstance(path, str) or not path.strip():
+            yield at, "a source is a path, a hub id or a mapping with `path`", item
+        elif re.fullmatch(r"[\d.]+", path):
+            yield at, "a fraction is a number: write it without quotes", item
 
 
 def streaming_problems(kind: str, sections: dict[str, dict]) -> Iterator[tuple[str, str, object]]:
@@ -83,8 +134,6 @@ def streaming_problems(kind: str, sections: dict[str, dict]) -> Iterator[tuple[s
             "`{path: …, rows: 1000}` (hub data sets: with their `split: validation`)"
         )
         yield "data.validation", message, section["validation"]
-    if section.get("buffer_size", 1) < 1:
-        yield "data.buffer_size", "must be at least 1", section["buffer_size"]
     loaded = sections.get("model", {}).get("model_name_or_path")
     if words.get("train") and not loaded and not words.get("max_documents"):
         yield "tokenizer.max_documents", "say on how many documents of the stream the tokenizer is trained", None
@@ -166,11 +215,8 @@ def _wrong_keys(source: dict, known: dict, at: str) -> Iterator[tuple[str, str, 
             wrong = schema.check_value(known[key], value)[1]
             if wrong:
                 yield f"{at}.{key}", wrong, value
-    weight, rows = source.get("weight", 1.0), source.get("rows")
-    if isinstance(weight, (int, float)) and weight <= 0:
-        yield f"{at}.weight", "must be above 0", weight
-    if isinstance(rows, int) and rows < 1:
-        yield f"{at}.rows", "must be at least 1", rows
+    for key, message, value in ranges.problems(source, "source"):
+        yield f"{at}.{key}", message, value
 
 
 def _wrong_rows(source: dict, kind: str, task: dict | None, limit: int | None, seen: Seen) -> Iterator[str]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from pipelines.errors import SetupError
 
+# What tokens of the hub and of other services look like, and a name or password inside an address.
+SECRET = re.compile(
+    r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA|ya29\.|AIza)[A-Za-z0-9_\-]{12,}|://[^/\s:@]*:[^/\s@]+@"
+)
+
 
 @dataclass
 class Problem:
-    """One thing wrong with a recipe: where it stands, the value found there, and what to do."""
+    """One thing wrong with a recipe: the key path, the value there, and what to do."""
 
     path: str
     message: str
@@ -32,5 +38,5 @@ class RecipeError(SetupError):
 
 
 def _short(value) -> str:
-    text = repr(value)
+    text = SECRET.sub("…", repr(value))
     return text if len(text) < 70 else text[:67] + "…"

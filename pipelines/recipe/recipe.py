@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.recipe.checks import check_hub, check_recipe
+from pipelines.recipe.checks import check_recipe
+from pipelines.recipe.model_checks import hub_problems, without_weights
 from pipelines.recipe.problems import Problem, RecipeError
 from pipelines.recipe.stage import Recipe, Stage
 from pipelines.recipe.yaml_with_lines import apply_override, line_of, read_yaml
@@ -13,8 +14,8 @@ from pipelines.recipe.yaml_with_lines import apply_override, line_of, read_yaml
 def load(file, overrides: list[str] = (), *, read_data: bool = True, ask_hub: bool = False) -> Recipe:
     """Read and check the recipe `file` with `overrides` (`stages.sft.args.max_steps=10`) applied.
 
-    `read_data` also reads every local data file and checks every row; `ask_hub` also asks for every hub id whether it
-    is in the hub's cache or can be had. Raises `RecipeError` with all problems.
+    `read_data` also reads every local data file, checks every row and looks for the weights of models; `ask_hub` also asks for every hub id whether it
+    is in the hub's cache or can be had. Raises `RecipeError` with all problems, in the order of their lines.
     """
     file = Path(file)
     tree, lines = read_yaml(file)
@@ -22,13 +23,13 @@ def load(file, overrides: list[str] = (), *, read_data: bool = True, ask_hub: bo
     for override in overrides:
         apply_override(tree, lines, override, problems)
     recipe = check_recipe(file, tree, problems, read_data)
-    if ask_hub:
-        for stage in recipe.stages:
-            check_hub(stage, problems)
+    for stage in recipe.stages:
+        missing = [*(without_weights(stage) if read_data else ()), *(hub_problems(stage) if ask_hub else ())]
+        problems += [Problem(f"stages.{stage.name}.{key}", message, name) for key, message, name in missing]
     if problems:
         for problem in problems:
             problem.line = line_of(lines, problem.path)
-        raise RecipeError(file, problems)
+        raise RecipeError(file, sorted(problems, key=lambda problem: problem.line or 0))
     return recipe
 
 

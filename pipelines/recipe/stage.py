@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.kinds import KINDS, Kind, of_kind
+from pipelines.errors import SetupError, meant
+from pipelines.kinds import KINDS, Kind
 
 
 @dataclass
@@ -67,9 +69,11 @@ def section_class(name: str) -> type:
 
 
 def resolve(value, root: Path):
-    """`stage:NAME` (or `stage:NAME/critic`) inside any value becomes the folder of that stage."""
+    """`stage:NAME` (or `stage:NAME/critic`) inside any value becomes the folder of that stage, `~/` the home folder."""
     if isinstance(value, str) and value.startswith("stage:"):
         return str(root / value.removeprefix("stage:"))
+    if isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)
     if isinstance(value, list):
         return [resolve(v, root) for v in value]
     if isinstance(value, dict):
@@ -83,21 +87,6 @@ def references(value) -> list[str]:
         return [value.removeprefix("stage:").split("/")[0]] if value.startswith("stage:") else []
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     return [name for item in items for name in references(item)]
-
-
-def writer_problems(
-    at: str, models: list[str], kinds: dict[str, str], able: tuple = (), what: str = "language model"
-) -> Iterator[tuple[str, str, object]]:
-    """What is wrong with a list of models made by stages of the kinds `able` (all that write text): `(key path, message, value)`."""
-    able = able or of_kind(writes_text=True)
-    if not models:
-        yield at, f"needs at least one {what}: stage:NAME, a folder or a hub id", None
-    if len(set(models)) < len(models):
-        yield at, "names a model twice", models
-    for i, name in enumerate(models):
-        kind = kinds.get(name.removeprefix("stage:")) if name.startswith("stage:") else None
-        if kind not in (None, "?", *able):
-            yield f"{at}[{i}]", f"must be a {what} ({', '.join(able)}), this stage is of kind {kind}", name
 
 
 def label_problems(stage: Stage, classifier: str, label: str | None) -> Iterator[tuple[str, object]]:
@@ -122,4 +111,8 @@ class Recipe:
     stages: list[Stage] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Stage:
-        return next(s for s in self.stages if s.name == name)
+        """The stage `name`; raises `SetupError` where there is none."""
+        names = [stage.name for stage in self.stages]
+        if name not in names:
+            raise SetupError(f"no stage {name!r}{meant(name, names)}; {self.file} has {', '.join(names)}")
+        return self.stages[names.index(name)]

@@ -16,14 +16,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-import evaluate
 import torch
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 
 from pipelines.data import encoded_rows, labels, mixing
 from pipelines.data.labels import MULTI, NUMBER, SINGLE, balanced_weights, label_names
-from pipelines.evaluation import metrics
 from pipelines.models import adapters, loading, tokenizer_setup
 from pipelines.models.tokenizer_setup import read_by_model
 from pipelines.training import arguments, best_checkpoint, loop, saving
@@ -47,6 +45,11 @@ METRICS = {
 USED = ("model_name_or_path", "model_revision", "tokenizer_name_or_path", "config", "dtype", "attn_implementation",
         "trust_remote_code", "load_in_4bit", "load_in_8bit")  # fmt: skip
 ADAPTERS = ("use_peft", "lora_", "use_rslora", "use_dora", "bnb_", "use_bnb_")
+
+
+def reported(stage) -> tuple[str, ...]:
+    """What an evaluation reports; the first decides about the best model where the recipe names none."""
+    return ("loss", *METRICS.get(stage.sections.get("task", {}).get("problem_type", SINGLE), ()))
 
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
@@ -76,7 +79,6 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
             yield "task.class_weights", f"weighs the classes of {SINGLE} only; drop this key", task["class_weights"]
         if args.get("label_smoothing_factor"):
             yield "args.label_smoothing_factor", f"is for {SINGLE} only; drop this key", args["label_smoothing_factor"]
-    yield from best_checkpoint.problems(args, bool(stage.sections.get("data", {}).get("validation")), METRICS[kind])
 
 
 class ClassifyTrainer(ChainTrainer, Trainer):
@@ -112,7 +114,7 @@ def run(stage) -> dict:
 
     set_seed(stage.seed)
     section, task = stage.section("model"), stage.section("task")
-    args = arguments.build_args(stage, **DEFAULTS, **best_checkpoint.defaults(stage.sections.get("args", {})))
+    args = arguments.build_args(stage)
     tokenizer = ready(stage, loading.load_tokenizer(section))
     sides, names = labelled(stage)
     settings = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
@@ -232,7 +234,11 @@ class Measure:
 
     def __init__(self, problem_type: str, classes: int):
 
-        self.problem_type, self.classes = problem_type, classes
+        import evaluate  # late: takes a second, and `check` does without
+
+        from pipelines.evaluation import metrics
+
+        self.problem_type, self.classes, self.matrix = problem_type, classes, metrics.ConfusionMatrix()
         parts = {
             SINGLE: (metrics.Accuracy, metrics.MacroF1, metrics.Matthews),
             MULTI: (metrics.MultiLabelF1, metrics.SubsetAccuracy),
@@ -257,4 +263,4 @@ class Measure:
         """What is no scalar: the confusion matrix of the predictions seen last (single label only)."""
         if self.last is None or self.problem_type != SINGLE:
             return {}
-        return metrics.ConfusionMatrix().compute(**self.last, num_classes=self.classes)
+        return self.matrix.compute(**self.last, num_classes=self.classes)

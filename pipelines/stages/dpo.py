@@ -31,12 +31,11 @@ from transformers import Trainer, TrainerCallback, set_seed
 from pipelines import IGNORE_INDEX
 from pipelines.data import encoded_rows, mixing
 from pipelines.errors import CannotPack, DataError, SetupError, meant
-from pipelines.evaluation.metrics import preference_metrics
 from pipelines.generation.logprobs import disable_dropout
 from pipelines.models import adapters, chat_template, loading, tokenizer_setup
 from pipelines.speed import fast_model, packed_attention
 from pipelines.speed.packed_attention import NAME
-from pipelines.training import arguments, best_checkpoint, loop, saving
+from pipelines.training import arguments, loop, saving
 from pipelines.training.preferences import PAIR_LOSSES, collate_rankings, enable_answer_logprobs, rankings_loss
 from pipelines.training.rankings import decided, pair_scores
 from pipelines.training.trainer import ChainTrainer
@@ -73,6 +72,11 @@ NOT_HERE = {
 }
 
 
+def reported(stage) -> tuple[str, ...]:
+    """What an evaluation reports; the first decides about the best model where the recipe names none."""
+    return ("loss", "accuracy", "margin")
+
+
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     """What is wrong with the stage as a whole: `(key path, message, value)`."""
     args = stage.sections.get("args", {})
@@ -90,12 +94,6 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         yield "args.loss_weights", f"needs one number for each loss_type: {len(names)}", args["loss_weights"]
     if args.get("ranking_loss") == "plackett_luce" and names != ["sigmoid"]:
         yield "args.loss_type", "is for ranking_loss: pairs; drop one of the two", args["loss_type"]
-    if args.get("beta", 0.1) <= 0:
-        yield "args.beta", "must be above 0", args["beta"]
-    if not 0 <= args.get("label_smoothing", 0.0) < 0.5:
-        yield "args.label_smoothing", "is the share of flipped labels: from 0 to below 0.5", args["label_smoothing"]
-    held_out = bool(stage.sections.get("data", {}).get("validation"))
-    yield from best_checkpoint.problems(args, held_out, ("accuracy", "margin"))
 
 
 class RankingRows:
@@ -181,6 +179,8 @@ class PreferenceTrainer(ChainTrainer, Trainer):
 
     def measure(self) -> dict:
         """`preference_metrics` of the implicit rewards of the validation rankings, and the training loss on them."""
+        from pipelines.evaluation.metrics import preference_metrics  # late: takes a second, and `check` does without
+
         dataset = self.eval_dataset
         ratios = [
             own - reference for own, reference in zip(self.answer_logprobs(dataset), self.reference["validation"])
@@ -219,7 +219,7 @@ def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
     set_seed(stage.seed)
     section = stage.section("model")
-    args = arguments.build_args(stage, **DEFAULTS, **best_checkpoint.defaults(stage.sections.get("args", {})))
+    args = arguments.build_args(stage)
     tokenizer = loading.load_tokenizer(section)
     model = loading.load_model(section, "AutoModelForCausalLM")
     added = tokenizer_setup.install_template(model, tokenizer, section.chat_template, section.chat_template_kwargs)

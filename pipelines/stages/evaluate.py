@@ -25,10 +25,11 @@ from collections.abc import Iterator
 
 from accelerate import PartialState
 
-from pipelines import files
-from pipelines.evaluation import checks, figures, measure
+from pipelines import files, functions
+from pipelines.evaluation import checks
 from pipelines.kinds import of_kind
-from pipelines.recipe.stage import label_problems, writer_problems
+from pipelines.recipe.model_checks import named_models
+from pipelines.recipe.stage import label_problems
 
 DEFAULTS: dict = {}
 
@@ -47,19 +48,23 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
             able, what = ("reward", "dpo"), "reward model or a policy of dpo"
         elif section.get("pairs") and not any(section.get(key) for key in ("text", "tasks", "prompts")):
             able = (*of_kind(writes_text=True), "seq2seq")
-        yield from writer_problems("evaluate.models", section["models"], kinds, able, what)
-    judge = section.get("judge") or ""
-    kind = kinds.get(judge.removeprefix("stage:"), "reward") if judge.startswith("stage:") else "reward"
-    if kind not in ("reward", "classify", "?"):
-        message = f"must be a reward (or classify) stage or module:function, this stage is of kind {kind}"
-        yield "evaluate.judge", message, judge
-    if kind == "classify":
-        for message, value in label_problems(stage, judge, section.get("label")):
-            yield "evaluate.label", message, value
+        yield from named_models(stage, kinds, "evaluate.models", section["models"], able, what)
+    judge = section.get("judge")
+    if judge and functions.is_function(judge):
+        if wrong := functions.problem(judge, "prompt", "completion"):
+            yield "evaluate.judge", wrong, judge
+    elif judge:
+        what = "reward (or classify) stage or module:function"
+        yield from named_models(stage, kinds, "evaluate.judge", judge, ("reward", "classify"), what)
+        if judge.startswith("stage:") and kinds.get(judge.removeprefix("stage:")) == "classify":
+            for message, value in label_problems(stage, judge, section.get("label")):
+                yield "evaluate.label", message, value
 
 
 def run(stage) -> dict:
     """Measure, print the table; returns the figures and their intervals."""
+
+    from pipelines.evaluation import figures, measure  # late: takes a second, and `check` does without
 
     settings = stage.section("evaluate")
     names = [name.removeprefix("stage:") for name in stage.sections["evaluate"].get("models", [])]

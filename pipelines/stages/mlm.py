@@ -23,7 +23,7 @@ from transformers import Trainer, set_seed
 
 from pipelines.data import mixing, streaming, token_file
 from pipelines.models import loading, tokenizer_setup
-from pipelines.training import arguments, best_checkpoint, loop, masked_words, raw_text, saving
+from pipelines.training import arguments, loop, masked_words, raw_text, saving
 from pipelines.training.trainer import ChainTrainer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,11 @@ DEFAULTS = {
 }
 USED = ("model_name_or_path", "model_revision", "tokenizer_name_or_path", "config", "dtype", "attn_implementation",
         "trust_remote_code")  # fmt: skip
+
+
+def reported(stage) -> tuple[str, ...]:
+    """What an evaluation reports; the first decides about the best model where the recipe names none."""
+    return ("loss", "accuracy", "pseudo_perplexity")
 
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
@@ -60,14 +65,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         yield "tokenizer.train", "has no [MASK] token; masked words need `wordpiece`", "bpe"
     if tokenizer.get("train") and tokenizer.get("vocab_size", 8192) < 200:
         yield "tokenizer.vocab_size", "WordPiece needs at least 200 entries", tokenizer["vocab_size"]
-    share = args.get("mlm_probability")
-    if share is not None and not 0 < share < 1:
-        yield "args.mlm_probability", "a share lies between 0 and 1 (BERT: 0.15)", share
     if args.get("max_length") is not None and args["max_length"] < 8:
         yield "args.max_length", "a window needs at least 8 tokens", args["max_length"]
-    yield from best_checkpoint.problems(
-        args, bool(stage.sections.get("data", {}).get("validation")), ("accuracy", "pseudo_perplexity")
-    )
 
 
 class MlmTrainer(masked_words.MaskedWordTrainer, ChainTrainer, Trainer):
@@ -79,7 +78,7 @@ def run(stage) -> dict:
 
     set_seed(stage.seed)
     section = stage.section("model")
-    args = arguments.build_args(stage, **DEFAULTS, **best_checkpoint.defaults(stage.sections.get("args", {})))
+    args = arguments.build_args(stage)
     with PartialState().main_process_first():
         tokenizer = raw_text.load_tokenizer(stage)
         separator = masked_words.edges(tokenizer)[1]

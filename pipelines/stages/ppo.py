@@ -15,7 +15,6 @@ run that goes wrong is told `pipelines/ppo/diagnosis.py`; docs/ppo.md explains a
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,13 +24,16 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
 
-from pipelines import IGNORE_INDEX, errors, files, launch
-from pipelines.data import fingerprint, mixing, token_file
+from pipelines import IGNORE_INDEX, errors, files, functions, launch
+from pipelines.data import fingerprint, mixing, sources, token_file
 from pipelines.errors import ModelError, SetupError
 from pipelines.models import adapters, chat_template, loading, scorers, tag_heads, tokenizer_setup
+from pipelines.ppo.checks import check_batch
 from pipelines.ppo.rewards import from_adapter, log_odds
-from pipelines.ppo.rollouts import prompt_limit
+from pipelines.ppo.rollouts import prompt_limit, unique
 from pipelines.ppo.trainer import PPOTrainer
+from pipelines.recipe import data_checks
+from pipelines.recipe.model_checks import named_models
 from pipelines.recipe.stage import label_problems
 from pipelines.training import arguments, loop, saving
 from pipelines.training.trainer import ChainTrainer
@@ -39,6 +41,14 @@ from pipelines.training.trainer import ChainTrainer
 logger = logging.getLogger(__name__)
 
 DEFAULTS = {"missing_eos_penalty": 1.0}
+
+
+def reported(stage) -> tuple[str, ...]:
+    """What an evaluation reports; the first decides about the best model where the recipe names none."""
+    reward = stage.sections.get("reward", {})
+    names = [name.rpartition("/")[2].removeprefix("stage:") for name in reward.get("models") or []]
+    names += [name.rpartition(":")[2] for name in reward.get("functions") or []]
+    return ("score", "kl", "ref_perplexity", "length", "eos_rate", *(f"reward/{name}" for name in unique(names)))
 
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
@@ -52,22 +62,23 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
             "cannot be used with reward.share_base: drop one of the two",
             reward["tag_penalties"],
         )
-    functions, models = reward.get("functions") or [], reward.get("models") or []
-    if not models and not functions:
+    named, models = reward.get("functions") or [], reward.get("models") or []
+    if not models and not named:
         yield "reward", "what is an answer worth? Give `models: [stage:NAME]` and/or `functions: [module:name]`", None
-    for i, name in enumerate(models):
+    scoring = (("reward", "classify"), "reward (or classify) stage")
+    yield from named_models(stage, kinds, "reward.models", models, *scoring)
+    critic = reward.get("critic")
+    if critic not in (None, "shared", model.get("model_name_or_path")) and not critic.endswith("/critic"):
+        yield from named_models(stage, kinds, "reward.critic", critic, *scoring)
+    for name in models:
         kind = kinds.get(name.removeprefix("stage:")) if name.startswith("stage:") else "reward"
-        if kind not in (None, "reward", "classify"):
-            yield f"reward.models[{i}]", f"must be a reward (or classify) stage, this one is of kind {kind}", name
         if kind == "classify":
             for message, value in label_problems(stage, name, reward.get("label")):
                 yield "reward.label", message, value
-    for i, name in enumerate(functions):
-        if ":" not in name:
-            yield f"reward.functions[{i}]", "is written package.module:function", name
+    for i, name in enumerate(named):
+        if wrong := functions.problem(name, **dict.fromkeys(_columns(stage), [])):
+            yield f"reward.functions[{i}]", wrong, name
     for tag, penalty in (reward.get("tag_penalties") or {}).items():
-        if penalty <= 0:
-            yield f"reward.tag_penalties.{tag}", "must be above 0: it is taken from the score", penalty
         for name in models:
             judge = stage.earlier.get(name.removeprefix("stage:")) if name.startswith("stage:") else None
             known = judge and (judge.sections.get("args", {}).get("tags") or [])
@@ -80,8 +91,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     if reward.get("tag_penalties") and not models:
         yield "reward.tag_penalties", "reward models tell tags: give reward.models", reward["tag_penalties"]
     weights = reward.get("weights")
-    if weights is not None and len(weights) != len(models) + len(functions):
-        yield "reward.weights", f"needs {len(models) + len(functions)} numbers: models first, then functions", weights
+    if weights is not None and len(weights) != len(models) + len(named):
+        yield "reward.weights", f"needs {len(models) + len(named)} numbers: models first, then functions", weights
     if reward.get("share_base"):
         yield from _unshared(stage, model, models, reward.get("critic"))
     if reward.get("label") and not models:
@@ -90,9 +101,29 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     if bool(args.get("ptx_coef")) != bool(ptx):
         missing = "args.ptx_coef" if ptx else "data.ptx"
         yield missing, "PPO-ptx needs both data.ptx (pretraining text) and args.ptx_coef above 0", None
+    known = arguments.problems(stage, hardware := arguments.expected_hardware())[0]
+    if known:
+        batch = known.per_device_train_batch_size * known.gradient_accumulation_steps * hardware.processes
+        try:
+            check_batch(batch, known.num_mini_batches, hardware.processes)
+        except SetupError as error:
+            yield "args.num_mini_batches", str(error), known.num_mini_batches
     for key in ("ptx_length", "ptx_batch_size"):
         if args.get(key) and not ptx:
             yield f"args.{key}", "is used only with data.ptx: drop this key", args[key]
+
+
+def _columns(stage) -> list[str]:
+    """What a reward function is called with, as far as the first row of each local source of prompts tells."""
+    section, columns = stage.sections.get("data", {}), []
+    for source in (
+        [] if list(data_checks.problems(section, stage.spec.rows, None, False)) else sources.sources(section, "train")
+    ):
+        if not source["path"].startswith("stage:") and sources.is_local(source["path"]):
+            columns += next((list(row) for _, row in sources.read(source)), [])
+    return list(
+        dict.fromkeys(["prompts", "completions", "completion_ids", "where", *(c for c in columns if c != "prompt")])
+    )
 
 
 def _unshared(stage, model: dict, models: list[str], critic: str | None) -> Iterator[tuple[str, str, object]]:
@@ -118,7 +149,7 @@ def run(stage) -> dict:
 
     set_seed(stage.seed)
     section, reward = stage.section("model"), stage.section("reward")
-    args = arguments.build_args(stage, **DEFAULTS)
+    args = arguments.build_args(stage)
     tokenizer = loading.load_tokenizer(section)
     policy = loading.load_model(section, "AutoModelForCausalLM")
     added = _template(policy, tokenizer, section)
@@ -146,8 +177,7 @@ def run(stage) -> dict:
         raise SetupError(f"reward.label: none of reward.models is a classifier with the label {reward.label!r}")
     start = reward.critic or _critic_start(funcs, tokenizers, reward.models or [], tokenizer, section)
     for name in reward.functions or []:
-        module, _, function = name.partition(":")
-        funcs.append(getattr(importlib.import_module(module), function))
+        funcs.append(functions.load(name))
         tokenizers.append(None)
     critic = _critic(start, section, reward, policy, tokenizer)
 

@@ -39,6 +39,11 @@ DEFAULTS = {
 }
 
 
+def reported(stage) -> tuple[str, ...]:
+    """What an evaluation reports; the first decides about the best model where the recipe names none."""
+    return ("loss", "perplexity")
+
+
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     """What is wrong with the stage as a whole: `(key path, message, value)`."""
     model, tokenizer = stage.sections.get("model", {}), stage.sections.get("tokenizer", {})
@@ -62,7 +67,7 @@ def run(stage) -> dict:
 
     set_seed(stage.seed)
     section = stage.section("model")
-    args = arguments.build_args(stage, **DEFAULTS)
+    args = arguments.build_args(stage)
     args.prediction_loss_only = True
     with PartialState().main_process_first():
         tokenizer = ready(stage, raw_text.load_tokenizer(stage))

@@ -15,7 +15,6 @@ Beside it stands `best.jsonl`, the winners as rows for sft (best of n): `data: {
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from pipelines import errors, files
+from pipelines import errors, files, functions
 from pipelines.data import mixing, sources
 from pipelines.data.rows import normalise
 from pipelines.errors import DataError, SetupError
@@ -44,8 +43,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
             "who ranks? Give `judgements: FILE.jsonl` (people) or `labeller: module:function` (a script)",
             None,
         )
-    if labeller and ":" not in labeller:
-        yield "rank.labeller", "is written package.module:function", labeller
+    if labeller and (wrong := functions.problem(labeller, "prompt", "completions")):
+        yield "rank.labeller", wrong, labeller
     if judgements and not judgements.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet")):
         yield "rank.judgements", "must be a .jsonl, .json or .parquet file (each also .gz)", judgements
     if stage.sections.get("data", {}).get("validation") is not None:
@@ -95,8 +94,7 @@ def winners(rankings: list[dict]) -> list[dict]:
 def scripted(labeller: str, samples: list[dict]) -> list[dict]:
     """A ranking of every sample by the function `package.module:name`."""
 
-    module, _, name = labeller.partition(":")
-    function, rows = getattr(importlib.import_module(module), name), []
+    function, name, rows = functions.load(labeller), labeller.partition(":")[2], []
     for sample in samples:
         ranks, tags = function(sample["prompt"], sample["completions"])
         row = {"prompt": sample["prompt"], "completions": sample["completions"], "ranks": ranks, "tags": tags}

@@ -35,7 +35,6 @@ from trl import RewardTrainer
 
 from pipelines import IGNORE_INDEX, errors
 from pipelines.data import encoded_rows, mixing
-from pipelines.evaluation.metrics import preference_metrics
 from pipelines.models import adapters, chat_template, loading, sharding, tag_heads, tokenizer_setup
 from pipelines.speed import fast_model, packed_attention
 from pipelines.training import arguments, loop, saving
@@ -54,14 +53,17 @@ DEFAULTS = {
 }
 
 
+def reported(stage) -> tuple[str, ...]:
+    """What an evaluation reports; the first decides about the best model where the recipe names none."""
+    return ("loss", "accuracy", "margin", "mean_score")
+
+
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     """What is wrong with the stage as a whole: `(key path, message, value)`."""
     model = stage.sections.get("model", {})
     if not model.get("model_name_or_path"):
         yield "model.model_name_or_path", "a reward model starts from a model: stage:NAME, a folder or a hub id", None
     args = stage.sections.get("args", {})
-    if (args.get("rank_margin") or 0) < 0:
-        yield "args.rank_margin", "must not be negative", args["rank_margin"]
     if len(set(args.get("tags") or [])) < len(args.get("tags") or []):
         yield "args.tags", "names a tag twice", args["tags"]
 
@@ -103,6 +105,8 @@ class RankingTrainer(ChainTrainer, RewardTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The training loss and the figures of `preference_metrics`, each ranking counted once at any world size."""
+        from pipelines.evaluation.metrics import preference_metrics  # late: takes a second, and `check` does without
+
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         collate = self.data_collator.collator
         was_training = self.model.training
@@ -120,10 +124,11 @@ class RankingTrainer(ChainTrainer, RewardTrainer):
 
 def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
+    from pipelines.evaluation.metrics import preference_metrics  # late: takes a second, and `check` does without
 
     set_seed(stage.seed)
     section = stage.section("model")
-    args = arguments.build_args(stage, **DEFAULTS)
+    args = arguments.build_args(stage)
     tags = args.tags or []
     tokenizer = loading.load_tokenizer(section)
     model = loading.load_model(

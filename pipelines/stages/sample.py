@@ -26,8 +26,9 @@ from accelerate.utils import broadcast_object_list
 from pipelines import IGNORE_INDEX, errors, files
 from pipelines.data import mixing
 from pipelines.generation import answers
+from pipelines.kinds import of_kind
 from pipelines.models import chat_template, loading
-from pipelines.recipe.stage import writer_problems
+from pipelines.recipe.model_checks import named_models
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +42,11 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
 
     sample, data = stage.sections.get("sample", {}), stage.sections.get("data", {})
     models, count = sample.get("models") or [], sample.get("completions", 4)
-    yield from writer_problems("sample.models", models, kinds)
-    if count < 2:
-        yield "sample.completions", "a ranking needs two answers or more", count
-    elif models and count % len(models):
+    if not models:
+        yield "sample.models", "needs at least one language model: stage:NAME, a folder or a hub id", None
+    yield from named_models(stage, kinds, "sample.models", models, of_kind(writes_text=True), "language model")
+    if models and count % len(models):
         yield "sample.completions", f"must be a multiple of {len(models)}, so that each model writes as many", count
-    for key in ("temperature", "response_length", "batch_size"):
-        if sample.get(key, 1) <= 0:
-            yield f"sample.{key}", "must be above 0", sample[key]
-    if not 0 < sample.get("top_p", 1.0) <= 1:
-        yield "sample.top_p", "must be above 0 and at most 1", sample["top_p"]
-    if sample.get("top_k", 0) < 0:
-        yield "sample.top_k", "must be 0 (all tokens) or more", sample["top_k"]
     if data.get("validation") is not None:
         yield "data.validation", "all prompts are answered: give them in data.train alone", data["validation"]
     if data.get("too_long") == "truncate":

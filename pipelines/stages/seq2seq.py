@@ -18,7 +18,6 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-import evaluate
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -28,7 +27,6 @@ from transformers import AutoConfig, DataCollatorForSeq2Seq, PreTrainedTokenizer
 from pipelines import IGNORE_INDEX, errors
 from pipelines.data import encoded_rows, fingerprint, mixing, train_tokenizer
 from pipelines.errors import ModelError
-from pipelines.evaluation.metrics import GENERATION
 from pipelines.generation.answers import read_generated
 from pipelines.models import loading
 from pipelines.training import arguments, best_checkpoint, loop, saving
@@ -50,10 +48,18 @@ USED = ("model_name_or_path", "model_revision", "tokenizer_name_or_path", "confi
         "trust_remote_code")  # fmt: skip
 
 
+def reported(stage) -> tuple[str, ...]:
+    """What an evaluation reports; the first decides about the best model where the recipe names none."""
+    if not stage.sections.get("args", {}).get("predict_with_generate", True):
+        return ("loss",)
+    names = stage.sections.get("task", {}).get("metrics", ["sacrebleu", "chrf"])
+    return ("loss", *(figure for name in names for figure in METRICS.get(name, ())), "ended")
+
+
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     """What is wrong with the stage as a whole: `(key path, message, value)`."""
 
-    model, tokenizer, task, args = (stage.sections.get(name, {}) for name in ("model", "tokenizer", "task", "args"))
+    model, tokenizer, task = (stage.sections.get(name, {}) for name in ("model", "tokenizer", "task"))
     for key in model.keys() - set(USED):
         yield f"model.{key}", "seq2seq trains all weights on plain text; drop this key", model[key]
     named = model.get("model_name_or_path") or model.get("tokenizer_name_or_path")
@@ -74,13 +80,6 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     for name in names:
         if name not in METRICS:
             yield "task.metrics", f"must be any of {', '.join(METRICS)}{errors.meant(name, METRICS)}", name
-    for key in ("max_source_length", "max_target_length"):
-        if args.get(key, 8) < 2:
-            yield f"args.{key}", "must be at least 2 tokens", args[key]
-    figures = tuple(figure for name in names for figure in METRICS.get(name, ()))
-    if not args.get("predict_with_generate", True):
-        figures = ()  # only the loss is there to choose from
-    yield from best_checkpoint.problems(args, bool(stage.sections.get("data", {}).get("validation")), figures)
 
 
 class TranslationTrainer(ChainTrainer, Seq2SeqTrainer):
@@ -131,7 +130,7 @@ def run(stage) -> dict:
 
     set_seed(stage.seed)
     section, task = stage.section("model"), stage.section("task")
-    args = arguments.build_args(stage, **DEFAULTS, **best_checkpoint.defaults(stage.sections.get("args", {})))
+    args = arguments.build_args(stage)
     with PartialState().main_process_first():
         tokenizer = load_tokenizer(stage, section)
     new = {} if section.model_name_or_path else new_settings(section.config, tokenizer)
@@ -293,6 +292,10 @@ class Measure:
     """`compute_metrics` of the Trainer: generated ids against the texts of the data; `generated` are the last texts."""
 
     def __init__(self, tokenizer, references: list[str], names: list[str]):
+
+        import evaluate  # late: takes a second, and `check` does without
+
+        from pipelines.evaluation.metrics import GENERATION
 
         self.tokenizer, self.references, self.generated = tokenizer, references, []
         self.combined = evaluate.combine([GENERATION[name]() for name in names])

@@ -50,6 +50,11 @@ NOT_HERE = {
 }
 
 
+def reported(stage) -> tuple[str, ...]:
+    """What an evaluation reports; the first decides about the best model where the recipe names none."""
+    return ("loss", "perplexity")
+
+
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     """What is wrong with the stage as a whole: `(key path, message, value)`."""
     for key, reason in NOT_HERE.items():
@@ -71,7 +76,7 @@ def run(stage) -> dict:
 
     set_seed(stage.seed)
     section = stage.section("model")
-    args = arguments.build_args(stage, **DEFAULTS)
+    args = arguments.build_args(stage)
     tokenizer = loading.load_tokenizer(section)
     model = loading.load_model(section, "AutoModelForCausalLM")
     added = tokenizer_setup.install_template(model, tokenizer, section.chat_template, section.chat_template_kwargs)

@@ -12,27 +12,37 @@ from transformers import EarlyStoppingCallback
 
 from pipelines import errors
 
-LOWER_IS_BETTER = ("loss", "mse", "perplexity")
+LOWER_IS_BETTER = ("loss", "mse", "perplexity", "kl")
+WITHOUT = (None, False, "no")  # values that ask for no evaluation
+PLATEAU = ("reduce_lr_on_plateau", "greedy")  # schedules that look at held-out rows
+
+
+def reported(stage) -> tuple[str, ...]:
+    """What evaluations of a stage report, without `eval_`; the first decides where the recipe names none."""
+    report = getattr(stage.module, "reported", None)  # a kind that reports only its loss has none
+    return report(stage) if report else ("loss",)
 
 
 def wanted(args: dict) -> bool:
     """Whether `args:` of a stage ask for the best model instead of the last."""
     patience, metric = args.get("early_stopping_patience"), args.get("metric_for_best_model")
-    return bool(args.get("load_best_model_at_end", patience is not None or metric is not None))
+    best = patience is not None or metric is not None or args.get("save_strategy") == "best"
+    return bool(args.get("load_best_model_at_end", best))
 
 
-def defaults(args: dict) -> dict:
-    """Defaults for `training.build_args`: evaluate and save at the same steps; the loss decides where nothing is named."""
-    if not wanted(args):
-        return {}
-    metric = args.get("metric_for_best_model") or "loss"
+def defaults(args: dict, metrics: tuple[str, ...]) -> dict:
+    """Defaults for `training.build_args`: evaluate and save at the same steps; `metrics[0]` decides if nothing is named."""
+    metric = args.get("metric_for_best_model") or metrics[0]
+    named = {"metric_for_best_model": metric, "greater_is_better": not metric.endswith(LOWER_IS_BETTER)}
+    if not wanted(args):  # a schedule that waits for a plateau looks at the metric, too
+        return named if "metric_for_best_model" in args or args.get("lr_scheduler_type") in PLATEAU else {}
     strategy = args.get("eval_strategy") or args.get("save_strategy") or "steps"
     steps = args.get("eval_steps") or args.get("save_steps") or 0.1
+    evaluate = "steps" if strategy == "best" else strategy
     return {
+        **named,
         "load_best_model_at_end": True,
-        "metric_for_best_model": metric,
-        "greater_is_better": not metric.endswith(LOWER_IS_BETTER),
-        "eval_strategy": "steps" if strategy == "best" else strategy,
+        "eval_strategy": evaluate,
         "save_strategy": strategy,
         "eval_steps": steps,
         "save_steps": steps,
@@ -42,36 +52,38 @@ def defaults(args: dict) -> dict:
 
 def problems(args: dict, has_validation: bool, metrics: tuple[str, ...]) -> Iterator[tuple[str, str, object]]:
     """`(key path, message, value)` of evaluation settings that cannot work; `metrics` are the names to choose from."""
-    keys = ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model", "eval_strategy")
-    for key in keys:
-        if not has_validation and args.get(key) not in (None, False, "no"):
+    for key in ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model", "eval_strategy",
+                "eval_on_start", "do_eval", "best_kl_cap"):  # fmt: skip
+        if not has_validation and args.get(key) not in WITHOUT:
             yield f"args.{key}", "needs held-out rows: set data.validation", args[key]
+    for key, values in (("save_strategy", ("best",)), ("lr_scheduler_type", PLATEAU)):
+        if not has_validation and args.get(key) in values:
+            yield f"args.{key}", "needs held-out rows: set data.validation", args[key]
+        elif args.get(key) in values and args.get("eval_strategy") == "no":
+            yield f"args.{key}", "needs evaluations: set eval_strategy to steps or epoch", args[key]
     name = args.get("metric_for_best_model")
-    known = ("loss", *metrics)
-    if name is not None and name.removeprefix("eval_") not in known:
-        yield "args.metric_for_best_model", f"must be one of {', '.join(known)}{errors.meant(name, known)}", name
-    patience = args.get("early_stopping_patience")
-    if patience is not None and patience < 1:
-        yield "args.early_stopping_patience", "must be at least 1 (or null: never stop early)", patience
-    if not (wanted(args) or patience is not None):
+    if name is not None and name.removeprefix("eval_") not in metrics:
+        text = f"must be one of {', '.join(metrics)}{errors.meant(name.removeprefix('eval_'), metrics)}"
+        yield "args.metric_for_best_model", f"{text}: that is what this stage reports", name
+    elif name is not None and args.get("greater_is_better") in (True, False):
+        lower = name.endswith(LOWER_IS_BETTER)
+        if args["greater_is_better"] == lower:
+            text = f"{name} is better when {'lower' if lower else 'higher'}: drop this key"
+            yield "args.greater_is_better", text, args["greater_is_better"]
+    if args.get("best_kl_cap") is not None and not wanted(args):
+        yield "args.best_kl_cap", "is used only with load_best_model_at_end: true", args["best_kl_cap"]
+    if not (wanted(args) or args.get("early_stopping_patience") is not None):
         return
     for key in ("eval_strategy", "save_strategy"):
         if args.get(key) == "no":
             yield f"args.{key}", "the best model is found by evaluating and saving: use steps or epoch", "no"
     evaluate, save = args.get("eval_strategy"), args.get("save_strategy")
     if evaluate and save and save not in (evaluate, "best"):
-        yield (
-            "args.save_strategy",
-            f"the best model must be saved when it is evaluated ({evaluate}); drop this key",
-            save,
-        )
+        text = f"the best model must be saved when it is evaluated ({evaluate}); drop this key"
+        yield "args.save_strategy", text, save
     if args.get("eval_steps") and args.get("save_steps") and args["eval_steps"] != args["save_steps"]:
-        at = args["eval_steps"]
-        yield (
-            "args.save_steps",
-            f"the best model must be saved when it is evaluated (every {at}); drop this key",
-            args["save_steps"],
-        )
+        text = f"the best model must be saved when it is evaluated (every {args['eval_steps']}); drop this key"
+        yield "args.save_steps", text, args["save_steps"]
 
 
 def callbacks(args) -> list:

@@ -177,7 +177,7 @@ def test_mistakes_are_found_before_anything_runs(recipe, write, tiny_gpt2):
     with pytest.raises(RecipeError) as error:
         load(recipe(stages))
     text = str(error.value)
-    for words in ["this stage is of kind reward", "no such file", "nothing to measure", "goes with prompts", "must be above 0", "at least one language model"]:  # fmt: skip
+    for words in ["this stage is of kind reward", "no such file", "nothing to measure", "goes with prompts", "must be at least 1", "at least one language model"]:  # fmt: skip
         assert words in text
     with pytest.raises(SetupError, match="nothing to measure"):
         evaluate.main([str(tiny_gpt2)])
@@ -196,7 +196,7 @@ def test_what_a_model_cannot_do_is_refused(recipe, write, tiny_gpt2, tiny_t5, cl
     }
     with pytest.raises(RecipeError) as error:
         load(recipe(stages))
-    for words in ["must be a classifier (classify), this stage is of kind sft", "must be a language model (pretrain, sft,", "must be 0 or above", "measure them apart"]:  # fmt: skip
+    for words in ["must be a classifier (classify), this stage is of kind sft", "must be a language model (pretrain, sft,", "must be at least 0", "measure them apart"]:  # fmt: skip
         assert words in str(error.value)
     for model, what, needed in [
         (tiny_gpt2, ["--labelled", labelled], "labelled needs a sequence classifier, and this is a GPT2LMHeadModel"),

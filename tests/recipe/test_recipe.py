@@ -1,8 +1,8 @@
 """A recipe's mistakes are all found at once, each with its line, key, value and fix."""
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -79,7 +79,7 @@ def test_all_problems_of_all_stages_at_once_with_lines(tmp_path, write):
 def test_a_key_that_stands_twice_is_an_error(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("stages:\n  a: {kind: sft}\n  a: {kind: sft}\n")
-    assert "line 3" in messages(path) and "twice" in messages(path)
+    assert "line 3" in messages(path) and "duplicate key" in messages(path)
 
 
 @pytest.mark.parametrize("text, words", [("a: [", "not YAML"), ("", "empty"), ("- 1\n", "mapping")])
@@ -153,10 +153,12 @@ def test_every_shipped_recipe_checks(path):
 def test_check_is_quick_and_help_needs_no_torch(recipe, write, tiny_gpt2):
     stage = stages(write("a.jsonl", ROWS))["sft"] | {"model": {"model_name_or_path": str(tiny_gpt2)}}
     path = recipe({f"s{i}": stage for i in range(7)})
-    start = time.process_time(), time.monotonic()
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "pipelines", "check", str(path)], capture_output=True, text=True)
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and "7 stages, no problems" in done.stdout, done.stderr
-    assert time.monotonic() - start[1] < 10  # the bar is 3 s on an idle machine: benchmarks/overhead.py measures it
+    seconds = end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
+    assert seconds < 15  # the bar is 5 s for eleven stages on an idle machine: benchmarks/overhead.py measures it
     code = "import sys; sys.argv = ['pipelines', '--help']\nimport pipelines.__main__ as m\ntry: m.entry()\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 

@@ -166,7 +166,7 @@ def test_accumulation_changes_nothing_and_the_weighted_loss_is_the_closed_form(r
     a, b = weights(whole), weights(split)
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
     assert first_loss(record) == pytest.approx(first_loss(record2), abs=1e-4)
-    untrained, _ = run(data, task, "untrained", per_device_train_batch_size=32, **common | {"learning_rate": 0.0})
+    untrained, _ = run(data, task, "untrained", per_device_train_batch_size=32, **common | {"learning_rate": 1e-30})
     _, logits = predict(untrained.folder, [r["text"] for r in train])
     labels = torch.tensor([r["label"] == "positive" for r in train]).long()
     counts = torch.bincount(labels).float()

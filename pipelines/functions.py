@@ -1,0 +1,60 @@
+"""Python functions that a recipe names as `package.module:function`: reward functions, labellers, judges."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+
+from pipelines.errors import SetupError, meant
+
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_function(name: str) -> bool:
+    """Whether `name` is written as `package.module:function`."""
+    return NAME.fullmatch(name) is not None
+
+
+def load(name: str) -> Callable:
+    """The function `package.module:function`; modules in the current folder are found, too. Raises `SetupError`."""
+    if not is_function(name):
+        raise SetupError("is written package.module:function")
+    module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:  # as with `python -m`: the installed command does not look there by itself
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # whatever the user's module raises when it is imported
+        missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(error.name or " ")
+        why = "there is no such module" if missing else f"importing it fails: {type(error).__name__}: {error}"
+        raise SetupError(
+            f"{module_name}: {why} (looked in {os.getcwd()} and in what is installed; paths are set with PYTHONPATH)"
+        ) from error
+    function = getattr(module, function_name, None)
+    if function is None:
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise SetupError(f"{module_name} has no {function_name}{meant(function_name, names)}")
+    if not callable(function):
+        raise SetupError(f"{function_name} in {module_name} is no function but {type(function).__name__}")
+    return function
+
+
+def problem(name: str, *arguments: str, **named: object) -> str | None:
+    """Why the function cannot be called with these arguments (`arguments` name the positional ones), or None."""
+    try:
+        function = load(name)
+        signature = inspect.signature(function)
+    except SetupError as error:
+        return str(error)
+    except ValueError:  # written in C: nothing is known about it
+        return None
+    try:
+        signature.bind(*arguments, **named)
+    except TypeError as error:
+        given = ", ".join([*arguments, *(f"{key}=…" for key in named)])
+        return f"cannot be called with ({given}): {error}. It is {function.__name__}{signature}"
+    return None
