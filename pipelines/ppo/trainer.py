@@ -1,12 +1,10 @@
 """PPOTrainer: rollout → score → advantages → epochs × minibatches → log → evaluate → save.
 
-What is global stays simple here: after scoring, every process gathers all rollouts of the batch (token ids
-and a few floats per token, small beside any model), so rewards, whitening, advantages and statistics are
-computed from the global batch by the same code on 1 and on N processes. Only the forwards and backwards are
-shared out.
-
-Nothing depends on a global random state: prompts, sampling and minibatches are drawn from generators seeded
-by (seed, position), so a resumed run continues with exactly what an uninterrupted one would have done.
+What is global stays simple here: after scoring, every process gathers all rollouts of the batch (token ids and a few
+floats per token, small beside any model), so rewards, whitening, advantages and statistics are computed from the global
+batch by the same code on 1 and on N processes. Only the forwards and backwards are shared out. Nothing depends on a
+global random state: prompts, sampling and minibatches are drawn from generators seeded by (seed, position), so a resumed
+run continues with exactly what an uninterrupted one would have done.
 
 The trainer holds a `RolloutMaker` (rollouts.py: sampling, scoring, vLLM) and a `Monitor` (monitoring.py: metrics, held-out
 figures, diagnosis, samples). Saving and loading two models is its base class's (base_trainer.py).
@@ -66,9 +64,8 @@ class PPOTrainer(TwoModelTrainer):
         reward_funcs: sequence-classification models with one label, and/or callables
             `(prompts, completions, **columns) -> list[float]`. These get the prompts as they are in the
             dataset, the completions as text, the dataset's other columns as lists, and `completion_ids`.
-        value_model: the critic, a causal `AutoModelForSequenceClassification` with one label that shares the
-            policy's token ids; usually a second copy of the reward model. Trained in place. "shared": a value
-            head on the policy's own trunk.
+        value_model: the critic, a causal `AutoModelForSequenceClassification` with one label that shares the policy's
+            token ids; usually a second copy of the reward model. Trained in place. "shared": a head on the policy's trunk.
         train_dataset, eval_dataset: column `prompt` (text or messages), any others go to the callables.
         processing_class: the policy's tokenizer.
         ptx_dataset: rows with `input_ids` of pretraining text for `ptx_coef`, EOS where a text ends.
