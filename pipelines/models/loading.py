@@ -350,6 +350,8 @@ def positions(model) -> int | None:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if limit is not None and limit < 1:  # XLNet says -1
+        return None
     # RoBERTa and its kin count positions from the padding id + 1, which they tell by their table's padding row.
     tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
     offset = max(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 LONGEST = 4  # tokens of a phrase
 KEPT = 256  # answers of the reference that are remembered
-RARE = 0.1  # the largest share of the reference's answers that a phrase may be in
+RARE = 0.05  # the largest share of the reference's answers that a phrase may be in
 
 
 @dataclass(frozen=True)
