@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipelines.commands import command_line, split_words
+from pipelines.planning.dialogue_rows import check_dialogues
 from pipelines.recipe import model_checks, recipe
 
 EXAMPLES = """
@@ -20,6 +21,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     names, overrides = split_words(args.words)
     loaded = recipe.load(args.recipe, overrides, ask_hub=not args.offline)
+    check_dialogues(loaded)
     for stage in [loaded[name] for name in names] or loaded.stages:
         base = stage.sections.get("model", {}).get("model_name_or_path") or ", ".join(stage.parents) or "a new model"
         print(f"  {stage.name:<12} {stage.kind:<9} from {base}  ->  {stage.folder}")

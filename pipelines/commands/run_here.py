@@ -11,6 +11,7 @@ from pipelines.chain import chain
 from pipelines.commands import split_words
 from pipelines.errors import ChainError, Interrupted, NotFinite
 from pipelines.files import storage_error
+from pipelines.planning.dialogue_rows import check_dialogues
 from pipelines.recipe import recipe
 from pipelines.recipe.problems import RecipeError
 from pipelines.recipe.stage import Recipe
@@ -26,6 +27,8 @@ def run(file: str, words: list[str], redo: list[str]) -> int:
     first = int(os.environ.get("RANK", "0")) == 0
     try:
         loaded = recipe.load(file, overrides, read_data=first, ask_hub=first)
+        if first:
+            check_dialogues(loaded)
     except RecipeError:
         if first:
             raise

@@ -122,6 +122,27 @@ def dialogue_of(row: dict) -> list[dict]:
     return prompt + [message for answer in answers for message in _completion(answer)]
 
 
+def check_row(tokenizer, row: dict) -> None:
+    """Raise `TemplateError`, which names the row, where the template refuses any of its dialogues or drops part of one."""
+    with naming(row):
+        if "completions" in row:
+            for answer in row["completions"]:
+                encode_answer(tokenizer, row["prompt"], answer, row.get("tools"))
+        elif "messages" in row or "completion" in row:
+            encode_dialogue(tokenizer, dialogue_of(row), row.get("tools"))
+        else:
+            encode_prompt(tokenizer, row["prompt"], row.get("tools"))
+
+
+def shape(row: dict) -> tuple:
+    """What of a row decides whether a template takes it: roles, the keys of messages, thoughts, tools."""
+    messages = tuple(
+        (m["role"], m.get("learn", True), "</think>" in (m.get("content") or ""), *sorted(k for k in SHOWN if m.get(k)))
+        for m in dialogue_of(row)
+    )
+    return messages, bool(row.get("tools"))
+
+
 def holds_control_text(tokenizer, row: dict) -> bool:
     """Whether a row's texts hold a control token's text, which they are then read without."""
     messages = [_shown(message) for message in dialogue_of(row)]
