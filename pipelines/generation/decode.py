@@ -22,6 +22,7 @@ from pipelines.speed.cpu_products import packed_products
 
 logger = logging.getLogger(__name__)
 
+CHECK = 8  # tokens after which an accelerator is asked which rows have ended: asking makes the host wait for it
 BLOCK = 128  # the vocabulary is summed in blocks of this many tokens before the cumulative sum
 
 
@@ -77,9 +78,10 @@ class Sampler:
 
     def __call__(self, logits: Tensor, step: int, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Tokens (b,) and their log-probs (b,) from logits (b, V) of the batch's `rows` at `step`."""
+        self.uniforms = self.uniforms.to(logits.device)
         probabilities = torch.softmax(logits.float() / self.temperature, -1)
         kept = truncate(probabilities, self.top_k, self.top_p)
-        tokens = inverse_cdf(kept, self.uniforms[rows, step].to(kept.device))
+        tokens = inverse_cdf(kept, self.uniforms[rows, step])
         return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
 
 
@@ -156,13 +158,15 @@ def lean_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sample
 
     What `generate` of transformers does, less what costs: keys and values are written into buffers that never
     grow, rows that have ended are dropped as soon as they are a quarter of the batch, and nothing but the
-    last logits is computed.
+    last logits is computed. On an accelerator the host waits for it every `CHECK` tokens and once at the end.
     """
     device, room = model.device, max(map(len, prompts)) + max_new_tokens
     ids, mask = left_padded(prompts, device)
     position = mask.cumsum(1).sub(1).clamp(min=0)
     mask = torch.cat([mask, mask.new_ones(len(ids), max_new_tokens)], 1)
     config = model.config.get_text_config()
+    every = 1 if device.type == "cpu" else CHECK
+    masks = device.type != "cpu" and takes_ready_masks(config)
     wide = device.type == "cpu" and config._attn_implementation == packed_attention.NAME
     cache = Cache(layers=[KVBuffer(room, wide) for _ in range(config.num_hidden_layers)])
     ends = torch.tensor(list(eos_token_ids), device=device)
@@ -174,7 +178,7 @@ def lean_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sample
         seen = room - max_new_tokens + step
         output = model(
             input_ids=ids,
-            attention_mask=mask[:, :seen],
+            attention_mask=ready_mask(mask[:, :seen], ids.shape[1]) if masks else mask[:, :seen],
             position_ids=position,
             use_cache=True,
             logits_to_keep=1,
@@ -183,15 +187,38 @@ def lean_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sample
         chosen, logprob = draw(output.logits[:, -1], step, rows)
         tokens[rows, step], logprobs[rows, step] = chosen, logprob
         ended |= torch.isin(chosen, ends)
-        gone = int(ended.sum())
-        if gone == len(rows):
-            break
         ids, position = chosen[:, None], position[:, -1:] + 1
-        if gone * 4 >= len(rows):
-            left = (~ended).nonzero().squeeze(1)
+        if (step + 1) % every or step + 1 == max_new_tokens:
+            continue
+        left = [row for row, gone in enumerate(ended.tolist()) if not gone]
+        if not left:
+            break
+        if len(left) * 4 <= len(rows) * 3:
+            left = torch.tensor(left, device=device)
             cache.batch_select_indices(left)
             ids, position, mask, rows, ended = (x[left] for x in (ids, position, mask, rows, ended))
-    return tokens.cpu(), logprobs.cpu()
+    found = torch.stack([tokens.double(), logprobs.double()]).cpu()  # both at once: exact, and one wait
+    return found[0].long(), found[1].float()
+
+
+def takes_ready_masks(config) -> bool:
+    """Whether the model attends as a mask (b, 1, queries, keys) says that is handed to it.
+
+    transformers makes such masks of (b, keys) itself, but asks the device each time whether all of it is 1. Flash
+    attention takes no mask, windows differ from layer to layer, and alibi is computed from the (b, keys) mask.
+    """
+    plain = config._attn_implementation in ("sdpa", packed_attention.NAME)
+    windows = getattr(config, "sliding_window", None) is not None or "sliding_attention" in (
+        getattr(config, "layer_types", None) or ()
+    )
+    return plain and not windows and not getattr(config, "alibi", False)
+
+
+def ready_mask(mask: Tensor, queries: int) -> Tensor:
+    """`mask` (b, keys) of the keys so far as (b, 1, queries, keys), True where the last `queries` of them may look."""
+    keys = mask.shape[1]
+    at = torch.arange(keys, device=mask.device)
+    return (mask[:, None, None, :] > 0) & (at <= at[keys - queries :, None])
 
 
 class KVBuffer(DynamicLayer):

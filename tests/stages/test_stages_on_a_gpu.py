@@ -1,0 +1,145 @@
+"""Every kind of stage on a simulated GPU: no tensor on the wrong device, no more waits and operators than are stated.
+
+The device is `simulated_gpu`'s; what a real one does beside that (speed, memory, kernels, NCCL) is not tested here.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import WORDS
+from simulated_gpu import simulated_gpu
+
+from pipelines.chain import chain
+from pipelines.generation import decode
+from pipelines.generation.decode import generate
+from pipelines.ppo import trainer as ppo_trainer
+from pipelines.recipe.recipe import load
+from pipelines.training.trainer import ChainTrainer
+
+PAIRS = [(a, b) for a in WORDS[:6] for b in WORDS[8:14]]
+LORA = {"use_peft": True, "lora_r": 2, "lora_alpha": 4}
+BERT = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2,
+        "intermediate_size": 16, "max_position_embeddings": 64}  # fmt: skip
+T5 = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+ARGS = {"global_batch_size": 8, "per_device_train_batch_size": 4, "max_steps": 4, "logging_steps": 2, "save_steps": 2}
+
+
+def reward(prompts, completions, **columns):
+    """Long answers are worth more."""
+    return [float(len(text)) for text in completions]
+
+
+def labeller(prompt, completions):
+    return [len(c) for c in completions], [["long"] if len(c) > 12 else [] for c in completions]
+
+
+def chains(write, base: str) -> dict[str, dict]:
+    """Recipes by name; together they have all kinds and what changes their path on a device."""
+    text = write("text.jsonl", [{"text": f"the {a} is {b} and {b} is not {a}"} for a, b in PAIRS])
+    asked = write("asked.jsonl", [{"prompt": f"what is {a} {b}", "completion": f"{a} is {b}"} for a, b in PAIRS])
+    ranked = write("ranked.jsonl", [{"prompt": f"what is {a}", "completions": [f"{a} is {b}", b, a], "ranks": [1, 2, 2],
+                                     "tags": [["rude"], [], []]} for a, b in PAIRS])  # fmt: skip
+    labelled = write("labelled.jsonl", [{"text": f"{a} is {b}", "label": int(b == WORDS[8])} for a, b in PAIRS])
+    translated = write("translated.jsonl", [{"source": f"{a} is {b}", "target": f"{b} {a}"} for a, b in PAIRS])
+    model, words = {"model_name_or_path": base}, {"train": "wordpiece", "vocab_size": 250}
+    plain = {**model, "chat_template": "plain"}
+    held_out = {"validation": 0.2}
+
+    def stage(kind, rows, args=None, **more):
+        return {"kind": kind, "model": model, "data": {"train": rows, **held_out}, "args": {**ARGS, **(args or {})}} | more
+
+    length = {"max_length": 32}
+    judge = stage("reward", ranked, {"tags": ["rude"], **length}, model=plain)
+    online = {"response_length": 8, "num_ppo_epochs": 2, "num_mini_batches": 1, "allow_no_eos": True, "max_steps": 2,
+              "allow_constant_scores": True, "eval_steps": 2, "save_steps": 1}  # fmt: skip
+    scored = {"functions": [f"{__name__}:reward"]}
+    ppo = stage("ppo", asked, online, model=plain, reward=scored)
+    both = {"model": {**plain, **LORA}}
+    return {
+        "pretrain": {"x": stage("pretrain", text, length)},
+        "pretrain streamed": {"x": stage("pretrain", text, length, data={"train": text, "streaming": True})},
+        "mlm": {"x": stage("mlm", text, length, model={"config": BERT}, tokenizer=words)},
+        "sft packed": {"x": stage("sft", asked, {"packing": True, "global_batch_size": 2, **length})},
+        "sft lora": {"x": stage("sft", asked, length, **both)},
+        "reward": {"x": stage("reward", ranked, length)},
+        "reward lora, tags": {"x": judge | both},
+        "classify": {
+            "m": stage("mlm", text, length, model={"config": BERT}, tokenizer=words),
+            "x": stage("classify", labelled, model={"model_name_or_path": "stage:m"}),
+        },
+        "classify a causal model": {"x": stage("classify", labelled)},
+        "seq2seq": {"x": stage("seq2seq", translated, model={"config": T5}, tokenizer={**words, "lowercase": True})},
+        "ppo": {"x": ppo},
+        "ppo reward model, tags, ptx": {
+            "j": judge,
+            "x": ppo | {"reward": {"models": ["stage:j"], "min_accuracy": 0.0, "tag_penalties": {"rude": 0.5}},
+                        "data": {"train": asked, "ptx": text}, "args": {**ppo["args"], "ptx_coef": 0.5, "ptx_length": 16}},
+        },
+        "ppo lora, critic shared": {"x": ppo | both | {"reward": {**scored, "critic": "shared"}}},
+        "ppo lora": {"x": ppo | both},
+        "ppo vllm": {"x": ppo | {"args": {**ppo["args"], "use_vllm": True}}},
+        "sample, rank, evaluate": {
+            "s": stage("sft", asked, length, model=plain),
+            "samples": {"kind": "sample", "data": {"train": asked},
+                        "sample": {"models": ["stage:s", base], "completions": 2, "response_length": 6}},
+            "rankings": {"kind": "rank", "rank": {"labeller": f"{__name__}:labeller"},
+                         "data": {"train": "stage:samples/samples.jsonl"}},
+            "x": {"kind": "evaluate", "evaluate": {"models": ["stage:s", base], "text": text, "prompts": asked,
+                                                   "judge": f"{__name__}:judge", "response_length": 6}},
+        },
+    }  # fmt: skip
+
+
+def judge(prompt, answer):
+    return float(len(answer))
+
+
+NAMES = list(chains(lambda name, rows: name, "base"))
+
+
+class Engine:
+    """In vLLM's place: it answers from the policy's own weights."""
+
+    def __init__(self, policy, *_):
+        self.policy = policy
+
+    def sync_weights(self):
+        """The weights are the policy's own."""
+
+    def generate(self, prompts, images, num_generations):
+        ids, _ = generate(self.policy, prompts, max_new_tokens=8, eos_token_ids=[0], seeds=list(range(len(prompts))))
+        return prompts, ids, None, None
+
+
+@pytest.fixture
+def run(recipe, write, tiny_gpt2, monkeypatch):
+    """`run(name)` runs one of `chains` on a simulated GPU; `(the SimulatedGPU, stage.json of its last stage)`."""
+    monkeypatch.setenv("PIPELINES_FAST_ENV", "0")
+
+    def run_(name):
+        loaded = load(recipe(chains(write, str(tiny_gpt2))[name]))
+        with pytest.MonkeyPatch.context() as patch, simulated_gpu(patch) as gpu:
+            gpu.watch(patch, ChainTrainer, "training_step")
+            gpu.watch(patch, decode, "lean_decode", "decode")
+            gpu.watch(patch, ppo_trainer.PPOTrainer, "_backward")
+            gpu.watch(patch, ppo_trainer.PPOTrainer, "_update")
+            gpu.watch(patch, ppo_trainer.PPOTrainer, "_rollout")
+            patch.setattr(ppo_trainer, "vllm_engine", Engine)
+            chain.run(loaded)
+        return gpu, json.loads((loaded["x"].folder / "stage.json").read_text())
+
+    return run_
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stage_runs_on_the_device(run, name):
+    gpu, final = run(name)
+    for phase, counts in gpu.counts.items():
+        print(phase, dict(counts))
+        for place, n in gpu.places[phase].most_common(12):
+            print("    ", n, place)
+    if "args" in final:
+        assert final["args"]["bf16"]
