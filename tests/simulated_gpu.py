@@ -37,7 +37,9 @@ VIEWS = set(
     "split_with_sizes _reshape_alias lift_fresh empty new_empty empty_like empty_strided new_empty_strided diagonal".split()
 )
 # Operators whose result has a size, or is a number, that the host must know.
-WAITS = set("_local_scalar_dense nonzero masked_select equal unique2 _unique2 unique_consecutive unique_dim bincount".split())
+WAITS = set(
+    "_local_scalar_dense nonzero masked_select equal unique2 _unique2 unique_consecutive unique_dim bincount".split()
+)
 INDEXED = set("index index_put _index_put_impl _unsafe_index _unsafe_index_put".split())
 
 
@@ -156,6 +158,7 @@ def simulated_gpu(monkeypatch, bf16: bool = True, devices: int = 1):
     _fake_cuda(monkeypatch, gpu, bf16, devices)
     _fake_tensors(monkeypatch, gpu)
     _fake_factories(monkeypatch, gpu)
+    _fake_groups(monkeypatch)
     _fake_autocast(monkeypatch)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     _forget()
@@ -216,7 +219,9 @@ def _fake_cuda(monkeypatch, gpu: SimulatedGPU, bf16: bool, devices: int) -> None
 
 
 def _fake_tensors(monkeypatch, gpu: SimulatedGPU) -> None:
-    plain = {name: getattr(torch.Tensor, name) for name in ("to", "cpu", "tolist", "numpy", "__array__", "__deepcopy__")}
+    plain = {
+        name: getattr(torch.Tensor, name) for name in ("to", "cpu", "tolist", "numpy", "__array__", "__deepcopy__")
+    }
     parse = torch._C._nn._parse_to
 
     def move(x: torch.Tensor, device) -> torch.Tensor:
@@ -281,8 +286,9 @@ def _fake_factories(monkeypatch, gpu: SimulatedGPU) -> None:
 
     def like(make):
         def call(self, *args, device=None, **kwargs):
-            out = make(self, *args, **kwargs)
-            return _place(out, on_gpu(self) if device is None else _is_cuda(device))
+            there = on_gpu(self) if device is None else _is_cuda(device)
+            kwargs |= {} if device is None else {"device": "cpu" if there else device}
+            return _place(make(self, *args, **kwargs), there)
 
         return call
 
@@ -297,6 +303,21 @@ def _fake_factories(monkeypatch, gpu: SimulatedGPU) -> None:
         monkeypatch.setattr(torch.Tensor, name, like(getattr(torch.Tensor, name)))
 
 
+def _fake_groups(monkeypatch) -> None:
+    """What optimizers and clipping sort by device, which is done below Python."""
+    real = torch.utils._foreach_utils._group_tensors_by_device_and_dtype
+
+    def group(*args, **kwargs):
+        groups = {}
+        for (device, dtype), (tensors, places) in real(*args, **kwargs).items():
+            there = next((on_gpu(x) for column in tensors for x in column if x is not None), False)
+            groups[CUDA if there else device, dtype] = tensors, places
+        return groups
+
+    for module in (torch.utils._foreach_utils, torch.nn.utils.clip_grad, torch.optim.optimizer):
+        monkeypatch.setattr(module, "_group_tensors_by_device_and_dtype", group)
+
+
 def _fake_autocast(monkeypatch) -> None:
     """Autocast of the GPU is the CPU's."""
     cpu = lambda kind: "cpu" if kind == "cuda" else kind  # noqa: E731
@@ -308,4 +329,6 @@ def _fake_autocast(monkeypatch) -> None:
     monkeypatch.setattr(torch.autocast, "__init__", begin)
     for name in ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled", "set_autocast_dtype"):
         real = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *args, real=real: real(*((cpu(args[0]), *args[1:]) if args else ("cpu",))))
+        monkeypatch.setattr(
+            torch, name, lambda *args, real=real: real(*((cpu(args[0]), *args[1:]) if args else ("cpu",)))
+        )

@@ -66,23 +66,29 @@ class Monitor:
         """
         mask, responses = rollouts.mask, len(rollouts.responses)
         each_kl = torch.where(mask, kl, 0.0).sum(1)
-        kl_of_answers = each_kl.mean().item()
         off = algorithm.masked_mean(returns - rollouts.values, mask)
         spread = algorithm.masked_var(returns, mask).sqrt().clamp(min=1e-8)
         tokens = sum(map(len, rollouts.responses))
-        metrics = {
-            "objective/kl": kl_of_answers,
-            "objective/kl_sem": each_kl.std(unbiased=False).item() / math.sqrt(responses),  # its standard error
-            "objective/entropy": torch.where(mask, -rollouts.logprobs, 0.0).sum(1).mean().item(),
-            "objective/non_score_reward": -kl_coef * kl_of_answers,
-            "objective/rlhf_reward": scores.mean().item() - kl_coef * kl_of_answers,
-            "objective/scores": scores.mean().item(),
-            "objective/scores_std": scores.std(unbiased=False).item(),
-            "objective/raw_scores": rollouts.scores.mean().item(),  # not normalised, clipped or less a penalty
-            "val/explained_variance": algorithm.explained_variance(rollouts.values, returns, mask).item(),
-            "val/bias": (off / spread).item(),
-            "val/num_eos_tokens": int(rollouts.ended.sum()),
-            "eos_rate": rollouts.ended.float().mean().item(),
+        found = _read(
+            {
+                "objective/kl": each_kl.mean(),
+                "objective/kl_sem": each_kl.std(unbiased=False),
+                "objective/entropy": torch.where(mask, -rollouts.logprobs, 0.0).sum(1).mean(),
+                "objective/scores": scores.mean(),
+                "objective/scores_std": scores.std(unbiased=False),
+                "objective/raw_scores": rollouts.scores.mean(),  # not normalised, clipped or less a penalty
+                "val/explained_variance": algorithm.explained_variance(rollouts.values, returns, mask),
+                "val/bias": off / spread,
+                "val/num_eos_tokens": rollouts.ended.sum(),
+                "eos_rate": rollouts.ended.float().mean(),
+            }
+        )
+        penalty = kl_coef * found["objective/kl"]
+        metrics = found | {
+            "objective/kl_sem": found["objective/kl_sem"] / math.sqrt(responses),  # the standard error of the mean
+            "objective/non_score_reward": -penalty,
+            "objective/rlhf_reward": found["objective/scores"] - penalty,
+            "val/num_eos_tokens": int(found["val/num_eos_tokens"]),
             "response_length": tokens / responses,
             "kl_coef": kl_coef,
         }
@@ -99,15 +105,18 @@ class Monitor:
         the mean over answers of log π/π_ref (nats); `ref_perplexity` is exp of the mean over tokens of −log π_ref:
         how fluent the reference finds the answers.
         """
-        kl = _kl(rollouts)[:n]
-        metrics = {
-            "score": rollouts.scores[:n].mean().item(),
-            "score_std": rollouts.scores[:n].std().item() if n > 1 else 0.0,
-            "kl": kl.mean().item(),
-            "ref_perplexity": math.exp(-algorithm.masked_mean(rollouts.ref_logprobs[:n], rollouts.mask[:n]).item()),
-            "length": sum(map(len, rollouts.responses[:n])) / n,
-            "eos_rate": rollouts.ended[:n].float().mean().item(),
-        }
+        scores = rollouts.scores[:n]
+        metrics = _read(
+            {
+                "score": scores.mean(),
+                "score_std": scores.std() if n > 1 else torch.zeros_like(scores[0]),
+                "kl": _kl(rollouts)[:n].mean(),
+                "ref_perplexity": algorithm.masked_mean(rollouts.ref_logprobs[:n], rollouts.mask[:n]),
+                "eos_rate": rollouts.ended[:n].float().mean(),
+            }
+        )
+        metrics["ref_perplexity"] = math.exp(-metrics["ref_perplexity"])
+        metrics["length"] = sum(map(len, rollouts.responses[:n])) / n
         for name, column in self._rewards(rollouts, n):
             metrics[f"reward/{name}"] = column.mean().item()
             metrics[f"reward/{name}_std"] = column.std().item() if len(column) > 1 else 0.0
@@ -127,7 +136,8 @@ class Monitor:
 
     def _rewards(self, rollouts: Rollouts, n: int) -> Iterator[tuple[str, Tensor]]:
         """The rewards that each function gave those of the first `n` answers it applies to, where there are any."""
-        columns = zip(self.names, rollouts.rewards[:n].T, rollouts.applies[:n].T, strict=True)
+        rewards, applies = rollouts.rewards[:n].cpu(), rollouts.applies[:n].cpu()
+        columns = zip(self.names, rewards.T, applies.T, strict=True)
         yield from ((name, column[applies]) for name, column, applies in columns if applies.any())
 
     def add_evaluation(self, metrics: dict[str, float], n: int) -> None:
@@ -169,7 +179,7 @@ class Monitor:
         path = Path(self.args.output_dir) / SAMPLES
         before = [row for row in files.read_rows(path) if row["step"] == 0 and row["split"] == split]
         kl = _kl(rollouts)[:count].tolist()
-        scores = rollouts.scores[:count].tolist()
+        scores, ended = rollouts.scores[:count].tolist(), rollouts.ended[:count].tolist()
         decode = self.tokenizer.decode
         completions = self.tokenizer.batch_decode(rollouts.responses[:count], skip_special_tokens=True)
         table = [f"{'score':>9} {'KL':>7}  {split} prompts … answers after update {step}"]
@@ -180,7 +190,7 @@ class Monitor:
         samples = []
         for i, completion in enumerate(completions):
             sample = {"step": step, "split": split, "prompt": decode(rollouts.prompts[i]), "completion": completion}
-            sample |= {"score": scores[i], "kl": kl[i], "ended": bool(rollouts.ended[i])}
+            sample |= {"score": scores[i], "kl": kl[i], "ended": ended[i]}
             if step > 0 and i < len(before) and before[i]["prompt"] == sample["prompt"]:
                 sample["first"] = {key: before[i][key] for key in ("completion", "score", "ended")}
             samples.append(sample)
@@ -201,6 +211,12 @@ class Monitor:
         self.unlogged.update(state["unlogged"])
         self.watch.load_state_dict(state["watch"])
         self.reference = state.get("reference", [])  # older checkpoints have none: their next answers stand for it
+
+
+def _read(figures: dict[str, Tensor]) -> dict[str, float]:
+    """Tensors of one element as numbers: the host waits for the device once."""
+    values = torch.stack([figure.float() for figure in figures.values()]).tolist()
+    return dict(zip(figures, values, strict=True))
 
 
 def _kl(rollouts: Rollouts) -> Tensor:

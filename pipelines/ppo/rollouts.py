@@ -48,6 +48,15 @@ class Rollouts:
     ended: Tensor  # (B,) True where the answer ends with EOS
     seconds: dict[str, float]  # per phase, on this process
 
+    def places(self, answers: list[int]) -> Tensor:
+        """Where the real tokens of `answers`, one answer after the other, are in a flattened (B, T): int64 (N,).
+
+        As `mask[answers]` says it, from lengths that the host knows: a mask would have to be waited for.
+        """
+        width = self.mask.shape[1]
+        places = torch.cat([torch.arange(i * width, i * width + len(self.responses[i])) for i in answers])
+        return places.to(self.mask.device)
+
 
 class RewardScorer:
     """The reward functions of a run, and what each of them gives an answer.

@@ -340,7 +340,7 @@ class PPOTrainer(TwoModelTrainer):
         advantages, returns = algorithm.gae(rewards, rollouts.values, mask, args.gamma, args.lam)
         advantages = algorithm.whiten(advantages, mask)
 
-        statistics, ptx_losses, grad_norms, stopped = [], [], [], False
+        statistics, ptx_losses, grad_norms, minibatches, stopped = [], [], [], [], False
         ptx = args.ptx_coef > 0 and self.state.global_step >= args.critic_warmup_steps
         first = None
         for epoch in range(args.num_ppo_epochs):
@@ -354,26 +354,30 @@ class PPOTrainer(TwoModelTrainer):
                     if stopped:
                         self.model_wrapped.zero_grad()
                         break
-                grad_norm = self._clip_gradients()
-                if not math.isfinite(grad_norm) and self.accelerator.scaler is None:  # fp16's scaler skips such steps
-                    what = f"the gradient norm is {grad_norm}"
-                    raise NotFinite(self._where(what, self.train_dataset, rollouts.rows, minibatch))
+                grad_norms.append(self._clip_gradients())
+                minibatches.append(minibatch)
                 self.optimizer.step()
                 self.model_wrapped.zero_grad()
                 statistics.append(stats)
-                grad_norms.append(grad_norm)
             if stopped:
                 break
-        self.kl_controller.update(torch.where(mask, kl, 0.0).sum(1).mean().item(), self.batch_size)
+        grad_norms = (
+            torch.stack([torch.as_tensor(n, device=mask.device) for n in grad_norms]).tolist() if statistics else []
+        )
+        bad = next((i for i, norm in enumerate(grad_norms) if not math.isfinite(norm)), None)
+        if bad is not None and self.accelerator.scaler is None:  # fp16's scaler skips such steps
+            what = f"the gradient norm is {grad_norms[bad]}"
+            raise NotFinite(self._where(what, self.train_dataset, rollouts.rows, minibatches[bad]))
 
         seconds = rollouts.seconds | {"update": time.perf_counter() - began}
         metrics = self.monitor.of_rollouts(rollouts, scores, kl, kl_coef, returns, seconds)
+        self.kl_controller.update(metrics["objective/kl"], self.batch_size)
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = (self.state.global_step + 1) * self.batch_size
         before = dict(zip(STATISTICS, self.accelerator.reduce(first, "sum").tolist(), strict=True))  # any step
         metrics["val/first_ratio_rms"] = math.sqrt(2 * before["policy/approxkl_avg"])  # of log π/π_old, ideally 0
         taken = self._order(0)[: self.mini_batch_size]  # if they were sampled from π, −log π is on average its entropy
-        surprise = -rollouts.logprobs[taken][mask[taken]]
+        surprise = -rollouts.logprobs.flatten()[rollouts.places(taken)]
         metrics["val/surprise_gap"] = surprise.mean().item() - before["policy/entropy_avg"]
         metrics["val/surprise_sem"] = surprise.std(unbiased=False).item() / math.sqrt(len(surprise))
         if ptx_losses:
@@ -425,19 +429,19 @@ class PPOTrainer(TwoModelTrainer):
         The loss is the mean over all tokens of the minibatch, on all processes and in all micro-batches; the
         statistics are this process's part of such means.
         """
-        args, accelerator, mask = self.args, self.accelerator, rollouts.mask
+        args, accelerator = self.args, self.accelerator
         warming_up = self.state.global_step < args.critic_warmup_steps
         policy_weight = 0.0 if warming_up else 1.0
-        tokens, bonus = int(mask[minibatch].sum()), args.entropy_coef > 0
+        tokens, bonus = sum(len(rollouts.responses[i]) for i in minibatch), args.entropy_coef > 0
         micros = self._micro_batches(rollouts, minibatch)
         stats = torch.zeros(len(STATISTICS), device=accelerator.device)
         for number, micro in enumerate(micros, 1):
             last = number == len(micros)
             accelerator.gradient_state._set_sync_gradients(last)  # as Trainer does; DeepSpeed then steps by itself
             share_gradients = last or self.is_deepspeed_enabled
-            chosen = mask[micro]  # (b, T); indexing with it gives the flat order (N,) of `collate`
+            places = rollouts.places(micro)  # the flat order (N,) of `collate`
             old_logprobs, old_values, ref_logprobs, advantage, target = (
-                x[micro][chosen]
+                x.flatten()[places]
                 for x in (rollouts.logprobs, rollouts.values, rollouts.ref_logprobs, advantages, returns)
             )
             batch = collate(

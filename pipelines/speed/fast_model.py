@@ -101,11 +101,14 @@ def _fuse(model) -> None:
             return self.unfused_forward(*args, **{k: v for k, v in extra.items() if v is not None}, **kwargs)
         kwargs["use_cache"] = False  # nothing generates from a forward with labels
         kwargs.pop("return_dict", None), kwargs.pop("logits_to_keep", None)
+        targets = kwargs["on_host"].targets if "on_host" in kwargs else None
         out = self.base_model(*args, **kwargs)
         hidden, labels = out.last_hidden_state[:, :-1], labels[:, 1:]
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(hidden.device)
-        loss = cross_entropy(hidden, head.weight, labels.to(hidden.device), head.bias, divisor=num_items_in_batch)
+        loss = cross_entropy(
+            hidden, head.weight, labels.to(hidden.device), head.bias, divisor=num_items_in_batch, targets=targets
+        )
         return CausalLMOutputWithPast(
             loss=loss, hidden_states=out.get("hidden_states"), attentions=out.get("attentions")
         )

@@ -90,11 +90,28 @@ class _Chunk:
 UNDERFLOW = 1e-30
 
 
-def _log_probability(chosen: torch.Tensor, hidden: torch.Tensor, target: torch.Tensor, chunk: _Chunk, temperature=1.0):
-    """log of the softmax's chosen probabilities (n,), exact even where they underflow (computed again).
+def _before_softmax(logits: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What `_log_probability` needs of logits (n, v) that softmax is about to overwrite: `(logit at - largest, its place)`.
 
-    Taking the log of the one entry needed saves the passes over the logits that a logsumexp costs.
+    None on a CPU, which may look at the probabilities instead.
     """
+    if logits.device.type == "cpu":
+        return None
+    top, where = logits.max(-1, keepdim=True)
+    return logits.gather(1, at) - top, where
+
+
+def _log_probability(probs, at, before, hidden: torch.Tensor, target: torch.Tensor, chunk: _Chunk, temperature=1.0):
+    """log of the softmax's probabilities (n,) at `at` (n, 1), exact even where they underflow.
+
+    Taking the log of the one entry needed saves the passes over the logits that a logsumexp costs. Where it underflowed
+    it is computed again; an accelerator, which would have to be waited for, takes the log of the largest probability,
+    which never underflows, and the distance to it.
+    """
+    if before is not None:
+        below, where = before
+        return (below + probs.gather(1, where).log())[:, 0]
+    chosen = probs.gather(1, at)[:, 0]
     log = chosen.log()
     lost = chosen < UNDERFLOW
     if lost.any():
@@ -123,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of valid rows x scale; the gradients are already there when backward comes."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, rows, train):
+    def forward(ctx, hidden, weight, bias, labels, scale, rows, train, learned):
         # needs_input_grad stays true under no_grad, hence `train`
         need_hidden, need_weight, need_bias = (train and need for need in ctx.needs_input_grad[:3])
         count, dtype = hidden.size(0), _compute_dtype(hidden)
@@ -138,13 +155,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 here = slice(start, start + rows)
                 part, target = x[here], labels[here]
                 for span, probs in chunk.pieces(part):
-                    torch.softmax(probs, -1, out=probs)
                     at = target[span, None]
-                    chosen = probs.gather(1, at)[:, 0]
-                    loss -= _log_probability(chosen, part[span], target[span], chunk).sum()
+                    before = _before_softmax(probs, at)
+                    torch.softmax(probs, -1, out=probs)
+                    log = _log_probability(probs, at, before, part[span], target[span], chunk)
+                    mine = None if learned is None else learned[here][span]
+                    loss -= (log if mine is None else log * mine).sum()
                     if need_hidden or need_weight or need_bias:
                         # d loss / d logits = softmax - onehot
                         _take_one_from(probs, at)
+                        if mine is not None:
+                            probs.mul_(mine[:, None])
                         if need_bias:
                             grad_bias += probs.sum(0)
                         chunk.put_back(span, probs)
@@ -173,7 +194,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for grad in grads:
                 if grad is not None:
                     grad.mul_(grad_loss)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -185,11 +206,13 @@ def linear_cross_entropy(
     reduction: str = "mean",
     divisor: float | torch.Tensor | None = None,
     rows: int | None = None,
+    targets: int | None = None,
 ) -> torch.Tensor:
     """`cross_entropy(linear(hidden, weight, bias), labels)` without the logits.
 
     Loss *and* gradients are computed chunk by chunk in the forward; backward only scales them, and runs once.
-    Rows whose label is `ignore_index` cost nothing. Products run in autocast's dtype (or that of `hidden`),
+    Rows whose label is `ignore_index` cost nothing, but on an accelerator that would have to be asked how many there are
+    (`targets` says it): there they are computed and weighed 0. Products run in autocast's dtype (or that of `hidden`),
     softmax, loss and the sums over chunks in float32. Under `no_grad` only the loss is computed.
 
     Args:
@@ -199,10 +222,10 @@ def linear_cross_entropy(
         bias: (v,) or None.
         ignore_index: label of rows left out.
         reduction: "mean" over the valid rows (0 where there is none, unlike torch's NaN) or "sum".
-        divisor: divide the sum by this instead, such as the valid rows of all processes and micro-batches;
-        the
+        divisor: divide the sum by this instead, such as the valid rows of all processes and micro-batches; the
             gradients are then scaled where it costs nothing. Overrides `reduction`.
         rows: rows per chunk; None picks a measured one.
+        targets: how many labels are not `ignore_index`, where the host knows it.
 
     Returns:
         float32 scalar in nats, differentiable even when every row is ignored (all gradients zero then).
@@ -216,17 +239,22 @@ def linear_cross_entropy(
         shapes = f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)}"
         raise ValueError(f"{shapes} do not belong together.")
     hidden, labels = hidden.reshape(-1, hidden.size(-1)), labels.reshape(-1)
-    valid = labels != ignore_index
-    count = int(valid.sum())
+    valid, learned = labels != ignore_index, None
+    waits = hidden.device.type != "cpu"
+    count = targets if waits else int(valid.sum())
     if count == 0:
         # A zero that reaches every input, so that DDP and backward() find what they expect
         return sum(x[:0].sum().float() for x in (hidden, weight, bias) if x is not None)
-    if count < labels.numel():
-        hidden, labels = hidden[valid], labels[valid]
+    if count is None:
+        learned, labels = valid.float(), labels.clamp(min=0)
+        count = learned.sum().clamp(min=1)
+    elif count < labels.numel():
+        chosen = torch.nonzero_static(valid, size=count)[:, 0] if waits else valid
+        hidden, labels = hidden[chosen], labels[chosen]
     rows = rows or chunk_rows(weight.size(0), hidden)
     divisor = (count if reduction == "mean" else 1.0) if divisor is None else divisor
     scale = 1.0 / divisor
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, scale, rows, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, scale, rows, torch.is_grad_enabled(), learned)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -252,8 +280,9 @@ class _LinearLogprobs(torch.autograd.Function):
                     at = labels[here, None]
                     if entropy:
                         logits = chunk.scratch[: probs.size(0)].copy_(probs)
+                    before = _before_softmax(probs, at)
                     torch.softmax(probs, -1, out=probs)
-                    log = _log_probability(probs.gather(1, at)[:, 0], part[span], labels[here], chunk, temperature)
+                    log = _log_probability(probs, at, before, part[span], labels[here], chunk, temperature)
                     logprob[here] = log
                     if entropy:
                         lse[here] = logits.gather(1, at)[:, 0] - log

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from pipelines.errors import CannotPack, SetupError
-from pipelines.speed.packing import pack, packed_positions
+from pipelines.speed.packing import OnHost, pack, packed_positions
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +42,27 @@ class PackedRows:
     masks: dict[int, torch.Tensor] = field(default_factory=dict)  # of blocks with branches, by their first slot
 
     @classmethod
-    def of(cls, cu_seq_lens: torch.Tensor, branches: torch.Tensor | None = None) -> PackedRows:
-        """The blocks for these seams (sequences + 1,). Reads them on the host: once per forward."""
-        device, seams = cu_seq_lens.device, cu_seq_lens.to("cpu", torch.int64)
-        lengths = seams.diff()
+    def of(
+        cls, cu_seq_lens: torch.Tensor, branches: torch.Tensor | None = None, on_host: OnHost | None = None
+    ) -> PackedRows:
+        """The blocks for these seams (sequences + 1,), once per forward. Without `on_host` the host waits for them."""
+        device = cu_seq_lens.device
+        lengths = cu_seq_lens.to("cpu", torch.int64).diff() if on_host is None else torch.tensor(on_host.lengths)
+        starts = lengths.cumsum(0) - lengths
         order = lengths.argsort(descending=True, stable=True)
-        lengths, starts = lengths[order], seams[:-1][order]
+        lengths, starts = lengths[order], starts[order]
         blocks = _blocks(lengths.tolist())
         widths = torch.tensor([length for count, length in blocks for _ in range(count)])
         base = widths.cumsum(0) - widths  # first slot of each sequence
         within = packed_positions(base, widths)
         slots = starts.repeat_interleave(widths) + torch.minimum(within, (lengths - 1).repeat_interleave(widths))
-        places = torch.empty(int(seams[-1]), dtype=torch.int64)
+        places = torch.empty(int(lengths.sum()), dtype=torch.int64)
         real = within < lengths.repeat_interleave(widths)
         places[slots[real]] = real.nonzero()[:, 0]
-        slots = slots.to(device)
+        together = torch.cat([slots, places, lengths]).to(device)  # in one copy
+        slots, places, lengths = together.split([len(slots), len(places), len(lengths)])
         branches = None if branches is None else branches[slots]
-        return cls(blocks, slots, places.to(device), lengths.to(device), branches)
+        return cls(blocks, slots, places, lengths, branches)
 
     def branch_mask(self, slot: int, count: int, length: int) -> torch.Tensor:
         """Who sees whom in the block of `count` sequences that begins at `slot`: (count, 1, length, length), True attends."""
@@ -209,12 +213,14 @@ def _before_forward(backbone, args, kwargs):
     seams = kwargs.get("cu_seq_lens_q")
     if seams is None:
         return None
+    kwargs = dict(kwargs)
+    on_host = kwargs.pop("on_host", None)
     if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
         raise SetupError(
             "a packed forward cannot continue a KV cache: drop past_key_values (cache since transformers 5.24)."
         )
-    rows = PackedRows.of(seams, kwargs.pop("branches", None))
-    kwargs = {**kwargs, "packed_rows": rows, "use_cache": False}  # a cache mixes the sequences up
+    rows = PackedRows.of(seams, kwargs.pop("branches", None), on_host)
+    kwargs |= {"packed_rows": rows, "use_cache": False}  # a cache mixes the sequences up
     # Left alone, transformers would build a tokens x tokens mask from the positions. It passes 4-D masks on
     # as they are; an empty one cannot be used by mistake.
     kwargs["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=seams.device)
@@ -329,6 +335,7 @@ def enable_packed_scores(model) -> bool:
     enable_packed_attention(model)
     model.unpacked_forward = model.forward  # an attribute, so that deepcopy binds it to the copy
     wanted = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "branches")
+    wanted += ("on_host",)
 
     @functools.wraps(type(model).forward)
     def forward(self, *args, last=None, **kwargs):

@@ -7,11 +7,20 @@ are those of transformers' flash-attention path, so the same batch serves both).
 from __future__ import annotations
 
 import bisect
+from dataclasses import dataclass
 
 import torch
 
 from pipelines import IGNORE_INDEX
 from pipelines.errors import SetupError
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """What the host knows of a packed batch, so that it need not ask, and wait for, the device that the batch goes to."""
+
+    lengths: tuple[int, ...]  # tokens of each sequence
+    targets: int  # labels that are learned
 
 
 def plan_packs(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -52,7 +61,7 @@ def plan_packs(lengths: list[int], capacity: int) -> list[list[int]]:
     return packs
 
 
-def pack(sequences: list[list[int]], labels: list[list[int]] | None = None) -> dict[str, torch.Tensor | int]:
+def pack(sequences: list[list[int]], labels: list[list[int]] | None = None) -> dict[str, torch.Tensor | int | OnHost]:
     """Lay sequences end to end in one row, under the names transformers gives to packed batches.
 
     Args:
@@ -61,8 +70,8 @@ def pack(sequences: list[list[int]], labels: list[list[int]] | None = None) -> d
 
     Returns:
         input_ids, labels, position_ids: (1, tokens) int64; cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,)
-        int32; max_length_q, max_length_k: int. The first token of each sequence is never a target: nothing
-        precedes it.
+        int32; max_length_q, max_length_k: int; on_host: `OnHost`. The first token of each sequence is never a target:
+        nothing precedes it.
 
     Raises:
         ValueError: no or empty sequences, or labels that do not fit them.
@@ -86,7 +95,7 @@ def pack_branches(groups: list[list[list[int]]], share: bool = True) -> dict[str
     as if it stood by itself (tests/test_packing.py). With `share` False each member is a sequence of its own.
 
     Returns:
-        `input_ids`, `position_ids`, `cu_seq_lens_*` and `max_length_*` as `pack`; `last` (members,) int64, the place of
+        `input_ids`, `position_ids`, `cu_seq_lens_*`, `max_length_*` and `on_host` as `pack`; `last` (members,) int64, the place of
         each member's last token; and with `share` `branches` (tokens,) int64, 0 in the beginning of a group, 1, 2, … in
         its members.
     """
@@ -132,6 +141,7 @@ def _packed_batch(ids: torch.Tensor, targets: torch.Tensor, lengths: torch.Tenso
         "cu_seq_lens_k": seams,
         "max_length_q": longest,
         "max_length_k": longest,
+        "on_host": OnHost(tuple(lengths.tolist()), int((targets != IGNORE_INDEX).sum())),
     }
 
 

@@ -85,23 +85,31 @@ class RankingTrainer(ChainTrainer, RewardTrainer):
         loss = ranking_loss(better, worse, wanted["weight"], center, wanted["margin"])
         return loss + tag_heads.loss(logits[:, 1:], wanted["tags"]) if wanted["tags"].numel() else loss
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._figures = []  # of the micro-batches since the last log: (processes, 4) each, on the device
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         wanted = {name: inputs.pop(name) for name in ("better", "worse", "weight", "margin", "tags")}
         outputs = model(**inputs, use_cache=False)
         loss = self.loss_of(outputs.logits, wanted)
         tokens = (inputs["attention_mask"] if "attention_mask" in inputs else inputs["position_ids"] >= 0).sum()
-        self._total_train_tokens += self.accelerator.gather(tokens).sum().item()
         scores = outputs.logits[:, 0].detach()
         margin = scores[wanted["better"]] - scores[wanted["worse"]]
-        batch = {
-            "accuracy": (wanted["weight"] * (margin > 0)).sum(),
-            "margin": (wanted["weight"] * margin).sum(),
-            "mean_reward": scores.mean(),
-        }
-        for name, value in batch.items():
-            self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        accuracy, distance = (wanted["weight"] * (margin > 0)).sum(), (wanted["weight"] * margin).sum()
+        figures = torch.stack([x.double() for x in (tokens, accuracy, distance, scores.mean())])
+        self._figures.append(self.accelerator.gather(figures[None]))
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        """As TRL's, with what `compute_loss` left on the device read only now: reading makes the host wait for it."""
+        if self._figures and self.model.training:
+            figures, self._figures = torch.stack(self._figures), []  # (micro-batches, processes, 4)
+            self._total_train_tokens += int(figures[..., 0].sum())
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            for name, values in zip(("accuracy", "margin", "mean_reward"), figures[..., 1:].mean(1).T.tolist()):
+                self._metrics["train"][name] += values
+        super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The training loss and the figures of `preference_metrics`, each ranking counted once at any world size."""

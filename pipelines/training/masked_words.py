@@ -112,9 +112,14 @@ def word_offsets(starts: torch.Tensor) -> np.ndarray:
 
 
 def stack(items: list[dict]) -> dict[str, torch.Tensor]:
-    """Items -> `{"input_ids", "labels"}` (rows, context) int64 and `row` (rows,)."""
+    """Items -> `{"input_ids", "labels"}` (rows, context), `hidden` (words,), where the labels are, and `row` (rows,): int64."""
     batch = {key: torch.stack([item[key] for item in items]) for key in ("input_ids", "labels")}
-    return {**batch, "row": torch.tensor([item["row"] for item in items])}
+    return {**batch, "hidden": places(batch["labels"]), "row": torch.tensor([item["row"] for item in items])}
+
+
+def places(labels: torch.Tensor) -> torch.Tensor:
+    """Where labels (rows, context), laid end to end, are to be learned: int64 (words,). Of labels on the host."""
+    return (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
 
 
 class MaskedWordTrainer:
@@ -133,18 +138,18 @@ class MaskedWordTrainer:
         self.model.get_output_embeddings().register_forward_pre_hook(self._pick)
 
     def _pick(self, module, inputs):
-        return inputs if self._hidden is None else (inputs[0][self._hidden], *inputs[1:])
+        return inputs if self._hidden is None else (inputs[0].flatten(0, 1)[self._hidden], *inputs[1:])
 
     def _logits(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Float32 logits (hidden words, vocabulary) and their labels (hidden words,)."""
-        self._hidden = inputs["labels"] != IGNORE_INDEX
+        self._hidden = inputs["hidden"]
         try:
-            logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+            logits = model(**{k: v for k, v in inputs.items() if k not in ("labels", "hidden")}).logits
         finally:
             hidden, self._hidden = self._hidden, None
         if logits.dim() == 3:  # MobileBERT multiplies by the embeddings without calling them: nothing was picked
-            logits = logits[hidden]
-        return logits.float(), inputs["labels"][hidden]
+            logits = logits.flatten(0, 1)[hidden]
+        return logits.float(), inputs["labels"].flatten()[hidden]
 
     def _get_num_items_in_batch(self, batch_samples, device):
         count = sum(batch["labels"].ne(IGNORE_INDEX).sum() for batch in batch_samples)
@@ -173,7 +178,7 @@ class MaskedWordTrainer:
             mine = range(state.process_index + start * state.num_processes, len(dataset), state.num_processes)[:size]
             batch = self.data_collator([dataset[i] for i in mine or [0]])
             if not mine:
-                batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+                batch["hidden"] = batch["hidden"][:0]
             with torch.no_grad(), self.compute_loss_context_manager():
                 logits, labels = self._logits(model, self._prepare_inputs(batch))
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

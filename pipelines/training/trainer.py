@@ -21,6 +21,8 @@ from pipelines.models import sharding
 from pipelines.training import checkpoints
 from pipelines.training.saving import untied
 
+UNSEEN = 64  # losses and norms that an accelerator is asked about at once, at most
+
 
 class GlobalOrder(Sampler):
     """Row indices of one epoch, shuffled by (seed, epoch) alone and cut to whole global batches.
@@ -71,6 +73,7 @@ class ChainTrainer:
     stream = None
     structure = None  # of a model with adapters, before it was cut into shards
     seconds_before = 0.0  # spent in earlier launches of this training
+    _unseen: list = []  # losses and norms not looked at yet, with their rows and step; replaced, never added to
     _to_come: int | None = None  # rows of all processes that an evaluation under way has not seen yet
 
     def get_train_dataloader(self):
@@ -111,6 +114,7 @@ class ChainTrainer:
             kwargs["epoch"] = kwargs["epochs_trained"] = self.state.global_step / self.state.max_steps
         kwargs["start_time"] -= self.seconds_before
         super()._run_epoch(*args, **kwargs)
+        self._look()
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         return super()._finalize_training(trial, num_train_samples, start_time - self.seconds_before)
@@ -147,23 +151,40 @@ class ChainTrainer:
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss).all():
-            raise NotFinite(self._explain("the loss", loss.item()))
+        self._note("the loss", loss.detach())
         return loss
 
     def _get_grad_norm(self, *args, **kwargs):
         norm = super()._get_grad_norm(*args, **kwargs)
-        scaled = self.accelerator.scaler is not None  # fp16 overflows are skipped by the scaler
-        if norm is not None and not scaled and not np.isfinite(float(norm)):
-            raise NotFinite(self._explain("the gradient norm", float(norm)))
+        if norm is not None and self.accelerator.scaler is None:  # fp16 overflows are skipped by the scaler
+            self._note("the gradient norm", norm)
         return norm
 
-    def _explain(self, what: str, value: float) -> str:
-        rows = getattr(self, "_rows", None)
-        names = [self.where[int(i)] for i in rows] if rows is not None and self.where else []
+    def _note(self, what: str, value: torch.Tensor | float) -> None:
+        """Look at a number that must be finite: on an accelerator later, because looking makes the host wait for it."""
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        self._unseen = [*self._unseen, (what, value, getattr(self, "_rows", None), self.state.global_step + 1)]
+        if not isinstance(value, torch.Tensor) or value.device.type == "cpu" or len(self._unseen) >= UNSEEN:
+            self._look()
+
+    def _look(self) -> None:
+        """Raise `NotFinite` for the first of the numbers not looked at yet that is not finite."""
+        unseen, self._unseen = self._unseen, []
+        values = [torch.as_tensor(value, device=self.args.device).float() for _, value, *_ in unseen]
+        for (what, _, rows, step), value in zip(unseen, torch.stack(values).tolist() if values else (), strict=True):
+            if not np.isfinite(value):
+                raise NotFinite(self._explain(what, value, rows, step))
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self._look()  # nothing of a model that is broken is logged as if it were not, or saved
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _explain(self, what: str, value: float, rows: torch.Tensor | None, step: int) -> str:
+        names = [self.where[i] for i in rows.tolist()] if rows is not None and self.where else []
         flat = [n for name in names for n in (name if isinstance(name, list) else [name])]
         return (
-            f"{what} is {value} at step {self.state.global_step + 1}.\n"
+            f"{what} is {value} at step {step}.\n"
             f"  rows of this batch: {', '.join(flat[:16]) or 'not recorded'}{' …' if len(flat) > 16 else ''}\n"
             f"  last good checkpoint: {self._last() or 'none yet'}\n"
             "  usual causes: a learning rate that is too high, fp16 overflow (use bf16 or fp32), a broken row"
