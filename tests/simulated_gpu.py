@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import sys
 import traceback
 import types
 from pathlib import Path
@@ -314,8 +315,8 @@ def _fake_groups(monkeypatch) -> None:
             groups[CUDA if there else device, dtype] = tensors, places
         return groups
 
-    for module in (torch.utils._foreach_utils, torch.nn.utils.clip_grad, torch.optim.optimizer):
-        monkeypatch.setattr(module, "_group_tensors_by_device_and_dtype", group)
+    for module in ("torch.utils._foreach_utils", "torch.nn.utils.clip_grad", "torch.optim.optimizer"):
+        monkeypatch.setattr(sys.modules[module], "_group_tensors_by_device_and_dtype", group)
 
 
 def _fake_autocast(monkeypatch) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import types
 
 import torch
+from transformers import masking_utils
 
 from pipelines.speed.fused_head import linear_cross_entropy
 
@@ -102,7 +104,9 @@ def _fuse(model) -> None:
         kwargs["use_cache"] = False  # nothing generates from a forward with labels
         kwargs.pop("return_dict", None), kwargs.pop("logits_to_keep", None)
         targets = kwargs["on_host"].targets if "on_host" in kwargs else None
-        out = self.base_model(*args, **kwargs)
+        alone = head.weight.device.type != "cpu" and kwargs.get("position_ids") is None
+        with one_sequence_per_row(self.base_model) if alone else contextlib.nullcontext():
+            out = self.base_model(*args, **kwargs)
         hidden, labels = out.last_hidden_state[:, :-1], labels[:, 1:]
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(hidden.device)
@@ -114,6 +118,23 @@ def _fuse(model) -> None:
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+@contextlib.contextmanager
+def one_sequence_per_row(backbone):
+    """For forwards without `position_ids`, whose rows are whole windows or have seams: nothing is asked of the device.
+
+    transformers looks for further sequences in the positions that it has just made itself, and for padding to warn of;
+    each time an accelerator has to be waited for.
+    """
+    find, warn = masking_utils.find_packed_sequence_indices, "warn_if_padding_and_no_attention_mask"
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    vars(backbone)[warn] = lambda *_: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
+        del vars(backbone)[warn]
 
 
 def fast_model(model) -> None:

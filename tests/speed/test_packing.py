@@ -33,7 +33,7 @@ from pipelines import IGNORE_INDEX
 from pipelines.speed import packed_attention
 from pipelines.speed.fast_model import fast_model, fuse_loss
 from pipelines.speed.packed_attention import PackedRows, _attention_by_products, enable_packed_attention
-from pipelines.speed.packing import PackedCollator, pack, plan_packs
+from pipelines.speed.packing import OnHost, PackedCollator, pack, plan_packs
 
 V = 61
 
@@ -450,6 +450,7 @@ def test_collator_reads_trl_packs_and_drops_other_columns():
 def test_collator_equals_pack():
     seqs = sequences([5, 3, 7])
     ours, theirs = PackedCollator()([{"input_ids": s, "labels": s} for s in seqs]), pack(seqs)
+    assert ours.pop("on_host") == theirs.pop("on_host") == OnHost((5, 3, 7), 4 + 2 + 6)
     for name, value in theirs.items():
         assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(value)), name
 

@@ -39,7 +39,7 @@ def labeller(prompt, completions):
 
 def chains(write, base: str) -> dict[str, dict]:
     """Recipes by name; together they have all kinds and what changes their path on a device."""
-    text = write("text.jsonl", [{"text": f"the {a} is {b} and {b} is not {a}"} for a, b in PAIRS])
+    text = write("text.jsonl", [{"text": f"the {a} is {b} and {b} is not {a}"} for a, b in PAIRS * 8])
     asked = write("asked.jsonl", [{"prompt": f"what is {a} {b}", "completion": f"{a} is {b}"} for a, b in PAIRS])
     ranked = write("ranked.jsonl", [{"prompt": f"what is {a}", "completions": [f"{a} is {b}", b, a], "ranks": [1, 2, 2],
                                      "tags": [["rude"], [], []]} for a, b in PAIRS])  # fmt: skip
@@ -77,7 +77,7 @@ def chains(write, base: str) -> dict[str, dict]:
             "x": stage("classify", labelled, model={"model_name_or_path": "stage:m"}),
         },
         "classify a causal model": {"x": stage("classify", labelled)},
-        "seq2seq": {"x": stage("seq2seq", translated, model={"config": T5}, tokenizer={**words, "lowercase": True})},
+        "seq2seq": {"x": stage("seq2seq", translated, {"max_target_length": 8}, model={"config": T5}, tokenizer={**words, "lowercase": True})},
         "ppo": {"x": ppo},
         "ppo reward model, tags, ptx": {
             "j": judge,
@@ -148,13 +148,21 @@ def run(recipe, write, tiny_gpt2, monkeypatch):
     return run_
 
 
-# Operators on the device: of a training step (of one micro-batch), of a decoded token of the two layers that `tiny_gpt2`
-# has, of the update of one PPO minibatch. What a new version of PyTorch or transformers adds is looked at, then put here.
+# Operators on the device, at most: of a training step (of one micro-batch), of the update of one PPO minibatch, and of
+# one decoded token, all of models with one or two layers. Each is what it is now and a tenth more. What a new version of
+# PyTorch or transformers adds is looked at, then put here.
 STEP = {
-    "pretrain": 0, "pretrain streamed": 0, "mlm": 0, "sft packed": 0, "sft lora": 0, "reward": 0,
-    "reward lora, tags": 0, "classify": 0, "classify a causal model": 0, "seq2seq": 0,
+    "pretrain": 200, "pretrain streamed": 200, "mlm": 200, "sft packed": 185, "sft lora": 180, "reward": 235,
+    "reward lora, tags": 230, "classify": 200, "classify a causal model": 210, "seq2seq": 575,
 }  # fmt: skip
-TOKEN, MINIBATCH = 0, 0
+MINIBATCH = {
+    "ppo": 940,
+    "ppo reward model, tags, ptx": 975,
+    "ppo lora, critic shared": 575,
+    "ppo lora": 840,
+    "ppo vllm": 945,
+}
+TOKEN = {"ppo": 90, "ppo reward model, tags, ptx": 90, "ppo lora, critic shared": 120, "ppo lora": 120, "ppo vllm": 85}
 # Where batches are padded transformers itself asks, in every forward, whether the mask is all 1.
 ASKED_BY_TRANSFORMERS = {"classify": 2, "classify a causal model": 2, "seq2seq": 4}
 
@@ -163,17 +171,20 @@ ASKED_BY_TRANSFORMERS = {"classify": 2, "classify a causal model": 2, "seq2seq":
 def test_a_stage_runs_on_the_device(run, name):
     """It raises nothing of what a GPU raises; and it neither waits nor computes more than it should."""
     gpu, final = run(name)
-    for phase, counts in gpu.counts.items():
-        print(phase, dict(counts), {k: counts[k] / counts["calls"] for k in counts if counts["calls"]})
-        for place, n in gpu.places[phase].most_common(8):
-            print("    ", n, place)
-    print(gpu.at_step)
-    if "args" in final and final["kind"] != "evaluate":
+    if final["kind"] != "evaluate":
         assert final["args"]["bf16"]
     if name in STEP:
         quiet = gpu.at_step[3] - gpu.at_step[1]  # two steps without log, evaluation or checkpoint
         assert quiet == 2 * ASKED_BY_TRANSFORMERS.get(name, 0), gpu.places
-    for phase in ("_backward", "decode"):
-        counts = gpu.counts[phase]
-        assert counts["wait"] <= (0 if phase == "_backward" else counts["calls"]), gpu.places[phase]
-    assert gpu.counts["_update"]["wait"] <= 9 * gpu.counts["_update"]["calls"], gpu.places["_update"]
+        assert per_call(gpu, "training_step", "operators") <= STEP[name]
+    if final["kind"] == "ppo":
+        assert gpu.counts["_backward"]["wait"] == 0, gpu.places["_backward"]
+        assert per_call(gpu, "_backward", "operators") <= MINIBATCH[name]
+        assert per_call(gpu, "_update", "wait") <= 9, gpu.places["_update"]  # metrics, once an update
+        assert per_call(gpu, "decode", "operators") / 8 <= TOKEN[name]
+    assert per_call(gpu, "decode", "wait") <= 1, gpu.places["decode"]  # eight tokens each
+
+
+def per_call(gpu, phase, kind):
+    """How many of `kind` there were in each call of what is watched as `phase`."""
+    return gpu.counts[phase][kind] / max(gpu.counts[phase]["calls"], 1)
