@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import peft
+import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.base_trainer import _BaseTrainer
@@ -91,13 +92,14 @@ class TwoModelTrainer(_BaseTrainer):
             for place in (folder,) if isinstance(self.critic, ValueHead) else (folder, folder / "critic"):
                 self.processing_class.save_pretrained(place)
 
-    def _clip_gradients(self) -> Tensor | float:
+    def _clip_gradients(self) -> Tensor:
         """Clip the gradients of both models together to `max_grad_norm`; returns their norm before (0: not known)."""
         clip = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
         norm = self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), clip)
         if hasattr(norm, "full_tensor"):  # FSDP2: of this process's shards
             norm = norm.full_tensor()
-        return 0.0 if norm is None else norm  # DeepSpeed may not say
+        norm = 0.0 if norm is None else norm  # DeepSpeed may not say
+        return torch.as_tensor(norm, device=self.accelerator.device)
 
     def _send_telemetry(self) -> None:
         """TRL's trainers report their use to the hub; this one reports nothing to anyone."""

@@ -302,11 +302,12 @@ class PPOTrainer(TwoModelTrainer):
     def _rollout(self, dataset, prompts: list[list[int]], rows: list[int], seeds: list) -> Rollouts:
         """An answer to each of `rows` of the dataset, whose prompts' token ids are `prompts`; scores that are finite."""
         batch = self.rollout_maker.make(self.model_wrapped, dataset, prompts, rows, seeds)
-        wrong = ~torch.isfinite(batch.rewards) & batch.applies
-        for name, column, values in zip(self.monitor.names, wrong.T.tolist(), batch.rewards.T.tolist(), strict=True):
+        rewards, applies = batch.rewards.cpu(), batch.applies.cpu()
+        wrong = ~torch.isfinite(rewards) & applies
+        for name, column, values in zip(self.monitor.names, wrong.T.tolist(), rewards.T.tolist(), strict=True):
             if bad := [i for i, is_wrong in enumerate(column) if is_wrong]:
                 raise NotFinite(self._where(f"reward function {name} returned {values[bad[0]]}", dataset, rows, bad))
-        counted = batch.applies[:, [weight != 0 for weight in self.monitor.weights]]
+        counted = applies[:, [weight != 0 for weight in self.monitor.weights]]
         if none := (~counted.any(1)).nonzero().flatten().tolist():
             raise SetupError(self._where("every reward function of a weight gave None", dataset, rows, none))
         return batch
@@ -318,11 +319,10 @@ class PPOTrainer(TwoModelTrainer):
         """An error text: what, when, for which prompts, and what to go back to."""
         shown = [rows[i] for i in of[:5]]
         last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        prompts = "; ".join(repr(as_text(dataset[r]["prompt"])[:60]) for r in shown)
         return (
-            f"{what} in update {self.state.global_step + 1}, in {len(of)} answer(s), first dataset rows "
-            f"{shown} "
-            f"({'; '.join(repr(as_text(dataset[r]['prompt'])[:60]) for r in shown)}). "
-            f"Last checkpoint: {last or 'none'}"
+            f"{what} in update {self.state.global_step + 1}, in {len(of)} answer(s), first dataset rows {shown} "
+            f"({prompts}). Last checkpoint: {last or 'none'}"
         )
 
     # --- the update -----------------------------------------------------------------------------------------
@@ -350,8 +350,7 @@ class PPOTrainer(TwoModelTrainer):
                 first = stats if first is None else first
                 if args.max_approx_kl is not None:
                     moved = self.accelerator.reduce(stats, "sum")[STATISTICS.index("policy/approxkl_avg")]
-                    stopped = moved.item() > args.max_approx_kl
-                    if stopped:
+                    if stopped := moved.item() > args.max_approx_kl:
                         self.model_wrapped.zero_grad()
                         break
                 grad_norms.append(self._clip_gradients())
@@ -361,13 +360,11 @@ class PPOTrainer(TwoModelTrainer):
                 statistics.append(stats)
             if stopped:
                 break
-        grad_norms = (
-            torch.stack([torch.as_tensor(n, device=mask.device) for n in grad_norms]).tolist() if statistics else []
-        )
-        bad = next((i for i, norm in enumerate(grad_norms) if not math.isfinite(norm)), None)
-        if bad is not None and self.accelerator.scaler is None:  # fp16's scaler skips such steps
-            what = f"the gradient norm is {grad_norms[bad]}"
-            raise NotFinite(self._where(what, self.train_dataset, rollouts.rows, minibatches[bad]))
+        grad_norms = torch.stack(grad_norms).tolist() if grad_norms else []  # read at the end: reading waits
+        for norm, minibatch in zip(grad_norms, minibatches, strict=True):
+            if not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16's scaler skips such steps
+                rows = rollouts.rows
+                raise NotFinite(self._where(f"the gradient norm is {norm}", self.train_dataset, rows, minibatch))
 
         seconds = rollouts.seconds | {"update": time.perf_counter() - began}
         metrics = self.monitor.of_rollouts(rollouts, scores, kl, kl_coef, returns, seconds)
@@ -458,9 +455,7 @@ class PPOTrainer(TwoModelTrainer):
                 )
                 pg, pg_clipped = algorithm.policy_loss(logprobs, old_logprobs, advantage, args.cliprange)
                 vf, vf_clipped = algorithm.value_loss(values, old_values, target, args.cliprange_value)
-                of_policy = pg
-                if bonus:
-                    of_policy = of_policy - args.entropy_coef * entropies
+                of_policy = pg - args.entropy_coef * entropies if bonus else pg
                 if args.kl_placement == "loss":
                     kl = algorithm.kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
                     of_policy = of_policy + self.kl_controller.value * kl
