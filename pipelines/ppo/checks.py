@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch import nn
+from transformers.trainer_utils import get_last_checkpoint
 
 from pipelines.errors import SetupError
 from pipelines.generation.logprobs import plain_model
+from pipelines.models.chat_template import as_text
 from pipelines.models.loading import positions, vocabulary
 from pipelines.models.scorers import Classifier
 from pipelines.ppo.policy_and_critic import ValueHead
@@ -131,3 +133,17 @@ def name_of(function) -> str:
     if isinstance(function, nn.Module):
         return Path(getattr(function.config, "_name_or_path", "") or "").name or "reward_model"
     return getattr(function, "__name__", type(function).__name__)
+
+
+def named_answers(what: str, update: int, dataset, rows: list[int], of: list[int], folder: str) -> str:
+    """An error text: what, in which update, for which prompts, and what to go back to.
+
+    `rows` are those of the dataset that the answers of a batch belong to, `of` the answers that it is about.
+    """
+    shown = [rows[i] for i in of[:5]]
+    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    prompts = "; ".join(repr(as_text(dataset[row]["prompt"])[:60]) for row in shown)
+    return (
+        f"{what} in update {update}, in {len(of)} answer(s), first dataset rows {shown} ({prompts}). "
+        f"Last checkpoint: {last or 'none'}"
+    )

@@ -27,7 +27,6 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, get_last_check
 from pipelines.errors import NotFinite, SetupError
 from pipelines.generation.answers import end_tokens
 from pipelines.generation.logprobs import collate, make_ready
-from pipelines.models.chat_template import as_text
 from pipelines.models.sharding import whole
 from pipelines.ppo import algorithm, checks
 from pipelines.ppo.base_trainer import STATE, TwoModelTrainer
@@ -316,14 +315,7 @@ class PPOTrainer(TwoModelTrainer):
         return encode_prompts(dataset, name, self.processing_class, self.model, self.ref_model, self.args)
 
     def _where(self, what: str, dataset, rows: list[int], of: list[int]) -> str:
-        """An error text: what, when, for which prompts, and what to go back to."""
-        shown = [rows[i] for i in of[:5]]
-        last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
-        prompts = "; ".join(repr(as_text(dataset[r]["prompt"])[:60]) for r in shown)
-        return (
-            f"{what} in update {self.state.global_step + 1}, in {len(of)} answer(s), first dataset rows {shown} "
-            f"({prompts}). Last checkpoint: {last or 'none'}"
-        )
+        return checks.named_answers(what, self.state.global_step + 1, dataset, rows, of, self.args.output_dir)
 
     # --- the update -----------------------------------------------------------------------------------------
 
