@@ -169,12 +169,26 @@ def test_ctrl_c_saves_says_so_and_resumes(chain, whole):
     wait_for("base/checkpoints/*/complete", folder, process)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert "stopped at step" in output and "Run the same command" in output
+    assert "stopped at step" in output
+    assert "Run the same command" in output.strip().splitlines()[-1]  # below the launcher's traceback
     assert not (folder / "base" / "stage.json").exists()
     code, output = launch(recipe, 1, "base")
     assert code == 0 and "resuming from" in output, output
     a, b = weights(folder), weights(whole)
     assert equal(a, {k: v for k, v in b.items() if k.startswith("base/")})
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_run_on_prints_no_traceback(chain):
+    recipe, folder = chain("on")
+    line = [sys.executable, "-m", "pipelines", "run", str(recipe), "base", "--on", "cpu_2"]
+    process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True, cwd=ROOT)  # fmt: skip
+    wait_for("base/checkpoints/*/complete", folder, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: torchrun's workers are in sessions of their own
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert "Run the same command" in output.strip().splitlines()[-1]
 
 
 def test_a_checkpoint_that_is_not_whole_is_not_used(chain, whole):
@@ -196,6 +210,7 @@ def test_a_world_of_the_wrong_size_is_refused(chain):
     line = [launcher, "launch", "--cpu", "--num_processes", "2", "-m", "pipelines", str(recipe)]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "2 processes were asked for (--num_processes 2), but this run sees 1" in done.stderr
+    assert "error: " in done.stderr.split("Traceback")[-1]  # the reason is repeated below the launcher's traceback
     assert not list(folder.glob("*/started.json"))
 
 
