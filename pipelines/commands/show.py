@@ -171,6 +171,11 @@ def _table(found: dict) -> str:
             every = sum(counts["labels"].values()) or 1
             shares = (f"{name} {n:,} ({n / every:.1%})" for name, n in counts["labels"].items())
             lines.append(f"{'':<12}labels: {', '.join(shares)}")
+    known = ("stage", "kind", "packs", "packing_efficiency", *sides)
+    for key, value in found.items():  # what else the stage records: columns that are not read, …
+        if key not in known:
+            told = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append(f"{key.replace('_', ' ')}: {told}")
     if "packs" in found:
         lines.append(f"{'packs':<12}{found['packs']:,}, {found['packing_efficiency']:.1%} filled")
     return "\n".join(lines)

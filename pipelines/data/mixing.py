@@ -91,9 +91,9 @@ def endless(section: dict, kind: str, seed: int, places: list[dict], report: dic
         yield row
 
 
-def first_block(section: dict, kind: str, seed: int, size: int) -> list[dict]:
+def first_block(section: dict, kind: str, seed: int, size: int, report: dict | None = None) -> list[dict]:
     """The first `size` rows of `endless`."""
-    return list(islice(endless(section, kind, seed, [{} for _ in sources(section, "train")]), size))
+    return list(islice(endless(section, kind, seed, [{} for _ in sources(section, "train")], report), size))
 
 
 def _again(source: dict, kind: str, seed: int, place: dict, report: dict) -> Iterator[dict]:

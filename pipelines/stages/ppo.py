@@ -312,7 +312,8 @@ def shown(stage, tokenizer, model) -> Iterator[dict]:
     args, of = stage.sections.get("args", {}), stage.section_class("args")
     longest, response = (args.get(key, getattr(of, key)) for key in ("max_prompt_length", "response_length"))
     limit = prompt_limit(loading.positions(model), longest, response)
-    for side, rows in zip(("train", "validation"), mixing.load(stage.data, stage.spec.rows, stage.seed)):
+    sides = mixing.load(stage.data, stage.spec.rows, stage.seed, report=stage.report)
+    for side, rows in zip(("train", "validation"), sides):
         if not rows:
             continue
         encoded = [chat_template.encode_prompt(tokenizer, row["prompt"]) for row in rows]

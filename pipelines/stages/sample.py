@@ -109,7 +109,7 @@ def run(stage) -> dict:
 
 def shown(stage, tokenizer, model) -> Iterator[dict]:
     """The prompts as the first of `sample.models` is given them, for `pipelines show`."""
-    rows, _ = mixing.load(stage.data, stage.spec.rows, stage.seed)
+    rows, _ = mixing.load(stage.data, stage.spec.rows, stage.seed, report=stage.report)
     encoded = [chat_template.encode_prompt(tokenizer, row["prompt"]) for row in rows]
     limit, length = loading.positions(model), stage.section("sample").response_length
     long = [ids for ids in encoded if limit is not None and len(ids) + length > limit]

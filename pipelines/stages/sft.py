@@ -157,7 +157,7 @@ def shown(stage, tokenizer, model) -> Iterator[dict]:
     context = loading.context_length(model, args.get("max_length"))
     sides = {}
     if section.streaming:
-        block = mixing.first_block(stage.data, stage.spec.rows, stage.seed, section.buffer_size)
+        block = mixing.first_block(stage.data, stage.spec.rows, stage.seed, section.buffer_size, stage.report)
         sides["train"] = _encode(stage, "train", block, tokenizer, context, section.too_long)
     sides |= encode(stage, tokenizer, context)
     if args.get("packing"):

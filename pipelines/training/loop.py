@@ -72,8 +72,8 @@ class _Size(TrainerCallback):
         if state.max_steps < self.FEW:
             logger.warning(
                 "%s: only %d optimizer steps of %d %s%s, which is little to learn from: lower args.global_batch_size%s or "
-                "raise args.num_train_epochs", self.stage.name, state.max_steps, per_step, what, each,
-                ", set args.packing: false" if packs else "",
+                "raise args.%s", self.stage.name, state.max_steps, per_step, what, each,
+                ", set args.packing: false" if packs else "", "max_steps" if args.max_steps > 0 else "num_train_epochs",
             )  # fmt: skip
 
 

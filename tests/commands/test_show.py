@@ -204,3 +204,10 @@ def test_the_tokenizer_is_the_one_that_training_dresses(tiny_gpt2, tokenizer, re
     tokenizer_setup.dress(real, None)
     assert found.get_vocab() == real.get_vocab() and found.chat_template == real.chat_template
     assert (found.eos_token, found.pad_token) == (real.eos_token, real.pad_token)
+
+
+def test_columns_that_are_not_read_are_named(tiny_gpt2, recipe, write, capsys):
+    rows = write("a.jsonl", [{"prompt": "a", "completion": "b", "mood": "good"}])
+    path = recipe({"sft": {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": {"train": rows}}})
+    assert main(["show", str(path), "sft"]) == 0
+    assert "ignored columns: mood" in capsys.readouterr().out

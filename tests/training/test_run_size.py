@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.training.loop import _Size
 
-ARGS = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=2, world_size=1)
+ARGS = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=2, world_size=1, max_steps=-1)
 
 
 @pytest.mark.parametrize("report, steps, told, warned", [
