@@ -27,7 +27,7 @@ def card(stage: Stage, final: dict) -> str:
     front: dict = {"library_name": "transformers", "tags": ["finetune-pipelines", stage.kind]}
     if task:
         front["pipeline_tag"] = task
-    if origin and not Path(origin).expanduser().is_dir():
+    if origin and not origin.startswith("…/") and not Path(origin).expanduser().is_dir():
         front |= {"base_model": origin, "base_model_relation": "finetune"}
     if hub_data:
         front["datasets"] = hub_data
@@ -45,7 +45,7 @@ def card(stage: Stage, final: dict) -> str:
         "",
         f"# {stage.name}",
         "",
-        f"Made by the stage `{stage.name}` (kind `{stage.kind}`) of `{stage.recipe}` on {final['finished'][:10]}.",
+        f"Made by the stage `{stage.name}` (kind `{stage.kind}`) of `{final['recipe']}` on {final['finished'][:10]}.",
         f"Built on: {' ← '.join(f'`{name}`' for name in [*ancestors, origin or 'a new model'])}.",
         "",
     ]

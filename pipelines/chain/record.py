@@ -17,6 +17,7 @@ from pipelines.recipe.stage import Stage, resolve
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers", "bitsandbytes", "deepspeed"]
 
 CARD = "README.md"
+HERE = "…/"  # before the name of what was given by an absolute path
 UNUSED = (CARD, HISTORY)  # what people may edit: nothing is built on it
 
 # Settings that cannot change what is learned: a stage that differs only in these is the same stage.
@@ -77,8 +78,20 @@ def identity(finished: dict) -> str:
     return hashlib.sha256(json.dumps([finished["record"], finished["finished"]]).encode()).hexdigest()[:16]
 
 
+def portable(value):
+    """`value` (any nesting) with absolute paths as "…/NAME (6 digits that tell two apart)": a record may be published."""
+    if isinstance(value, dict):
+        return {portable(k): portable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [portable(v) for v in value]
+    if isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value and len(Path(value).parts) > 1:
+        return f"{HERE}{Path(value).name} ({hashlib.sha256(value.encode()).hexdigest()[:6]})"
+    return value
+
+
 def differences(old: dict, new: dict) -> list[str]:
     """Paths of the fields in which two records differ, `HARMLESS` ones left out: `sections.args.learning_rate (…)`."""
+    old, new = portable(old), portable(new)
     total = new.get("sections", {}).get("args", {}).get("global_batch_size")
     found = []
 
@@ -110,11 +123,11 @@ def finish(stage: Stage, made_from: dict, metrics: dict, started: str, seconds: 
     final = {
         "stage": stage.name,
         "kind": stage.kind,
-        "recipe": stage.recipe,
-        "record": made_from,
-        "rows": stage.report,
+        "recipe": Path(stage.recipe).name if Path(stage.recipe).is_absolute() else stage.recipe,
+        "record": portable(made_from),
+        "rows": portable(stage.report),
         "metrics": {k: v for k, v in metrics.items() if k != "history"},
-        "args": stage.resolved,
+        "args": portable(stage.resolved),
         "seed": stage.seed,
         "world_size": world,
         "started": started,
