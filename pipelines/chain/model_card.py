@@ -22,12 +22,15 @@ def card(stage: Stage, final: dict) -> str:
     record_, metrics = final["record"], final["metrics"]
     scalars = {k: v for k, v in metrics.items() if isinstance(v, (int, float, str))}
     ancestors, origin = _origin(stage)
+    local = origin is not None and (origin.startswith("…/") or Path(origin).expanduser().is_dir())
+    if local and origin.startswith(("/", "~")):
+        origin = f"…/{Path(origin).name}"  # a place on one machine tells others nothing
     task, auto = stage.spec.hub_task, stage.spec.auto_class
     hub_data = [source["hub"] for source in record_["data"].values() if "hub" in source]
     front: dict = {"library_name": "transformers", "tags": ["finetune-pipelines", stage.kind]}
     if task:
         front["pipeline_tag"] = task
-    if origin and not origin.startswith("…/") and not Path(origin).expanduser().is_dir():
+    if origin and not local:
         front |= {"base_model": origin, "base_model_relation": "finetune"}
     if hub_data:
         front["datasets"] = hub_data

@@ -38,13 +38,14 @@ def test_no_file_of_a_finished_stage_holds_a_secret_or_a_place(recipe, write, ti
         words.append(getpass.getuser())
     if len(os.uname().nodename) > 4:
         words.append(os.uname().nodename)
-    sent = [folder / name for name in push.files(folder, also=["adapter"])]
+    sent = [folder / name for name in push.files(folder)]  # without `adapter`: PEFT finds its base by the path in it
     assert {"README.md", "stage.json", "history.jsonl", "config.json", "model.safetensors"} <= {p.name for p in sent}
-    assert lora == any(p.parent.name == "adapter" for p in sent)
-    for path in [*sent, loaded.output_dir / "report.html"]:
-        data = path.read_bytes()
-        found = [word for word in words if word.encode() in data or json.dumps(word)[1:-1].encode() in data]
-        assert not found, (path.name, found)
+    assert lora == (folder / "adapter").is_dir()
+    found = {
+        path.name: [word for word in words if word.encode() in path.read_bytes()]
+        for path in [*sent, loaded.output_dir / "report.html"]
+    }
+    assert not any(found.values()), found
     stage = json.loads((folder / "stage.json").read_text())
     message = f"{stage['stage']} ({stage['kind']}) of {stage['recipe']}"  # of `push`
     assert message == "first (sft) of recipe.yaml"
