@@ -105,7 +105,7 @@ def lost(error: Exception) -> bool:
 
 def launched() -> bool:
     """Whether a launcher (`accelerate launch`, torchrun, `pipelines run --on`) started this process."""
-    known = {"WORLD_SIZE", "TORCHELASTIC_RUN_ID", ASKED}
+    known = {"LOCAL_RANK", "TORCHELASTIC_RUN_ID", ASKED}  # not WORLD_SIZE, which clusters set around launchers, too
     return bool(known & os.environ.keys() or _launcher()[0])
 
 

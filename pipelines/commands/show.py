@@ -59,6 +59,11 @@ def main(argv: list[str]) -> int:
     stage = loaded[names[0]]
     if not hasattr(stage.module, "shown"):
         raise SetupError(f"{stage.name}: a stage of kind {stage.kind} gives no rows of its own to a model")
+    stage, left_out = unmade.rows_here(stage)
+    if not stage.data.get("train"):
+        raise SetupError(f"{stage.name}: its rows are still to be written: run {', '.join(stage.parents)} first")
+    if left_out:
+        print(f"not shown, for an earlier stage will write it: {', '.join(left_out)}", file=sys.stderr)
     lengths: dict[str, list[int]] = defaultdict(list)
     tokenizer = unmade.tokenizer_of(stage, train=True)
     for i, (side, row) in enumerate(rows(stage, tokenizer)):

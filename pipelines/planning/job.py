@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipelines.data import mixing, sources
 from pipelines.kinds import CLASSIFIER, KINDS
@@ -169,21 +168,19 @@ class _Data:
 
 def _read(stage) -> _Data:
     """The training rows that are here: counted, and `SAMPLE` of them drawn evenly from all sources."""
-    data, asked, found = _Data(), stage.sections["data"], sources.sources(stage.data, "train")
-    ours = [source["path"].startswith("stage:") for source in sources.sources(asked, "train")]
-    here = [source for source, made in zip(found, ours) if not made or Path(source["path"]).exists()]
-    if len(here) < len(found):
+    data, (stage, left_out) = _Data(), unmade.rows_here(stage)
+    here = sources.sources(stage.data, "train")
+    if left_out:
         data.notes.append("rows that an earlier stage will write are not counted")
     if not here or not all(sources.is_local(source["path"]) for source in here):
         data.notes.append("rows that are not here are taken to fill the context")
         data.answers = 2
         return data
-    section = {**stage.data, "train": here}
-    if section.get("streaming"):
-        data.sample = mixing.first_block(section, stage.spec.rows, stage.seed, SAMPLE)
+    if stage.data.get("streaming"):
+        data.sample = mixing.first_block(stage.data, stage.spec.rows, stage.seed, SAMPLE)
         return data
     data.rows, draw = 0, random.Random(stage.seed)
-    for row in mixing.stream(section, "train", stage.spec.rows, stage.seed, stage.sections.get("task")):
+    for row in mixing.stream(stage.data, "train", stage.spec.rows, stage.seed, stage.sections.get("task")):
         data.rows += 1
         if len(data.sample) < SAMPLE:
             data.sample.append(row)

@@ -10,13 +10,14 @@ import json
 import logging
 import shutil
 import tempfile
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import transformers
 
-from pipelines.data import sources
+from pipelines.data import mixing, sources
 from pipelines.errors import PlanError, SetupError
 from pipelines.recipe.stage import Stage, resolve
 
@@ -24,6 +25,21 @@ logger = logging.getLogger(__name__)
 
 SMALL = 2**24  # bytes of text of which a tokenizer is trained in seconds
 _made: dict[str, object] = {}  # tokenizers that were trained here, by the stage's folder and sections
+
+
+def rows_here(stage: Stage) -> tuple[Stage, list[str]]:
+    """The stage without the sources of rows that earlier stages have yet to write, and those sources."""
+    section, left_out = dict(stage.sections.get("data", {})), []
+    for side in mixing.SIDES:
+        if section.get(side) is None or isinstance(section[side], (int, float)):
+            continue
+        kept = []
+        for item in section[side] if isinstance(section[side], list) else [section[side]]:
+            path = item if isinstance(item, str) else item["path"]
+            made = not path.startswith("stage:") or Path(resolve(path, stage.folder.parent)).exists()
+            kept.append(item) if made else left_out.append(path)
+        section[side] = kept or None
+    return replace(stage, sections={**stage.sections, "data": section}), left_out
 
 
 def tokenizer_of(stage: Stage, *, train: bool = False):

@@ -111,7 +111,7 @@ def test_what_cannot_be_launched_is_said(launcher, capsys, words, hint):
 
 
 def test_a_launched_process_starts_no_launcher(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert __main__.main(["run", "r.yaml", "--on", "ddp"]) == 2
     assert "one started this process" in capsys.readouterr().err
 

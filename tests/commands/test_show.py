@@ -206,6 +206,23 @@ def test_the_tokenizer_is_the_one_that_training_dresses(tiny_gpt2, tokenizer, re
     assert (found.eos_token, found.pad_token) == (real.eos_token, real.pad_token)
 
 
+def test_rows_that_an_earlier_stage_will_write_are_left_out_and_named(tiny_gpt2, recipe, write, capsys):
+    rows = write("rows.jsonl", [{"prompt": "the cat", "chosen": "sees", "rejected": "eats"}] * 3)
+    stages = {
+        "samples": {"kind": "sample", "sample": {"models": [str(tiny_gpt2)]}, "data": {"train": write("p.jsonl", [{"prompt": "a"}])}},
+        "people": {"kind": "rank", "rank": {"judgements": "judged.jsonl"}, "data": {"train": "stage:samples/samples.jsonl"}},
+        "judge": {"kind": "reward", "model": {"model_name_or_path": str(tiny_gpt2)},
+                  "data": {"train": [rows, "stage:people/rankings.jsonl"], "validation": "stage:people/rankings.jsonl"}},
+        "late": {"kind": "reward", "model": {"model_name_or_path": str(tiny_gpt2)},
+                 "data": {"train": "stage:people/rankings.jsonl"}},
+    }  # fmt: skip
+    path = str(recipe(stages))
+    assert main(["show", path, "judge", "--json", "--rows", "9"]) == 0
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 4 and "stage:people/rankings.jsonl" in told.err
+    assert main(["show", path, "late"]) == 2 and "run people first" in capsys.readouterr().err
+
+
 def test_columns_that_are_not_read_are_named(tiny_gpt2, recipe, write, capsys):
     rows = write("a.jsonl", [{"prompt": "a", "completion": "b", "mood": "good"}])
     path = recipe({"sft": {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": {"train": rows}}})
