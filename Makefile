@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Two processes where there is no GPU: small models gain more from them than from threads.
 LAUNCH ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU || echo --config_file accelerate_configs/cpu_2.yaml)
 
-.PHONY: demo test test-all test-gpu check clean
+.PHONY: demo test test-all test-gpu check canary clean
 
 demo: $(VENV)/.ready
 	$(BIN)/accelerate launch $(LAUNCH) -m pipelines recipes/demo.yaml
@@ -34,5 +34,9 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+# The suite against the newest versions of the stack, in an environment of its own; lists what breaks.
+canary: $(VENV)/.ready
+	$(BIN)/python .ci/canary.py
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .canary

@@ -203,8 +203,11 @@ def test_no_dense_mask_is_built(monkeypatch):
     model, seqs = build("llama"), sequences([30, 20])
     enable_packed_attention(model)
     built = []
-    real = masking.packed_sequence_compatibility_function
-    monkeypatch.setattr(masking, "packed_sequence_compatibility_function", lambda *a: built.append(1) or real(*a))
+    name = next(
+        n for n in ("packed_sequence_compatibility_function", "packed_sequence_mask_function") if hasattr(masking, n)
+    )
+    real = getattr(masking, name)
+    monkeypatch.setattr(masking, name, lambda *a: built.append(1) or real(*a))
     packed_loss(model, pack(seqs))
     assert not built
     batch = {k: v for k, v in pack(seqs).items() if k in ("input_ids", "labels", "position_ids")}
