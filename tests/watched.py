@@ -16,10 +16,10 @@ def note(kind: str, value) -> None:
         stream.write(json.dumps(value) + "\n")
 
 
-def encode_answer_noted(tokenizer, prompt, completion):
+def encode_answer_noted(tokenizer, prompt, completion, *more):
     """`chat.encode_answer`."""
     note("encoded", completion)
-    return encode_answer(tokenizer, prompt, completion)
+    return encode_answer(tokenizer, prompt, completion, *more)
 
 
 def bare_noted(tokenizer):

@@ -269,6 +269,8 @@ def plain(value, where: str) -> None:
                 below += item
             elif isinstance(item, float) and not math.isfinite(item):
                 raise DataError(f"{where} holds {item}, which is no number in JSON")
+            elif isinstance(item, int) and not -(2**63) <= item < 2**63:
+                raise DataError(f"{where} holds a whole number of more than 64 bits")
             elif item is not None and not isinstance(item, (str, int, float)):
                 raise DataError(f"{where} holds a {type_name(item)}, which has no form in JSON")
         level = below

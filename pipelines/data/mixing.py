@@ -8,8 +8,8 @@ import logging
 from collections.abc import Iterator
 from itertools import islice
 
-from pipelines.data.rows import normalise
-from pipelines.data.sources import fraction, read, sources
+from pipelines.data.rows import KEEPS, normalise
+from pipelines.data.sources import fraction, is_local, read, sources
 from pipelines.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,9 @@ def stream(
                 raise DataError(f"{where}: {error}") from None
             if share and (_draw(row, seed, "split") < share) != (side == "validation"):
                 continue
-            copies = int(weight) + (_draw(row, seed, where) < weight - int(weight))
+            copies = int(weight)
+            if weight > copies:
+                copies += _draw(row, seed, where) < weight - copies
             for _ in range(copies):
                 yield {**row, "where": where}
         _note_ignored(ignored, source, report)
@@ -68,9 +70,22 @@ def load(
     validation = list(stream(section, "validation", kind, seed, task, report)) if has_validation else []
     if not train and not streaming:
         raise DataError("data.train: no rows are left for training")
+    if kind in KEEPS:  # `datasets` takes the columns of the first row alone
+        names = dict.fromkeys(name for row in [*train, *validation] for name in row)
+        train, validation = ([{**dict.fromkeys(names), **row} for row in side] for side in (train, validation))
     if has_validation and not validation:
         raise DataError(f"data.validation: no rows ({section['validation']!r} of {len(train)}); raise the fraction")
     return train, validation
+
+
+def columns(section: dict, kind: str) -> list[str]:
+    """The columns that normalised training rows have, `where` too, by the first row of each source that is here."""
+    names: dict[str, None] = {}
+    for source in sources(section, "train"):
+        if not source["path"].startswith("stage:") and is_local(source["path"]):
+            for _, raw in read({**source, "rows": 1}):
+                names |= dict.fromkeys([*normalise(raw, kind, source.get("columns")), "where"])
+    return list(names)
 
 
 def endless(section: dict, kind: str, seed: int, places: list[dict], report: dict | None = None) -> Iterator[dict]:

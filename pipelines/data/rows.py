@@ -278,7 +278,7 @@ def _kept(row: dict, kind: str, ignored: set[str]) -> dict:
     for name, value in row.items():
         if name in dialogues.INSTEAD or name in dialogues.NOT_TEXT:
             dialogues.unused_columns({name: value}, ignored)
-        if isinstance(value, (list, dict)):
+        if isinstance(value, (list, dict, int)):
             dialogues.plain(value, name)
         rest[name] = value
     return {**rest, **out}

@@ -14,6 +14,7 @@ run that goes wrong is told `pipelines/ppo/diagnosis.py`; docs/ppo.md explains a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
@@ -25,8 +26,8 @@ from datasets import Dataset
 from transformers import set_seed
 
 from pipelines import IGNORE_INDEX, errors, files, functions, launch
-from pipelines.data import fingerprint, mixing, sources, token_file
-from pipelines.errors import ModelError, SetupError
+from pipelines.data import fingerprint, mixing, token_file
+from pipelines.errors import DataError, ModelError, SetupError
 from pipelines.models import adapters, chat_template, loading, scorers, tag_heads, tokenizer_setup
 from pipelines.ppo.checks import check_batch
 from pipelines.ppo.rewards import from_adapter, log_odds
@@ -116,14 +117,10 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
 def _columns(stage) -> list[str]:
     """What a reward function is called with, as far as the first row of each local source of prompts tells."""
     section, columns = stage.sections.get("data", {}), []
-    for source in (
-        [] if list(data_checks.problems(section, stage.spec.rows, None, False)) else sources.sources(section, "train")
-    ):
-        if not source["path"].startswith("stage:") and sources.is_local(source["path"]):
-            columns += next((list(row) for _, row in sources.read(source)), [])
-    return list(
-        dict.fromkeys(["prompts", "completions", "completion_ids", "where", *(c for c in columns if c != "prompt")])
-    )
+    if not list(data_checks.problems(section, stage.spec.rows, None, False)):
+        with contextlib.suppress(DataError):  # a row that is wrong is named by the check of the rows
+            columns = mixing.columns(section, stage.spec.rows)
+    return list(dict.fromkeys(["prompts", "completions", "completion_ids", *(c for c in columns if c != "prompt")]))
 
 
 def _unshared(stage, model: dict, models: list[str], critic: str | None) -> Iterator[tuple[str, str, object]]:
@@ -190,8 +187,8 @@ def run(stage) -> dict:
         reward_weights=reward.weights,
         reward_processing_classes=tokenizers,
         value_model=critic,
-        train_dataset=Dataset.from_list(train),
-        eval_dataset=Dataset.from_list(validation) if validation else None,
+        train_dataset=Dataset.from_list(train, on_mixed_types="use_json"),
+        eval_dataset=Dataset.from_list(validation, on_mixed_types="use_json") if validation else None,
         ptx_dataset=_pretraining_text(stage, tokenizer, loading.context_length(policy, args.ptx_length)),
         processing_class=tokenizer,
     )

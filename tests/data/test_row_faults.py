@@ -292,3 +292,24 @@ def test_a_mapping_goes_before_a_dialogue_and_what_is_left_is_named(write, caplo
     path = write("a.jsonl", [{**row, "messages": [{"role": "user", "content": str(i)}, TURNS[1]]} for i in range(20)])
     mixing.load({"train": path, "validation": 0.5}, "sft", 3, report=report)
     assert report["ignored_columns"] == ["answer", "id", "prompt"] and caplog.text.count("ignored columns") == 1
+
+
+def test_prompts_have_the_same_columns_whatever_the_first_row_holds(write):
+    from datasets import Dataset
+
+    rows = [
+        {"prompt": "p", "where": "x"},
+        {"question": "q", "answer": 4},
+        {"prompt": TURNS[:1], "answer": {"n": ["4", 4]}},
+    ]
+    rows[1]["prompt"] = rows[1].pop("question")
+    path = write("a.jsonl", rows)
+    train, _ = mixing.load({"train": path}, "prompts", 0)
+    table = Dataset.from_list(train, on_mixed_types="use_json")
+    assert table["answer"][:] == [None, 4, {"n": ["4", 4]}] and table["prompt"][:] == ["p", "p", TURNS[:1]][:1] + [
+        "q",
+        TURNS[:1],
+    ]
+    assert mixing.columns({"train": write("b.jsonl", rows[1:2])}, "prompts") == ["answer", "prompt", "where"]
+    with pytest.raises(DataError, match="64 bits"):
+        normalise({"prompt": "p", "answer": 2**64}, "prompts")
