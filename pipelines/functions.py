@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from pipelines.errors import SetupError, meant
 
-NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+NAME = re.compile(r"(?!stage:)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # stage:NAME is a stage of the recipe
 
 
 def is_function(name: str) -> bool:
