@@ -175,7 +175,8 @@ def launch(name: str | None, gpus: int | None, words: list[str]) -> int:
     # Ctrl-C is for the processes, which save and stop; the launcher waits for them and has no traceback to print.
     os.environ |= {ASKED: str(count), "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGHUP,SIGQUIT"}
     signal.signal(signal.SIGINT, _pass_on)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "accelerate.commands.launch"):  # our own lines say what there is to say
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         launch_command(launch_command_parser().parse_args(line))
     except subprocess.CalledProcessError as error:
