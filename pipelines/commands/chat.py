@@ -8,33 +8,28 @@ dialogue. From a pipe there is one prompt, and only the answer goes to stdout.
 from __future__ import annotations
 
 import re
-import shutil
 import sys
-import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 from pipelines import errors, files
 from pipelines.commands import command_line
 from pipelines.errors import SetupError
+from pipelines.generation.dialogue import HELP, shown, talk
 from pipelines.generation.speaker import Settings, Speaker
 
 TALKERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how architectures that write text are called
-NARROW = 36  # columns of a terminal that one of several answers needs to stand beside the others
+ABOUT = """\
+Talk to stages, folders or hub models; several answer side by side. From a pipe there is one prompt, and only the answer
+goes to stdout. In a dialogue:
+
+"""
 EXAMPLES = """
 pipelines chat runs/demo   its last finished stage that writes text
 pipelines chat runs/demo/sft runs/demo/policy   side by side
 pipelines chat Qwen/Qwen3-0.6B --system "Answer in one word." --temperature 0
 echo "Where is the lighthouse?" | pipelines chat runs/demo/sft
-"""
-HELP = """\
-/system TEXT      what the model is told before the dialogue (alone: nothing); starts over
-/reset            forget the dialogue
-/regenerate       another answer to the last prompt
-/set KEY=VALUE    {keys}; alone: show them
-/help             this
-/quit             leave (so does Ctrl-D); Ctrl-C stops an answer
 """
 
 
@@ -79,86 +74,6 @@ def _talks(folder: Path) -> bool:
     return _architecture(folder).endswith(TALKERS)
 
 
-def talk(speakers: list[Speaker], settings: Settings, lines: Iterable[str], out, system: str = "") -> None:
-    """The dialogue: each of `lines` is a prompt or a command; answers and remarks go to the text stream `out`."""
-
-    def write(text: str) -> None:
-        out.write(text)
-        out.flush()
-
-    def say(text: str) -> None:
-        write(f"({text})\n")
-
-    last = None
-    for line in lines:
-        word, _, rest = line.strip().partition(" ")
-        try:
-            if not word:
-                continue
-            if not word.startswith("/"):
-                last = line
-                _answers(speakers, line, settings, write, say)
-            elif word == "/quit":
-                return
-            elif word == "/help":
-                write(HELP.format(keys=", ".join(f.name for f in fields(settings))))
-            elif word == "/set":
-                for pair in rest.split():
-                    key, _, value = pair.partition("=")
-                    settings.set(key, value)
-                say(shown(settings))
-            elif word in ("/reset", "/system"):
-                told = rest.strip() if word == "/system" else system
-                for speaker in speakers:
-                    speaker.reset(told)
-                system, last = told, None
-                say("a new dialogue" + (f"; told beforehand: {system}" if system else ""))
-            elif word == "/regenerate":
-                if last is None:
-                    raise SetupError("there is no prompt yet to answer again")
-                for speaker in speakers:
-                    while speaker.messages and speaker.messages[-1]["role"] != "user":
-                        speaker.messages.pop()
-                    speaker.messages = speaker.messages[:-1]
-                settings.seed += settings.seed >= 0  # the same seed would give the same answer
-                _answers(speakers, last, settings, write, say)
-            else:
-                known = ("/system", "/reset", "/regenerate", "/set", "/help", "/quit")
-                raise SetupError(f"no command {word}{errors.meant(word, known)}; /help lists them")
-        except SetupError as error:
-            say(str(error))
-
-
-def shown(settings: Settings) -> str:
-    """The settings as they are typed."""
-    return " ".join(f"{f.name}={getattr(settings, f.name)}" for f in fields(settings))
-
-
-def _answers(speakers: list[Speaker], text: str, settings: Settings, write, say) -> None:
-    """One speaker streams; several stand side by side where the terminal is wide enough, else below each other."""
-    width = shutil.get_terminal_size().columns // len(speakers)
-    if len(speakers) == 1 or width < NARROW:
-        for speaker in speakers:
-            if len(speakers) > 1:
-                write(f"{speaker.name}:\n")
-            speaker.answer(text, settings, write, say)
-            write("\n")
-        return
-    answers = [speaker.answer(text, settings, lambda _: None, say) for speaker in speakers]
-    write(side_by_side([s.name for s in speakers], answers, width))
-
-
-def side_by_side(names: list[str], answers: list[str], width: int) -> str:
-    """Answers as columns of `width` characters under their names."""
-    columns = []
-    for name, answer in zip(names, answers, strict=True):
-        wrapped = [part for line in answer.splitlines() for part in textwrap.wrap(line, width - 3) or [""]]
-        columns.append([name[: width - 3], "-" * min(len(name), width - 3), *wrapped])
-    height = max(map(len, columns))
-    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
-    return "".join("".join(cell.ljust(width) for cell in row).rstrip() + "\n" for row in rows) + "\n"
-
-
 def _typed() -> Iterator[str]:
     """Lines from the terminal, with editing and history, until Ctrl-D."""
     import readline  # noqa: F401  its import is what gives `input` line editing
@@ -173,8 +88,7 @@ def _typed() -> Iterator[str]:
 
 def main(argv: list[str]) -> int:
     """`chat RUN[/STAGE] … [--system TEXT] [--temperature T] …`; returns the exit code."""
-    about = "Talk to stages, folders or hub models; several answer side by side. From a pipe there is one prompt, and\nonly the answer goes to stdout. In a dialogue:\n\n"
-    parser = command_line("chat", about + HELP.format(keys=", ".join(f.name for f in fields(Settings))), EXAMPLES)
+    parser = command_line("chat", ABOUT + HELP.format(keys=", ".join(f.name for f in fields(Settings))), EXAMPLES)
     parser.add_argument("models", nargs="+", metavar="RUN[/STAGE]", help="a run (its last stage that writes), a stage, "
                         "a folder or a hub id")  # fmt: skip
     parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told beforehand")
@@ -190,9 +104,10 @@ def main(argv: list[str]) -> int:
     piped = not sys.stdin.isatty()
     text = sys.stdin.read().rstrip("\n") if piped else ""
     if piped and not text.strip():
-        raise SetupError("nothing came through the pipe: echo PROMPT | python -m pipelines chat RUN/STAGE")
+        raise SetupError("nothing came through the pipe: echo PROMPT | pipelines chat RUN/STAGE")
     speakers = [Speaker(path, args.trust_remote_code) for path in paths]
-    for speaker, speaker.name in zip(speakers, _names(paths), strict=True):
+    for speaker, name in zip(speakers, _names(paths), strict=True):
+        speaker.name = name
         speaker.reset(args.system)
         kind = "with its chat template" if speaker.keeps else "text by text" if speaker.translates else "completes text"
         print(f"{speaker.name}: {speaker.path}, {kind}", file=sys.stderr)

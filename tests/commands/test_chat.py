@@ -10,6 +10,7 @@ import pytest
 from pipelines import __main__, files
 from pipelines.commands import chat
 from pipelines.errors import SetupError
+from pipelines.generation import dialogue
 from pipelines.generation.speaker import Settings, Speaker, plain
 from pipelines.models import chat_template, tokenizer_setup
 
@@ -133,14 +134,14 @@ def test_commands(sft, capsys):
     settings = Settings(max_new_tokens=4, seed=1)
     typed = ["/regenerate", "the cat", "/regenerate", "/set temperature=0 max_new_tokens=3", "/set top_p=7", "/sett", "/system be kind",
              "a dog", "/reset", "/help", "/quit", "never read"]  # fmt: skip
-    chat.talk([sft], settings, typed, out)
+    dialogue.talk([sft], settings, typed, out)
     said = out.getvalue()
     assert "no prompt yet" in said and "temperature=0.0 top_p=0.95 top_k=0 max_new_tokens=3" in said
     assert "must be a number from 0.001 to 1" in said and "did you mean /set?" in said and "Ctrl-C" in said
     assert settings == Settings(temperature=0.0, max_new_tokens=3, seed=2)  # /regenerate took the next seed
     assert sft.messages == [{"role": "system", "content": "be kind"}]  # /reset keeps what it is told beforehand
     sft.reset()
-    chat.talk([sft], settings, ["the cat", "/regenerate"], out)
+    dialogue.talk([sft], settings, ["the cat", "/regenerate"], out)
     assert [m["role"] for m in sft.messages] == ["user", "assistant"]
 
 
@@ -152,7 +153,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_dialogue(sft, monkeypatch):
 
     monkeypatch.setattr(sft.model, "generate", generate)
     out = io.StringIO()
-    chat.talk([sft], Settings(), ["who", "/set"], out)
+    dialogue.talk([sft], Settings(), ["who", "/set"], out)
     assert "the cat sees(stopped)" in out.getvalue() and "temperature" in out.getvalue()
     assert sft.messages[-1] == {"role": "assistant", "content": "the cat sees"}
 
@@ -162,13 +163,13 @@ def test_several_answer_side_by_side(run, monkeypatch):
     settings = Settings(**GREEDY)
     wanted = [expected(s, "the cat").split()[0] for s in speakers]
     monkeypatch.setenv("COLUMNS", "90")
-    chat.talk(speakers, settings, ["the cat"], wide := io.StringIO())
+    dialogue.talk(speakers, settings, ["the cat"], wide := io.StringIO())
     head, _, row, *_ = wide.getvalue().splitlines()
     assert head.index("policy") == 45 and row.startswith(wanted[0]) and row[45:].startswith(wanted[1])
     monkeypatch.setenv("COLUMNS", "60")
-    chat.talk(speakers, settings, ["/reset", "the cat"], narrow := io.StringIO())
+    dialogue.talk(speakers, settings, ["/reset", "the cat"], narrow := io.StringIO())
     assert "\nsft:\n" in narrow.getvalue() and "\npolicy:\n" in narrow.getvalue()
-    lines = chat.side_by_side(["a", "b"], ["one two\nthree", ""], 6).splitlines()
+    lines = dialogue.side_by_side(["a", "b"], ["one two\nthree", ""], 6).splitlines()
     assert lines == ["a     b", "-     -", "one", "two", "thr", "ee", ""]
 
 
