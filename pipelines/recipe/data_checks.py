@@ -59,9 +59,9 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
                     yield f"{at}", f"no such file (looked in {Path.cwd()})", source["path"]
                 elif read_rows:
                     limit = tried if side == "train" else None
-                    wrong_rows = list(_wrong_rows(source, rows, task, limit, seen[side]))
-                    seen[side].whole &= not wrong_rows
-                    yield from ((at, message, None) for message in wrong_rows)
+                    bad_rows = list(wrong_rows(source, rows, task, limit, seen[side]))
+                    seen[side].whole &= not bad_rows
+                    yield from ((at, message, None) for message in bad_rows)
             seen[side].whole &= not wrong and not source["path"].startswith("stage:") and is_local(source["path"])
     if read_rows:
         yield from _wrong_sets(seen, kind, task or {})
@@ -219,14 +219,16 @@ def _wrong_keys(source: dict, known: dict, at: str) -> Iterator[tuple[str, str, 
         yield f"{at}.{key}", message, value
 
 
-def _wrong_rows(source: dict, kind: str, task: dict | None, limit: int | None, seen: Seen) -> Iterator[str]:
+def wrong_rows(
+    source: dict, kind: str, task: dict | None = None, limit: int | None = None, seen: Seen | None = None
+) -> Iterator[str]:
     """The first `SHOWN` bad rows of a source (of its first `limit` rows), and how many more there are."""
     bad = count = 0
     try:
         for where, row in islice(read(source), limit):
             count += 1
             try:
-                seen.add(where, normalise(row, kind, source.get("columns"), task))
+                (seen or Seen()).add(where, normalise(row, kind, source.get("columns"), task))
             except DataError as error:
                 bad += 1
                 if bad <= SHOWN:

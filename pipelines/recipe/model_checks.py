@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import jinja2
 import torch
 import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,7 +22,8 @@ from pipelines import ranges
 from pipelines.errors import ModelError, SetupError, meant
 from pipelines.kinds import CLASSIFIER, KINDS, LANGUAGE_MODEL, of_kind
 from pipelines.models import hub
-from pipelines.models.loading import adapter_base, config_of
+from pipelines.models.config import ModelSection
+from pipelines.models.loading import adapter_base, config_of, load_tokenizer
 from pipelines.recipe import schema
 from pipelines.recipe.stage import Stage, resolve
 
@@ -60,6 +63,7 @@ def problems(stage: Stage, kinds: dict[str, str]) -> Found:
     elif isinstance(config, dict) and "model_type" not in config:
         yield from ((f"model.config.{key}", text, value) for key, text, value in _numbers(config, {}))
     yield from _fits_base(stage)
+    yield from _ready(stage)
 
 
 def of_model(
@@ -173,6 +177,38 @@ def _tokenizer(stage: Stage, kinds: dict[str, str], key: str, path: str) -> Foun
             yield key, "this folder holds no tokenizer (no tokenizer.json)", path
     elif path.startswith(("/", ".", "~")) or not re.fullmatch(HUB_ID, path):
         yield key, "no such folder, and not a hub id (name or owner/name) either", path
+
+
+@functools.cache
+def _tokenizer_at(path: str):
+    """The tokenizer in a folder; raises `ModelError`."""
+    return load_tokenizer(ModelSection(model_name_or_path=path))
+
+
+def _ready(stage: Stage) -> Found:
+    """What is wrong with a tokenizer that is at hand, and with the chat template that it gets."""
+    model, ready = stage.sections.get("model", {}), getattr(stage.module, "ready", None)
+    key = "tokenizer_name_or_path" if model.get("tokenizer_name_or_path") else "model_name_or_path"
+    path = resolve(model.get(key) or "stage:", Path())
+    template = resolve(model.get("chat_template"), Path())
+    if template and template not in TEMPLATES and Path(template).is_file():
+        try:
+            jinja2.Environment().parse(Path(template).read_text(encoding="utf-8"))
+        except (jinja2.TemplateError, OSError, UnicodeDecodeError) as error:
+            yield "model.chat_template", f"is no Jinja template: {error}", model["chat_template"]
+            return
+    if (model.get(key) or "stage:").startswith("stage:") or not Path(path).is_dir() or model.get("trust_remote_code"):
+        return
+    try:
+        tokenizer = copy.deepcopy(_tokenizer_at(path))
+    except ModelError as error:
+        yield f"model.{key}", str(error), None
+        return
+    if ready and not (model.get("load_in_4bit") and model.get("load_in_8bit")):
+        try:
+            ready(stage, tokenizer)
+        except (SetupError, jinja2.TemplateError) as error:
+            yield "model.chat_template", str(error), model.get("chat_template")
 
 
 def _adapter_keys(kind: str, model: dict) -> Found:

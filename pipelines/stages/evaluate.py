@@ -26,12 +26,22 @@ from collections.abc import Iterator
 from accelerate import PartialState
 
 from pipelines import files, functions
+from pipelines.data import sources
 from pipelines.evaluation import checks
 from pipelines.kinds import of_kind
+from pipelines.recipe import data_checks
 from pipelines.recipe.model_checks import named_models
 from pipelines.recipe.stage import label_problems
 
 DEFAULTS: dict = {}
+SHAPES = {  # of the rows of each file: pipelines/data/rows.py
+    "text": ("text",),
+    "labelled": ("labelled",),
+    "pairs": ("sft", "seq2seq"),
+    "prompts": ("prompts",),
+    "rankings": ("rankings",),
+    "preferences": ("rankings",),
+}
 
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
@@ -49,6 +59,11 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         elif section.get("pairs") and not any(section.get(key) for key in ("text", "tasks", "prompts")):
             able = (*of_kind(writes_text=True), "seq2seq")
         yield from named_models(stage, kinds, "evaluate.models", section["models"], able, what)
+    for key, shapes in SHAPES.items():
+        path = section.get(key)
+        if path and not path.startswith("stage:") and sources.is_local(path) and sources.files(path):
+            found = [list(data_checks.wrong_rows({"path": path}, shape, limit=sources.TRIED)) for shape in shapes]
+            yield from ((f"evaluate.{key}", message, None) for message in min(found, key=len))
     judge = section.get("judge")
     if judge and functions.is_function(judge):
         if wrong := functions.problem(judge, "prompt", "completion"):

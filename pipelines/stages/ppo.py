@@ -35,7 +35,7 @@ from pipelines.ppo.rollouts import prompt_limit, unique
 from pipelines.ppo.trainer import PPOTrainer
 from pipelines.recipe import data_checks
 from pipelines.recipe.model_checks import named_models
-from pipelines.recipe.stage import label_problems
+from pipelines.recipe.stage import label_problems, resolve
 from pipelines.training import arguments, loop, saving
 from pipelines.training.trainer import ChainTrainer
 
@@ -68,6 +68,12 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         yield "reward", "what is an answer worth? Give `models: [stage:NAME]` and/or `functions: [module:name]`", None
     scoring = (("reward", "classify"), "reward (or classify) stage")
     yield from named_models(stage, kinds, "reward.models", models, *scoring)
+    for i, name in enumerate(models):
+        if (Path(resolve(name, Path())) / files.FINISHED).is_file() and not name.startswith("stage:"):
+            try:
+                _gate(resolve(name, Path()), reward.get("min_accuracy", 0.55))
+            except ModelError as error:
+                yield f"reward.models[{i}]", str(error), name
     critic = reward.get("critic")
     if critic not in (None, "shared", model.get("model_name_or_path")) and not critic.endswith("/critic"):
         yield from named_models(stage, kinds, "reward.critic", critic, *scoring)

@@ -45,6 +45,9 @@ def files(tmp_path_factory, tiny_gpt2):
         "value = 3\ndef reward(prompts, completions, **columns): return [0.0 for _ in prompts]\n"
         "def short(prompts): return []\ndef judge(prompt, completion): return 1.0\ndef rank(prompt, completions): return [1, 2], [[], []]\n"
     )
+    (folder / "labels_only.jsonl").write_text('{"label": 1}\n')
+    (folder / "broken.jinja").write_text("{% for m in messages %}{{ m.content }")
+    (folder / "no_answer.jinja").write_text("{{ messages[0].content }}")
     (folder / "broken.py").write_text("raise RuntimeError('this module is broken')\n")
     (folder / "empty").mkdir()
     for name, config in {
@@ -303,8 +306,9 @@ def references(files: dict):
         yield "labels", ("data", key), value
     for key in ("text", "labelled", "pairs", "prompts", "rankings"):
         yield "scores", ("evaluate", key), "none.jsonl"
+    yield "scores", ("evaluate", "text"), files["labels_only"]
     yield "scores", ("evaluate", "tasks"), ["none.yaml"]
-    for key, value in (("chat_template", "chatlm"), ("chat_template", "no/such.jinja"), ("dtype", "fp8"), ("lora_r", 8),
+    for key, value in (("chat_template", "chatlm"), ("chat_template", "no/such.jinja"), ("chat_template", f"{files['folder']}/broken.jinja"), ("dtype", "fp8"), ("lora_r", 8),
                        ("load_in_4bit", True), ("bnb_4bit_quant_type", "nf4"), ("tokenizer_name_or_path", "./none"),
                        ("tokenizer_name_or_path", files["empty"]), ("config", 5), ("attn_implementation", "flash_attention_3")):  # fmt: skip
         yield "sft", ("model", key), value
