@@ -16,7 +16,7 @@ from pipelines.models.config import ModelSection
 from pipelines.models.tag_heads import TagPenalty
 from pipelines.recipe.recipe import load
 from pipelines.speed import packed_attention
-from pipelines.stages.ppo import scorer
+from pipelines.stages.ppo import one_score
 from pipelines.training.rankings import RankingCollator, decided, ranking_loss
 
 PAIRS = [
@@ -86,7 +86,7 @@ def test_metrics_against_closed_forms():
 def test_a_model_without_a_score_head_never_becomes_a_reward(tiny_gpt2):
 
     with pytest.raises(ModelError, match="score.weight"):
-        scorer(str(tiny_gpt2), ModelSection(model_name_or_path=str(tiny_gpt2)))
+        one_score(str(tiny_gpt2), ModelSection(model_name_or_path=str(tiny_gpt2)))
 
 
 RANKED = [
