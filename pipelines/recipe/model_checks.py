@@ -191,7 +191,9 @@ def _ready(stage: Stage) -> Found:
     key = "tokenizer_name_or_path" if model.get("tokenizer_name_or_path") else "model_name_or_path"
     path = resolve(model.get(key) or "stage:", Path())
     template = resolve(model.get("chat_template"), Path())
-    if template and template not in TEMPLATES and Path(template).is_file():
+    if template and template not in TEMPLATES:
+        if not Path(template).is_file():
+            return  # reported already
         try:
             jinja2.Environment().parse(Path(template).read_text(encoding="utf-8"))
         except (jinja2.TemplateError, OSError, UnicodeDecodeError) as error:
