@@ -96,7 +96,10 @@ class SourceSection:
 
     path: str = field(
         default="",
-        metadata={"help": "Local .jsonl, .json, .csv, .parquet, .txt (each also .gz), a glob of them, or a hub id."},
+        metadata={
+            "help": "Local .jsonl, .json, .csv, .parquet, .arrow, .txt (each also .gz), a glob of them, a folder of save_to_disk, "
+            "or a hub id; see docs/data-formats.md."
+        },
     )
     name: str | None = field(default=None, metadata={"help": "Hub only: the configuration of the data set."})
     split: str = field(default="train", metadata={"help": "Hub only: the split to read."})
