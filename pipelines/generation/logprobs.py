@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.errors import CannotPack
-from pipelines.speed.fast_model import fast_gelu
+from pipelines.speed.fast_model import fast_gelu, float32_head
 from pipelines.speed.fused_head import linear_logprobs
 from pipelines.speed.packed_attention import enable_packed_attention
 from pipelines.speed.packing import pack
@@ -35,6 +35,7 @@ def make_ready(model: nn.Module) -> bool:
     """
     disable_dropout(model)
     fast_gelu(model)
+    float32_head(plain_model(model))
     try:
         enable_packed_attention(model)
     except CannotPack as error:

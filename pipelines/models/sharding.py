@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+
+import torch
 
 
 @contextlib.contextmanager
@@ -15,6 +18,17 @@ def whole(*weights):
 
     with deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0):
         yield
+
+
+def float32_sums(accelerator) -> None:
+    """FSDP2 in half precision: gradients are summed in float32, and outputs stay what they are.
+
+    Accelerate's plugin would sum gradients in half precision and cast every output to it, losses and log-probs too.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if policy is not None and plugin.fsdp_version == 2:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 @contextlib.contextmanager

@@ -77,6 +77,16 @@ def check_ptx(args, ptx_dataset) -> None:
         raise SetupError("ptx_dataset needs rows with `input_ids` of at least two tokens")
 
 
+def check_vllm(args, model) -> None:
+    """Raise SetupError where vLLM cannot be given the policy's weights as they are trained."""
+    if args.use_vllm and hasattr(plain_model(model), "full_precision"):
+        raise SetupError(
+            "use_vllm: the policy's base is loaded in 4 or 8 bits, and vLLM is given whole weights: merging the adapters "
+            "into a quantized base at every rollout would sample from another policy than the one that is trained. Drop "
+            "use_vllm, or load_in_4bit / load_in_8bit"
+        )
+
+
 def check_batch(batch: int, mini_batches: int, world: int) -> None:
     """Raise ValueError unless `batch` answers divide into minibatches of equal shares for `world` processes."""
     if batch % mini_batches or batch // mini_batches % world:

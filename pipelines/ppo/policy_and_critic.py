@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trl.models import prepare_deepspeed
 
 from pipelines.generation.logprobs import plain_model, states_of, token_logprobs, token_values
+from pipelines.speed.fast_model import float32_head
 
 
 class ValueHead(nn.Module):
@@ -22,10 +23,11 @@ class ValueHead(nn.Module):
         width = plain_model(policy).config.get_text_config().hidden_size
         self.score = nn.Linear(width, 1, bias=False, device=policy.device)
         nn.init.zeros_(self.score.weight)
+        float32_head(self)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Values (N,), float32, of the policy's last hidden states (N, H)."""
-        return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1).float()
+        return self.score(hidden).squeeze(-1)
 
     def save_pretrained(self, folder, state_dict: dict | None = None) -> None:
         """Write the head into `folder`, which is made."""

@@ -178,7 +178,11 @@ class RolloutMaker:
     ):
         self.args, self.accelerator, self.policy, self.ref_model = args, accelerator, policy, ref_model
         self.scorer, self.eos_token_ids, self.packed, self.vllm = scorer, eos_token_ids, packed, vllm
-        self.decoder = copy.deepcopy(policy).eval() if runs_on_fsdp(accelerator) else None  # see `_whole_policy`
+        self.decoder = None
+        if runs_on_fsdp(accelerator):  # see `_whole_policy`; its weights come with each rollout, its buffers are there
+            self.decoder = copy.deepcopy(policy).eval()
+            for module in self.decoder.modules():
+                module._buffers |= {k: b if b is None else b.to(accelerator.device) for k, b in module._buffers.items()}
 
     @torch.no_grad()
     def make(self, model: nn.Module, dataset, prompts: list[list[int]], rows: list[int], seeds: list) -> Rollouts:
@@ -270,6 +274,8 @@ class RolloutMaker:
                 yield unwrapped.policy
             return
         weights = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in self.policy.state_dict().items()}
+        # with CPU offload the shards are on the host: decoding is done on the device all the same
+        weights = {name: weight.to(self.accelerator.device) for name, weight in weights.items()}
         self.decoder.load_state_dict(weights, assign=True)
         del weights
         yield self.decoder

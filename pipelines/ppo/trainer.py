@@ -103,6 +103,7 @@ class PPOTrainer(TwoModelTrainer):
         checks.check_models(model, value_model, ref_model, reward_funcs, processing_class)
         checks.check_counts(reward_funcs, reward_weights, reward_tokenizers)
         checks.check_ptx(args, ptx_dataset)
+        checks.check_vllm(args, model)
         if ref_model is None and not hasattr(model, "peft_config"):
             with whole(*model.parameters()):
                 ref_model = copy.deepcopy(model)

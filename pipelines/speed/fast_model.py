@@ -45,7 +45,7 @@ def _why_not_fused(model) -> str | None:
     ids = torch.arange(4, device=head.weight.device)[None] % head.weight.size(0)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), attention_for_any_device(config):
         own = model(input_ids=ids, use_cache=False).logits.float()
         ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
     for module, training in modes:
@@ -53,6 +53,38 @@ def _why_not_fused(model) -> str | None:
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item()):
         return "its logits are not head(last hidden states)"
     return None
+
+
+@contextlib.contextmanager
+def attention_for_any_device(config):
+    """Within it a model attends by PyTorch's own functions: flash attention and kernels of the hub refuse a CPU, and
+    float32 anywhere."""
+    before = config._attn_implementation
+    if before not in ("sdpa", "eager", "packed_sdpa"):
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        if config._attn_implementation != before:
+            config._attn_implementation = before
+
+
+def float32_head(model) -> None:
+    """Let the `score` head of a sequence classifier compute in float32 outside of autocast, in place.
+
+    One number for an answer, rounded to three digits by bfloat16, would be no score: differences between good answers are
+    smaller. It costs nothing beside the model.
+    """
+    head = getattr(model, "score", None)
+    if type(head) is torch.nn.Linear:
+        head.forward = types.MethodType(float32_linear, head)
+
+
+def float32_linear(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """(…, in) -> (…, out) in float32, whatever autocast says and the dtypes are."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.float()
+        return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
 
 def _sharded(head: torch.nn.Linear) -> bool:

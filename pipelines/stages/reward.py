@@ -150,6 +150,7 @@ def run(stage) -> dict:
             head.weight.normal_(std=1 / math.sqrt(head.weight.shape[-1] + 1))
     added = tokenizer_setup.install_template(model, tokenizer, section.chat_template, section.chat_template_kwargs)
     fast_model.fast_gelu(model)
+    fast_model.float32_head(model)
     collate = RankingCollator(tokenizer.pad_token_id, **_packs(model))
     context = loading.context_length(model, stage.sections.get("args", {}).get("max_length"))
     settings = {"context": context, "rank_margin": args.rank_margin, "tags": tags}

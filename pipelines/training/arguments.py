@@ -50,6 +50,12 @@ def build_args(stage):
         args = construct(stage.section_class("args"), values)
     except SetupError as error:
         raise SetupError(f"stages.{stage.name}.args: {error}") from error
+    if args.n_gpu > 1:  # the Trainer would make an `nn.DataParallel` of it, with as many times the batch
+        logger.warning(
+            "%s: one process uses one GPU, the other %d are idle. All of them: accelerate launch --config_file "
+            "accelerate_configs/ddp.yaml --num_processes %d -m pipelines RECIPE", stage.name, args.n_gpu - 1, args.n_gpu
+        )  # fmt: skip
+        args._n_gpu = 1
     args.mixed_precision = {"fp32": "no"}.get(precision(args), precision(args))  # else the launcher's would win unseen
     stage.resolved = {k: v for k, v in args.to_dict().items() if v is not None}
     if state.is_main_process:
@@ -135,6 +141,7 @@ def _defaults(stage, hardware: Hardware) -> dict:
     if stage.sections.get("data", {}).get("validation"):
         values |= {"eval_strategy": "steps", "eval_steps": 0.1}
     values |= {"ddp_find_unused_parameters": False}
+    values |= {"logging_nan_inf_filter": False}  # `ChainTrainer` stops on them, and asks the device less often
     if "gradient_checkpointing" not in stage.sections.get("args", {}):  # its older name; TRL's default is true
         values["activation_checkpointing"] = False
     values |= {"bf16": False}  # TRL's default would be bf16 anywhere

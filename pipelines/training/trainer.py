@@ -76,6 +76,10 @@ class ChainTrainer:
     _unseen: list = []  # losses and norms not looked at yet, with their rows and step; replaced, never added to
     _to_come: int | None = None  # rows of all processes that an evaluation under way has not seen yet
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        sharding.float32_sums(self.accelerator)
+
     def get_train_dataloader(self):
         if self.stream is None:
             return super().get_train_dataloader()

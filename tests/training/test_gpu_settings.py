@@ -1,0 +1,181 @@
+"""What GPUs change without a GPU at hand: one card of several, flash attention, heads in float32, quantized bases, shards."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from simulated_gpu import on_gpu, simulated_gpu
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import AttentionInterface, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+from pipelines.chain import chain
+from pipelines.errors import SetupError
+from pipelines.generation.decode import Sampler, generate, lean_decode, ready_mask, takes_ready_masks, uniforms
+from pipelines.generation.logprobs import collate, make_ready, sequence_scores, token_values
+from pipelines.models import sharding
+from pipelines.ppo import checks, rollouts
+from pipelines.ppo.policy_and_critic import ValueHead
+from pipelines.recipe.recipe import load
+from pipelines.speed import packed_attention
+from pipelines.speed.fast_model import fuse_loss
+from pipelines.speed.fused_head import linear_cross_entropy, linear_logprobs
+
+
+def gpt2(kind=GPT2LMHeadModel, **settings):
+    torch.manual_seed(0)
+    size = dict(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+    return kind(GPT2Config(**size, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, pad_token_id=39, **settings))
+
+
+def test_one_process_uses_one_gpu_and_names_the_idle_ones(recipe, write, tiny_gpt2, monkeypatch, caplog):
+    monkeypatch.setenv("PIPELINES_FAST_ENV", "0")
+    rows = write("a.jsonl", [{"prompt": f"what is {i}", "completion": "the cat"} for i in range(16)])
+    args = {"global_batch_size": 4, "max_steps": 1, "save_strategy": "no"}
+    stage = {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": {"train": rows}, "args": args}
+    seen = []
+    forward = nn.DataParallel.forward
+    monkeypatch.setattr(nn.DataParallel, "forward", lambda *a, **k: seen.append(1) or forward(*a, **k))
+    loaded = load(recipe({"x": stage}))
+    with pytest.MonkeyPatch.context() as patch, simulated_gpu(patch, bf16=False, devices=2) as gpu:
+        with caplog.at_level("INFO", logger="pipelines"):
+            chain.run(loaded)
+        assert gpu.counts
+    assert not seen and "one process uses one GPU, the other 1 are idle" in caplog.text
+    assert "x: fp32 (not every GPU here computes in bf16) on 1 x cuda, 4 rows per step" in caplog.text  # as on a T4
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "someone/attention"])
+def test_a_model_with_an_attention_that_refuses_the_cpu_is_fused_all_the_same(name):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("FlashAttention only supports fp16 and bf16 on a GPU")
+
+    AttentionInterface.register(name, refuse)
+    try:
+        model = gpt2()
+        model.config._attn_implementation_internal = name
+        with pytest.raises(RuntimeError, match="only supports"):
+            model(torch.tensor([[1, 2]]))
+        assert fuse_loss(model) and model.config._attn_implementation == name
+    finally:
+        AttentionInterface._global_mapping.pop(name)
+
+
+def test_scores_and_values_are_not_rounded_by_autocast():
+    """To bfloat16 would be to three digits; the states are, the heads are not."""
+    critic = gpt2(GPT2ForSequenceClassification, num_labels=1)
+    make_ready(critic)
+    policy = gpt2()
+    shared = ValueHead(policy)
+    nn.init.normal_(shared.score.weight)
+    states = torch.randn(50, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = critic.score(states), shared(states), token_values(critic, collate([([1, 2], [3, 4])], True, "cpu"))
+        found += (sequence_scores(critic, [[1, 2, 3], [4, 5]], True, "cpu"),)
+    torch.testing.assert_close(found[0], states @ critic.score.weight.T, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found[1], (states @ shared.score.weight.T)[:, 0], atol=1e-6, rtol=1e-6)
+    for values in found:
+        assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
+
+
+def test_a_quantized_base_is_probed_in_the_precision_of_its_products():
+    model = gpt2().transformer
+    assert packed_attention._exact(model)
+    model.h[0].mlp.compute_dtype = torch.bfloat16  # as bitsandbytes' layers say it
+    assert not packed_attention._exact(model)
+    assert not packed_attention._exact(gpt2().bfloat16().transformer)
+
+
+def test_vllm_refuses_a_quantized_policy():
+    model = gpt2()
+    checks.check_vllm(types.SimpleNamespace(use_vllm=True), model)
+    model.full_precision = lambda: None
+    checks.check_vllm(types.SimpleNamespace(use_vllm=False), model)
+    with pytest.raises(SetupError, match="4 or 8 bits"):
+        checks.check_vllm(types.SimpleNamespace(use_vllm=True), model)
+
+
+def test_offloaded_shards_are_decoded_on_the_device(monkeypatch):
+    monkeypatch.setattr(rollouts, "runs_on_fsdp", lambda accelerator: True)
+    with pytest.MonkeyPatch.context() as patch, simulated_gpu(patch):
+        policy = gpt2().eval()
+        accelerator = types.SimpleNamespace(device=torch.device("cuda", 0))
+        maker = rollouts.RolloutMaker(None, accelerator, policy, None, None, [0], True)
+        for _ in range(2):
+            with maker._whole_policy(None) as model:
+                assert all(on_gpu(x) for x in (*model.parameters(), *model.buffers()))
+                generate(model, [[1, 2], [3]], max_new_tokens=3, eos_token_ids=[0], seeds=[1, 2])
+        assert not any(on_gpu(weight) for weight in policy.parameters())
+
+
+def test_shards_in_bf16_sum_gradients_in_float32_and_round_no_output():
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    plugin = types.SimpleNamespace(mixed_precision_policy=half, fsdp_version=2)
+    accelerator = types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin))
+    sharding.float32_sums(accelerator)
+    found = plugin.mixed_precision_policy
+    assert (found.param_dtype, found.reduce_dtype, found.output_dtype) == (torch.bfloat16, torch.float32, None)
+    sharding.float32_sums(types.SimpleNamespace(state=types.SimpleNamespace()))  # no FSDP: nothing to do
+
+
+# --- what is computed otherwise on an accelerator gives the same ---------------------------------------------
+
+
+def test_the_head_on_an_accelerator_gives_what_it_gives_on_a_cpu():
+    """Losses, log-probs, entropies and gradients; with the number of targets known to the host, and without."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(30, 8), torch.randn(50, 8) * 6  # some probabilities underflow
+    labels = torch.randint(50, (30,))
+    wanted = torch.where(torch.arange(30) % 3 == 0, -100, labels)
+
+    def results(device, targets=None):
+        h, w = (x.clone().to(device).requires_grad_() for x in (hidden, weight))
+        loss = linear_cross_entropy(h, w, wanted.to(device), rows=7, targets=targets)
+        logprobs, entropy = linear_logprobs(h, w, labels.to(device), rows=7)
+        (loss + logprobs.mean() + entropy.sum() / 100).backward()
+        return [x.detach().cpu() for x in (loss, logprobs, entropy, h.grad, w.grad)]
+
+    expected = results("cpu")
+    with pytest.MonkeyPatch.context() as patch, simulated_gpu(patch) as gpu:
+        for targets in (None, 20):
+            for found, right in zip(results("cuda", targets), expected, strict=True):
+                torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
+        assert not [place for place in gpu.places["other"] if "wait speed/" in place]
+        h, w = (x.to("cuda").requires_grad_() for x in (hidden, weight))
+        nothing = linear_cross_entropy(h, w, torch.full((30,), -100).cuda())  # no row to learn from
+        nothing.backward()
+        assert nothing.item() == 0 and h.grad.abs().sum().item() == 0
+
+
+def test_decoding_on_an_accelerator_gives_what_it_gives_on_a_cpu():
+    """Masks that are handed over, ended rows asked for every eight tokens: the answers are the same."""
+    model, prompts = gpt2().eval(), [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
+    assert takes_ready_masks(model.config)
+
+    def answers():
+        draw = Sampler(uniforms([1, 2, 3, 4], 20), 0.7)
+        with torch.no_grad():
+            tokens, logprobs = lean_decode(model, prompts, 20, [0, 3, 17, 21], draw)
+        out = []
+        for ids, logp in zip(tokens.tolist(), logprobs, strict=True):
+            n = next((t + 1 for t, token in enumerate(ids) if token in (0, 3, 17, 21)), 20)
+            out.append((ids[:n], logp[:n]))
+        return out
+
+    expected = answers()
+    assert len({len(ids) for ids, _ in expected}) > 1
+    with pytest.MonkeyPatch.context() as patch, simulated_gpu(patch):
+        model.cuda()
+        found = answers()
+    for (ids, logp), (right, right_logp) in zip(found, expected, strict=True):
+        assert ids == right
+        torch.testing.assert_close(logp, right_logp, atol=1e-5, rtol=1e-5)
+
+
+def test_a_ready_mask_lets_the_last_queries_see_what_is_before_them_and_no_padding():
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert ready_mask(mask, 2)[:, 0].tolist() == [[[False, True, False], [False, True, True]],
+                                                  [[True, True, False], [True, True, True]]]  # fmt: skip
+    assert ready_mask(mask, 1)[0, 0].tolist() == [[False, True, True]]
