@@ -161,7 +161,7 @@ def run(stage) -> dict:
         logger.info("class weights: %s", ", ".join(f"{k} {v:.3g}" for k, v in stage.report["class_weights"].items()))
     trainer.where = where
     loop.fit(stage, trainer)
-    results = saving.final_metrics(trainer)
+    results = saving.final_metrics(trainer, reuse=measure.last is not None)
     saving.save(trainer, stage.folder, tokenizer)
     return {**results, "labels": names, **measure.details()}
 

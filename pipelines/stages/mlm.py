@@ -120,7 +120,7 @@ def run(stage) -> dict:
     if stream:
         tokens = trainer.state.global_step * stream.per_step * context
         stage.report["train"] = {**stream.report(), "context": context, "tokens": tokens}
-    metrics = saving.final_metrics(trainer)
+    metrics = saving.final_metrics(trainer, reuse=True)
     saving.save(trainer, stage.folder, tokenizer)
     return {"parameters": model.num_parameters(), **metrics}
 

@@ -161,7 +161,7 @@ def run(stage) -> dict:
     trainer.where = where
     trainer.validation_tokens = stage.report.get("validation", {}).get("target_tokens", 0)
     loop.fit(stage, trainer)
-    metrics = saving.final_metrics(trainer)
+    metrics = saving.final_metrics(trainer, reuse=measure is None or bool(measure.generated))
     if measure and measure.generated and PartialState().is_main_process:
         with open(stage.folder / "samples.jsonl", "w", encoding="utf-8") as stream:
             for row, text in list(zip(kept, measure.generated, strict=True))[:SAMPLES]:

@@ -133,7 +133,7 @@ def run(stage) -> dict:
     loop.fit(stage, trainer)
     if stream:
         stage.report["train"] = stream.report()
-    metrics = saving.final_metrics(trainer)
+    metrics = saving.final_metrics(trainer, reuse=True)
     saving.save(trainer, stage.folder, tokenizer)
     return metrics
 

@@ -43,13 +43,29 @@ def save(trainer, folder: Path, tokenizer) -> None:
     PartialState().wait_for_everyone()
 
 
-def final_metrics(trainer, evaluate: bool = True) -> dict:
-    """Metrics of a finished training for stage.json: a last evaluation where there is validation data, and the log."""
-    state = trainer.state
-    metrics = trainer.evaluate() if evaluate and trainer.eval_dataset is not None else {}
+def final_metrics(trainer, evaluate: bool = True, reuse: bool = False) -> dict:
+    """Metrics of a finished training for stage.json: a last evaluation where there is validation data, and the log.
+
+    With `reuse` an evaluation of the last step is not done again, where the model still is the one of that step.
+    """
+    state, metrics = trainer.state, {}
+    if evaluate and trainer.eval_dataset is not None:
+        known, entries = _last_evaluation(trainer), len(state.log_history)
+        metrics = known if known and reuse else trainer.evaluate()
+        if known:
+            del state.log_history[entries:]  # evaluated for its texts after a resume: the figures are there already
     metrics = {k: v for k, v in metrics.items() if not k.endswith(("epoch", "_runtime", "_per_second"))}
     end = next((e for e in reversed(state.log_history) if "train_runtime" in e), {})
     for key in ("train_loss", "train_samples_per_second"):
         if key in end:
             metrics[key] = end[key]
     return {**metrics, "steps": state.global_step, "history": state.log_history}
+
+
+def _last_evaluation(trainer) -> dict | None:
+    """The metrics that were logged of an evaluation after the last step; None where the model is of another step."""
+    state = trainer.state
+    if trainer.args.load_best_model_at_end and state.best_global_step not in (None, state.global_step):
+        return None
+    entries = [e for e in state.log_history if e.get("step") == state.global_step and "eval_loss" in e]
+    return {k: v for k, v in entries[-1].items() if k.startswith("eval_")} if entries else None
