@@ -270,6 +270,10 @@ class Dialogue:
         opened = opened_thought(before)
         if after.startswith(before):
             answer = after[len(before) :]
+            if opened and "<think>" in answer and "reasoning_content" not in self.messages[i]:
+                # The thought in the text would come behind an empty one: the template takes it by its own key.
+                moved = {**self.messages[i], "reasoning_content": thought, "content": _thought(self.messages[i])[1]}
+                answer = self._render([*self.messages[:i], moved], False).removeprefix(before)
             if thought in answer:
                 return answer
         elif opened and after.startswith(before[: opened.start()]):
@@ -300,7 +304,9 @@ class Dialogue:
         if eos is None:
             raise TemplateError(f"the tokenizer of {_name(self.tokenizer)} has no EOS token to end an answer with")
         outside = re.sub("\U000f0000.*?\U000f0001", lambda m: " " * len(m[0]), answer, flags=re.DOTALL)
-        if (end := outside.rfind(eos)) >= 0:
+        text = _thought(self.messages[i])[1].strip()
+        behind = answer.rfind(text) + len(text) if text and text in answer else 0
+        if (end := outside.find(eos, behind)) >= 0:  # the first: Phi-3 writes another at the end of a dialogue
             return answer[: end + len(eos)]
         written = list(self.control.turns.finditer(outside.rstrip()))
         if written and written[-1].end() == len(outside.rstrip()):
@@ -327,9 +333,15 @@ def _closing(tokenizer, control: ControlTokens, messages: list[dict], tools) -> 
         following = render_template(tokenizer, [*messages, turn], False, tools)
     except TemplateError:
         return None
-    if not following.startswith(ended):
-        return None
-    token = control.turns.match(following[len(ended) :].lstrip())
+    if following.startswith(ended):
+        rest = following[len(ended) :]
+    else:  # the next turn changes what was written before (GLM takes the thought away): look behind a plain answer
+        plain = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\uf8fe"}, turn]
+        try:
+            rest = render_template(tokenizer, plain, False, tools).rpartition("\uf8fe")[2]
+        except TemplateError:
+            return None
+    token = control.turns.match(rest.lstrip())
     return token and token[0]
 
 

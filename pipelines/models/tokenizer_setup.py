@@ -10,7 +10,7 @@ from pathlib import Path
 import transformers
 
 from pipelines.errors import TemplateError, meant
-from pipelines.models.chat_template import TEMPLATES, render_template
+from pipelines.models.chat_template import TEMPLATES, encode_answer, render_template
 from pipelines.models.loading import vocabulary
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,21 @@ def install_template(model, tokenizer, template: str | None, variables: dict | N
     """
     added = dress(tokenizer, template, variables)
     fit_model(model, tokenizer)
+    _end_with_the_template(model, tokenizer)
     return added
+
+
+def _end_with_the_template(model, tokenizer) -> None:
+    """Let generation end with the token that closes a learned answer where it is not EOS (GLM's `<|user|>`)."""
+    generation = getattr(model, "generation_config", None)
+    try:
+        last = encode_answer(tokenizer, "Is it?", "It is.")[1][-1]
+    except TemplateError:
+        return  # the stage's own rows will say why
+    if generation is not None and last != tokenizer.eos_token_id:
+        ends = generation.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        generation.eos_token_id = list(dict.fromkeys([*ends, last]))
 
 
 def dress(tokenizer, template: str | None, variables: dict | None = None) -> list[str]:

@@ -60,7 +60,7 @@ INST = TURNS + (
 # Markers that swallow the white space behind them and are put together from roles, as Phi-3's.
 ROLES = TURNS + (
     "{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 # Nothing closes an answer but the next turn, as GLM's.
 OBSERVED = TURNS + (

@@ -89,6 +89,11 @@ def check(tokenizer, messages):
     harmless = [{**m, "content": without_control(tokenizer, m["content"])} for m in messages]
     kept = lambda rows: [[i for i in ids if i in control] for ids, _ in rows]
     other = chat_template.encode_dialogue(tokenizer, harmless)
+    for i, (before, answer) in zip(places, answers(other)):  # in one piece, wherever the pieces are tokens of the whole
+        text, shown = (chat_template.render_template(tokenizer, harmless[:n], n == i) for n in (i + 1, i))
+        whole = chat_template._bos(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
+        if text.startswith(shown) and whole[: len(before)] == before and whole[-1] in control:
+            assert whole[len(before) :][: len(answer)] == answer
     if len(other) == len(sequences):
         assert kept(sequences) == kept(other)
     assert sequences[-1][0][-1] in control
@@ -150,6 +155,8 @@ def learned(tokenizer, messages, tools=None) -> list[str]:
 def test_which_way_was_taken_is_known(families):
     way = chat_template.how_dialogues_are_learned
     assert way(families["chatml"]) == way(families["inst"]) == chat_template.ONE_SEQUENCE
+    assert way(families["roles"]) == chat_template.ONE_SEQUENCE
+    assert learned(families["roles"], [user(), assistant("a")]) == ["a<|end|>"]
     assert way(families["thoughts"]) == way(families["open thought"]) == chat_template.PER_ANSWER
 
 
@@ -159,6 +166,15 @@ def test_reasoning_is_learned_as_part_of_the_answer_where_it_stood(families):
         assert thoughts == ["<think>\n2+2\n</think>\n\nfour<|im_end|>", "<think>\n\n</think>\n\nfive<|im_end|>"]
         assert learned(families["open thought"], [user(), message]) == ["2+2\n</think>\n\nfour</s>"]
     assert learned(families["open thought"], [user(), assistant("four")]) == ["\n</think>\n\nfour</s>"]
+    # a template that opens a thought and knows it by its key alone
+    keyed = copy.deepcopy(families["thoughts"])
+    keyed.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+        "{{ '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{% endif %}{{ m.content.lstrip('\\n') + '<|im_end|>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    )
+    for message in (assistant("four", reasoning_content="2+2"), assistant("<think>\n2+2\n</think>\n\nfour")):
+        assert learned(keyed, [user(), message]) == ["2+2\n</think>\n\nfour<|im_end|>"]
     with pytest.raises(TemplateError, match="does not show `reasoning_content` of message 2"):
         learned(families["chatml"], [user(), assistant("four", reasoning_content="2+2")])
     assert learned(families["chatml"], [user(), assistant("<think>2+2</think>four")]) == [
@@ -246,3 +262,11 @@ def test_rows_that_hold_control_tokens_texts_are_known(families):
     plain = families["plain bytes"]
     before, answer = chat_template.encode_answer(plain, "say <|endof", "text|> now")
     assert (before + answer).count(plain.eos_token_id) == 1
+
+
+def test_an_answer_that_goes_on_a_word_gets_no_space_of_its_own(families):
+    for name in ("plain pieces", "unigram"):
+        before, answer = chat_template.encode_answer(families[name], "see t", "he cat")
+        assert before == chat_template.encode_prompt(families[name], "see t")
+        pieces = families[name].convert_ids_to_tokens(answer)
+        assert "".join(pieces[:-1]) == "he▁cat", name

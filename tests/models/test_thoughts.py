@@ -94,3 +94,10 @@ def test_a_tokenizer_with_more_tokens_than_its_model_answers(tiny_gpt2, tmp_path
     speaker = Speaker(str(tmp_path))
     with torch.no_grad():
         assert isinstance(speaker.answer("the cat", Settings(max_new_tokens=2), lambda _: None, print), str)
+
+
+def test_generation_ends_where_learned_answers_end(tiny_gpt2):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_gpt2), tokenizer_of("observed")
+    tokenizer_setup.install_template(model, tokenizer, None)
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|user|>")}
+    assert ends <= set(answers.end_tokens(model, tokenizer)) and tokenizer.eos_token == "<|endoftext|>"
