@@ -20,8 +20,16 @@ from pipelines.recipe.checks import SET_BY_CHAIN
 from pipelines.recipe.problems import RecipeError
 from pipelines.recipe.stage import section_class
 
-# What `check` cannot find: nothing that is known.
-FOUND_LATER: dict[str, str] = {}
+# What `check` does not find, and why. No recipe below is one of these.
+FOUND_LATER = {
+    "a data set of the hub that does not exist": "only models are asked for; `check` would have to download rows to read them",
+    "a name of lm-eval's tasks that does not exist": "its index is thousands of files; task files (.yaml) are looked for",
+    "rows that are too long for the model": "known when they are encoded: counted, or an error with file and row",
+    "rows that an earlier stage writes": "they are checked when they are read",
+    "special tokens of a new model's config that are not its tokenizer's": "the tokenizer is trained when the stage runs",
+    "weights in a folder that do not fit its config": "no weights are read",
+    "a reward model under another chat template": "templates are compared when both are loaded",
+}
 
 STAGE_MODULES = [importlib.import_module(kind.module or f"pipelines.stages.{name}") for name, kind in KINDS.items()]
 ROWS = {
@@ -411,5 +419,5 @@ def test_no_wrong_recipe_is_accepted_and_none_crashes(stages, files, tmp_path):
     for text in TEXTS:
         found[f"text {text[:40]!r}"] = verdict(tmp_path / "r.yaml", text)
     assert len(found) >= 350
-    wrong = {name: what for name, what in found.items() if what != "found" and name not in FOUND_LATER}
+    wrong = {name: what for name, what in found.items() if what != "found"}
     assert wrong == {}, f"{len(wrong)} of {len(found)}: " + "\n".join(f"{k}: {v}" for k, v in wrong.items())
