@@ -232,7 +232,7 @@ def test_stops_early_with_the_best_model_even_when_killed_after_stopping(run, wr
 def test_an_unseen_validation_label_is_an_error_that_names_the_row(run, write):
     odd = [*rows(5, seed=1), {"text": "the plot", "label": "mixed"}]
     data = {"train": write("t.jsonl", rows(40)), "validation": write("v.jsonl", odd)}
-    with pytest.raises(DataError, match=r"v\.jsonl:6: no training row has the label 'mixed'"):
+    with pytest.raises(RecipeError, match=r"v\.jsonl:6: no training row has the label 'mixed'"):
         run(data)
 
 
