@@ -301,7 +301,7 @@ def main() -> int:
     args = parser.parse_args()
     rng, table = random.Random(args.seed), Table()
     print(f"seed {args.seed}", flush=True)
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         home = Path(home)
         stages = recipe_of_all_kinds(home)
         stages = {name: stage for name, stage in stages.items() if name in args.only or not args.only}
@@ -310,7 +310,7 @@ def main() -> int:
             quiet = home / f"quiet{processes}"
             code, output = runs.finish(quiet)
             if code:
-                print(output, file=sys.stderr)
+                print(f"the quiet run ended with {code}:\n{output[-2000:]}", file=sys.stderr)
                 return 1
             seconds = time.monotonic() - began
             print(f"a quiet run on {processes} process(es): {seconds:.0f} s", flush=True)
