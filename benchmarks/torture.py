@@ -158,9 +158,12 @@ def fingerprint(stage: Path) -> dict:
     return found
 
 
-def different(one: dict, two: dict) -> list[str]:
-    """Names of the parts in which two fingerprints differ."""
-    return [name for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name)]
+def different(one, two, at: str = "") -> list[str]:
+    """Paths of the parts in which two fingerprints differ."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        keys = sorted(one.keys() | two.keys())
+        return [line for key in keys for line in different(one.get(key), two.get(key), f"{at}/{key}")]
+    return [] if one == two else [at]
 
 
 class Table:

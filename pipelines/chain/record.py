@@ -78,13 +78,20 @@ def identity(finished: dict) -> str:
     return hashlib.sha256(json.dumps([finished["record"], finished["finished"]]).encode()).hexdigest()[:16]
 
 
-def portable(value):
-    """`value` (any nesting) with absolute paths as "…/NAME (6 digits that tell two apart)": a record may be published."""
+def portable(value, run: Path | None = None):
+    """`value` (any nesting) without absolute paths, which tell others nothing, and too much: a record may be published.
+
+    What lies in the folder `run` is called `stage:NAME/FILE`, and anything else "…/NAME (6 digits that tell two apart)".
+    """
     if isinstance(value, dict):
-        return {portable(k): portable(v) for k, v in value.items()}
+        return {portable(k, run): portable(v, run) for k, v in value.items()}
     if isinstance(value, list):
-        return [portable(v) for v in value]
-    if isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value and len(Path(value).parts) > 1:
+        return [portable(v, run) for v in value]
+    if not isinstance(value, str):
+        return value
+    if run is not None and value.startswith(f"{run}/"):
+        return f"stage:{value.removeprefix(f'{run}/')}"
+    if value.startswith(("/", "~")) and "\n" not in value and len(Path(value).parts) > 1:
         return f"{HERE}{Path(value).name} ({hashlib.sha256(value.encode()).hexdigest()[:6]})"
     return value
 
@@ -120,14 +127,15 @@ def _short(value) -> str:
 def finish(stage: Stage, made_from: dict, metrics: dict, started: str, seconds: float, world: int) -> None:
     """Write the log (`history.jsonl`), the card of a model and, last of all, `stage.json`."""
     files.write_rows(stage.folder / HISTORY, metrics.get("history", []))
+    run = stage.folder.parent
     final = {
         "stage": stage.name,
         "kind": stage.kind,
         "recipe": Path(stage.recipe).name if Path(stage.recipe).is_absolute() else stage.recipe,
-        "record": portable(made_from),
-        "rows": portable(stage.report),
+        "record": portable(made_from, run),
+        "rows": portable(stage.report, run),
         "metrics": {k: v for k, v in metrics.items() if k != "history"},
-        "args": portable(stage.resolved),
+        "args": portable(stage.resolved, run),
         "seed": stage.seed,
         "world_size": world,
         "started": started,
