@@ -32,7 +32,19 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS, COLOURS = "cat dog bird fish tree".split(), "red green blue".split()
-TIMES = ("second", "runtime", "started", "finished", "checksum", "files", "output_dir", "logging_dir", "recipe", "git")
+TIMES = (
+    "second",
+    "runtime",
+    "started",
+    "finished",
+    "checksum",
+    "files",
+    "output_dir",
+    "logging_dir",
+    "run_name",
+    "recipe",
+    "git",
+)
 HOW = ("truncate", "empty", "delete", "flip")
 
 
