@@ -208,7 +208,7 @@ def test_a_world_of_the_wrong_size_is_refused(chain):
     recipe, folder = chain("world")
     launcher = str(Path(sys.executable).parent / "accelerate")
     line = [launcher, "launch", "--cpu", "--num_processes", "2", "-m", "pipelines", str(recipe)]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "2 processes were asked for (--num_processes 2), but this run sees 1" in done.stderr
     assert "error: " in done.stderr.split("Traceback")[-1]  # the reason is repeated below the launcher's traceback
     assert not list(folder.glob("*/started.json"))
