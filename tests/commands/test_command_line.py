@@ -1,6 +1,7 @@
 """The command line itself: verbs and near misses, the launcher that `--on` starts, what a wheel brings along."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -174,8 +175,13 @@ def test_env_names_what_a_bug_report_needs(capsys):
 @pytest.mark.slow
 def test_a_wheel_in_an_empty_folder(tmp_path):
     """Built, unpacked where nothing else is: the recipes and launch configurations are there and are used."""
+    source = tmp_path / "source"  # building leaves files beside pyproject.toml
+    for name in ("pyproject.toml", "README.md", "LICENSE", "pipelines", "recipes", "accelerate_configs", "data"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        source.mkdir(exist_ok=True)
+        copy(ROOT / name, source / name)
     build = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path / "wheel"), str(ROOT)],
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path / "wheel"), str(source)],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert build.returncode == 0, build.stderr
