@@ -27,7 +27,7 @@ test-gpu: $(VENV)/.ready
 	$(BIN)/python benchmarks/gpu.py
 
 check: $(VENV)/.ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Step:
     record: dict
 
 
-def plan(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> list[Step]:
+def plan(recipe: Recipe, names: Sequence[str] = (), redo: Collection[str] = ()) -> list[Step]:
     """The steps for the stages `names` (all when empty). Raises `ChainError` with every reason why it cannot be done."""
     steps, refused = survey(recipe, names, redo)
     if refused:
@@ -39,7 +40,7 @@ def plan(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> list[St
     return steps
 
 
-def survey(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> tuple[list[Step], list[str]]:
+def survey(recipe: Recipe, names: Sequence[str] = (), redo: Collection[str] = ()) -> tuple[list[Step], list[str]]:
     """`(the steps for the stages `names`, every reason why they cannot be done)`. Raises `ChainError` for a wrong name."""
     known = [s.name for s in recipe.stages]
     wrong = [n for n in [*names, *redo] if n not in known]
@@ -49,7 +50,10 @@ def survey(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> tuple
         )
     redo = with_children(recipe, redo)
     begun = _begun_redo(recipe, redo)
-    steps, refused, made, broken = [], [], {}, {}
+    steps: list[Step] = []
+    refused: list[str] = []
+    made: dict[str, str | None] = {}
+    broken: dict[str, list[str]] = {}
     for stage in recipe.stages:
         chosen = not names or stage.name in names or stage.name in redo
         finished, started, wrong = _records(stage)
@@ -102,7 +106,7 @@ def survey(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> tuple
     return steps, refused
 
 
-def with_children(recipe: Recipe, redo: list[str]) -> set[str]:
+def with_children(recipe: Recipe, redo: Collection[str]) -> set[str]:
     """`redo`, and what builds on a stage that is made again."""
     out = set(redo)
     for stage in recipe.stages:
@@ -172,7 +176,7 @@ def _is_of_others(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir()) and not (folder / files.STARTED).is_file()
 
 
-def run(recipe: Recipe, names: list[str] = (), redo: list[str] = ()) -> None:
+def run(recipe: Recipe, names: Sequence[str] = (), redo: Collection[str] = ()) -> None:
     """Run the stages that are due on the processes Accelerate started. Every process calls it.
 
     Raises `ChainError` where it cannot be done, before anything is changed; `StorageError` where nothing can be written.
@@ -217,7 +221,7 @@ def _on_main(state, function):
     return word[0]
 
 
-def _prepare(recipe: Recipe, names: list[str], redo: list[str], writable: bool) -> list[tuple[str, str]]:
+def _prepare(recipe: Recipe, names: Sequence[str], redo: Collection[str], writable: bool) -> list[tuple[str, str]]:
     """The steps as (stage, action), after what a run notes of itself is written."""
     steps = [(s.stage.name, s.action) for s in plan(recipe, names, redo)]
     due = [name for name, action in steps if action != "finished"]
@@ -236,14 +240,14 @@ def _prepare(recipe: Recipe, names: list[str], redo: list[str], writable: bool) 
             files.write_json(recipe.output_dir / files.REDO, note)
         else:  # killed just before it was crossed off
             (recipe.output_dir / files.REDO).unlink(missing_ok=True)
-    chain = recipe.output_dir / CHAIN
+    path = recipe.output_dir / CHAIN
     try:
-        files.read_record(chain)
+        files.read_record(path)
     except RecordError as error:
-        aside = files.set_aside(chain, recipe.output_dir / ".damaged", chain.name)
-        logger.warning("%s It is kept in %s and written again.", str(error).partition(":")[0], aside)
+        damaged = files.set_aside(path, recipe.output_dir / ".damaged", path.name)
+        logger.warning("%s It is kept in %s and written again.", str(error).partition(":")[0], damaged)
     stages = [{"name": s.name, "kind": s.kind, "parents": s.parents} for s in recipe.stages]
-    files.write_json(chain, {"recipe": str(recipe.file), "stages": stages})
+    files.write_json(path, {"recipe": str(recipe.file), "stages": stages})
     return steps
 
 

@@ -104,7 +104,7 @@ def _message(message, column: str, number: int, ignored: set[str]) -> dict:
         raise DataError(f"{where}: unknown role {role!r}; known: {', '.join(SPEAKERS)}")
     where, role = f"{where} ({role})", SPEAKERS[role]
     content = _content(rest.pop("content" if "content" in rest else "value", None), where, column, ignored)
-    out = {"role": role, "content": content}
+    out: dict = {"role": role, "content": content}
     if role == "function_call":
         out = {"role": "assistant", "content": "", "tool_calls": _calls(content, f"{where}: content", ignored)}
     elif role == "assistant":
@@ -259,7 +259,7 @@ def plain(value, where: str) -> None:
         depth += 1
         if depth > DEPTH:
             raise DataError(f"{where} is nested too deeply (more than {DEPTH} levels)")
-        below = []
+        below: list = []
         for item in level:
             if isinstance(item, dict):
                 if not all(isinstance(key, str) for key in item):
@@ -326,6 +326,7 @@ def prompt(row: dict, ignored: set[str]) -> str | list[dict]:
         value += "\n\n" + extra if extra and extra.strip() else ""
     else:
         value = row.pop("prompt")
+    found: str | list[dict]
     if isinstance(value, list):
         found = unmarked(messages(value, "prompt", ignored))
     else:

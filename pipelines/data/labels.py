@@ -16,7 +16,8 @@ SINGLE, MULTI, NUMBER = "single_label_classification", "multi_label_classificati
 
 def doubtful(counts: dict) -> list[str]:
     """What is worth a warning about labels and their counts: twins by blanks or case, ids beside names, single rows."""
-    found, twins = [], {}
+    found: list[str] = []
+    twins: dict = {}
     for label in counts:
         twins.setdefault(" ".join(str(label).split()).casefold(), []).append(label)
     for same in twins.values():

@@ -30,7 +30,8 @@ def stream(
     share, report = fraction(section), {} if report is None else report
     origin = "train" if side == "validation" and share else side
     for source in sources(section, origin):
-        weight, ignored = float(source.get("weight", 1.0)) if side == "train" else 1.0, set()
+        weight = float(source.get("weight", 1.0)) if side == "train" else 1.0
+        ignored: set[str] = set()
         for where, raw in read(source):
             try:
                 row = normalise(raw, kind, source.get("columns"), task, ignored)
@@ -112,7 +113,8 @@ def first_block(section: dict, kind: str, seed: int, size: int, report: dict | N
 
 
 def _again(source: dict, kind: str, seed: int, place: dict, report: dict) -> Iterator[dict]:
-    ignored, named = set(), 0
+    ignored: set[str] = set()
+    named = 0
     while True:
         epoch = place.setdefault("epoch", 0)
         for where, raw in read(source, place, f"{seed}|{epoch}"):

@@ -84,10 +84,10 @@ def _json(path: Path, place: dict, columns: dict) -> Iterator[tuple[str, dict]]:
     """Rows of JSON lines; or of a file that holds one list of rows, rows under one key, or objects over several lines."""
     if place.get("item") or not place.get("line") and _is_document(path, columns):
         text = "".join(line for _, line in _lines(path, {}))
-        for i, (line, row) in enumerate(_document(path, text, columns), 1):
+        for i, (at, row) in enumerate(_document(path, text, columns), 1):
             if i > place.get("item", 0):
                 place["item"] = i
-                yield f"{path}:{line}[{i}]", _checked(row, path, line)
+                yield f"{path}:{at}[{i}]", _checked(row, path, at)
         return
     for number, line in _lines(path, place):
         if not line.isspace():
@@ -181,22 +181,20 @@ def _value(path: Path, text: str, at: int) -> tuple[object, int]:
     raise DataError(f"{path}:{text.count(chr(10), 0, at) + 1}: {problem}")
 
 
-def _rows_key(value: dict, path: Path, columns: dict) -> str | None:
+def _rows_key(value, path: Path, columns: dict) -> str | None:
     """The key under which a file's one object holds its rows; None where the object is a row itself."""
-    columns = {*KNOWN, *columns.values()}
+    known = {*KNOWN, *columns.values()}
     if value and all(
         isinstance(v, list) and v and not any(isinstance(x, (dict, list)) for x in v) for v in value.values()
     ):
-        if len({len(v) for v in value.values()}) == 1 and len(value) > 1 and value.keys() & columns:
+        if len({len(v) for v in value.values()}) == 1 and len(value) > 1 and value.keys() & known:
             raise DataError(
                 f"{path}: holds one list for each column, not rows; write it as JSON lines, one object a row"
             )
     if value and all(isinstance(v, dict) and v and all(k.isdigit() for k in v) for v in value.values()):
-        raise DataError(
-            f"{path}: holds columns, not rows; write it as JSON lines (pandas: orient='records', lines=True)"
-        )
+        raise DataError(f"{path}: holds known, not rows; write it as JSON lines (pandas: orient='records', lines=True)")
     lists = [k for k, v in value.items() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)]
-    if not lists or value.keys() & columns:
+    if not lists or value.keys() & known:
         return None
     if len(lists) > 1:
         raise DataError(

@@ -136,7 +136,7 @@ def _missing(missing: list[str], row: dict, kind: str) -> str:
     empty = [c for c in missing if c in row]
     if empty:
         return f"{empty[0]} is empty"
-    names = {}
+    names: dict = {}
     for column in missing:
         free = [c for c in row if isinstance(c, str) and c not in READS[kind] and c not in names.values()]
         near = [c for c in USUAL.get(column, ()) if c in free]
@@ -190,8 +190,8 @@ def _pair(row: dict, ignored: set[str]) -> tuple[str | list[dict], list]:
     """`(prompt, [better answer, worse answer])` of a row with chosen and rejected."""
     chosen, rejected = row.pop("chosen"), row.pop("rejected")
     if dialogues.is_whole(chosen) and dialogues.is_whole(rejected):
-        found = [dialogues.whole(chosen, "chosen", ignored), dialogues.whole(rejected, "rejected", ignored)]
-        return dialogues.split_pair(row, *found, ignored)
+        better = dialogues.whole(chosen, "chosen", ignored)
+        return dialogues.split_pair(row, better, dialogues.whole(rejected, "rejected", ignored), ignored)
     if row.get("prompt") is None and row.get("instruction") is None:
         wrong = [v for v in (chosen, rejected) if not isinstance(v, (str, list, dict))]
         if wrong:

@@ -55,9 +55,9 @@ class Stream(torch.utils.data.IterableDataset):
         self.encode, self.build, self.each = encode, build, each
         self.names: dict[int, list[str]] = {}  # of the rows in the items of the last two steps
         self.done = 0  # items that were handed out, to all processes together
-        places = [{} for _ in sources.sources(self.section, "train")]
+        places: list[dict] = [{} for _ in sources.sources(self.section, "train")]
         # the block at hand: its number, how many items come before it, where its rows begin, what was counted before
-        self.block = {"number": 0, "items": 0, "places": places, "counts": {}}
+        self.block: dict = {"number": 0, "items": 0, "places": places, "counts": {}}
         self.counts: dict[str, int] = {}
         self.found: dict = {}  # gets `ignored_columns`
 

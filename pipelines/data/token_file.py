@@ -190,7 +190,7 @@ class Windows(torch.utils.data.Dataset):
                 f"{self.folder} holds {self.index['tokens']} tokens, less than one window of {context}: add "
                 "text or shorten the context."
             )
-        self._tokens = None
+        self._tokens: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.index["tokens"] // self.context

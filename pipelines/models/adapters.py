@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import re
+from typing import Any
 
 import peft
 import torch
@@ -39,7 +40,7 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
         )
     if hasattr(model, "full_precision"):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # args decide about that
-    config = get_peft_config(section)
+    config: Any = get_peft_config(section)
     config.task_type = task
     if section.lora_target_modules == ["all-linear"]:
         config.target_modules = "all-linear"  # peft's shorthand, known only as a string

@@ -237,8 +237,9 @@ class Dialogue:
                 other = [*before, {k: v for k, v in message.items() if k != key}]
                 advice = ": put it into content between <think> and </think>" if key == "reasoning_content" else ""
                 what = f"`{key}` of message {i + 1}{advice}"
-                key = key, bool(message.get("content"))
-                self._require(key, self.after(i), lambda m=other: self._render(m, False), what)
+                self._require(
+                    (key, bool(message.get("content"))), self.after(i), lambda m=other: self._render(m, False), what
+                )
         text = _thought(message)[1].strip()
         if text and text not in self.after(i):
             other = [*before, {**message, "content": "something else"}]
@@ -342,7 +343,7 @@ def _closing(tokenizer, control: ControlTokens, messages: list[dict], tools) -> 
         except TemplateError:
             return None
     token = control.turns.match(rest.lstrip())
-    return token and token[0]
+    return token[0] if token else None
 
 
 def opened_thought(before: str) -> re.Match | None:

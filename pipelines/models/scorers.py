@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +65,10 @@ class Classifier(nn.Module):
     def __init__(self, model: nn.Module, tokenizer, label: str | None = None, reads: Reads = Reads()):
         super().__init__()
         self.model, self.tokenizer, self.reads = model.eval().requires_grad_(False), tokenizer, reads
-        self.config = model.config  # what launchers and logs look at
+        config: Any = model.config
+        self.config = config  # what launchers and logs look at
         self._no_split_modules = getattr(model, "_no_split_modules", None)
-        names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+        names = [str(config.id2label[i]) for i in range(config.num_labels)]
         if len(names) > 1 and label not in names:
             asked = "name one of them, whose log-odds are the score" if label is None else f"{label!r} is none of them"
             raise SetupError(f"label: {model.name_or_path} is a classifier of {', '.join(names)}: {asked}")

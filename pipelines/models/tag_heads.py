@@ -89,6 +89,8 @@ class TagPenalty(nn.Module):
         if missing := [tag for tag in penalties if tag not in known]:
             raise ModelError(f"reward.tag_penalties: {path} tells {', '.join(known)}, not {', '.join(missing)}")
         # not persistent: Accelerate's FSDP2 takes whatever is in a state dict for a shard
+        self.weight: Tensor
+        self.penalties: Tensor
         self.register_buffer("weight", weight[[known.index(tag) for tag in penalties]], persistent=False)
         self.register_buffer("penalties", torch.tensor(list(penalties.values())), persistent=False)
 

@@ -100,7 +100,8 @@ def _check_stage(recipe, name, body, kinds, bad, read_data) -> Stage | None:
     if not isinstance(kind, str) or kind not in KINDS:
         bad(f"{at}.kind", f"must be one of {', '.join(KINDS)}{errors.meant(kind, KINDS)}", kind)
         return None
-    spec, found = KINDS[kind], []  # what was found below the stage, so that nothing is reported twice
+    spec = KINDS[kind]
+    found: list[str] = []  # what was found below the stage, so that nothing is reported twice
 
     def note(path, message, value=None):
         beside = any(path == other or other.startswith(f"{path}.") for other in found)

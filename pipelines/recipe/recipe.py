@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.recipe.checks import check_recipe
@@ -11,7 +12,7 @@ from pipelines.recipe.stage import Recipe, Stage
 from pipelines.recipe.yaml_with_lines import apply_override, line_of, read_yaml
 
 
-def load(file, overrides: list[str] = (), *, read_data: bool = True, ask_hub: bool = False) -> Recipe:
+def load(file, overrides: Sequence[str] = (), *, read_data: bool = True, ask_hub: bool = False) -> Recipe:
     """Read and check the recipe `file` with `overrides` (`stages.sft.args.max_steps=10`) applied.
 
     `read_data` also reads every local data file, checks every row and looks for the weights of models; `ask_hub` also asks for every hub id whether it

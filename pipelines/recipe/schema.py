@@ -48,9 +48,8 @@ def fields(cls: type) -> dict[str, Field]:
             value = field.default.value if isinstance(field.default, enum.Enum) else field.default
             default = repr(value)
         elif field.default_factory is not dataclasses.MISSING:
-            default = f"{getattr(field.default_factory, '__name__', 'made')}()"
-            if field.default_factory in (list, dict):
-                default = repr(field.default_factory())
+            factory: Any = field.default_factory
+            default = repr(factory()) if factory in (list, dict) else f"{getattr(factory, '__name__', 'made')}()"
         text = " ".join(str(field.metadata.get("help") or "").split())
         choices = tuple(field.metadata.get("choices") or ())
         found[field.name] = Field(field.name, hints[field.name], default, text, choices)
@@ -140,5 +139,5 @@ def model_config_keys(model_type: str) -> tuple[set[str], list[str]]:
         keys |= {field.name for field in dataclasses.fields(cls)}
     for base in cls.__mro__:
         if "__init__" in vars(base):
-            keys |= set(inspect.signature(base.__init__).parameters)
+            keys |= set(inspect.signature(vars(base)["__init__"]).parameters)
     return keys - {"self", "kwargs", "args"}, known

@@ -88,7 +88,8 @@ class _Walk:
 
     def __init__(self, lines: dict[str, int], problems: list[Problem]):
         self.lines, self.problems = lines, problems
-        self.count, self.above = 0, []
+        self.count = 0
+        self.above: list = []
 
     def bad(self, node, path: str, message: str) -> None:
         self.problems.append(Problem(path, message, line=node.start_mark.line + 1))
@@ -115,7 +116,8 @@ class _Walk:
             self.above.pop()
 
     def _mapping(self, node, path: str) -> None:
-        seen, merged = set(), []
+        seen: set = set()
+        merged: list = []
         for key, value in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 merged += value.value if isinstance(value, yaml.SequenceNode) else [value]

@@ -14,6 +14,7 @@ import sysconfig
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -69,7 +70,7 @@ def build_args(stage):
     return args
 
 
-def problems(stage, hardware: Hardware) -> tuple[object | None, list[tuple[str, str, object]]]:
+def problems(stage, hardware: Hardware) -> tuple[Any, list[tuple[str, str, object]]]:
     """`(args, [])`, or `(None, what is wrong with the stage's args)` as `(key path, message, value)`, found by building
     them for `hardware`. The args have the device of `hardware` but no process group."""
     ours = stage.sections.get("args", {})
