@@ -121,20 +121,24 @@ class Runs:
         self.home, self.stages, self.processes = home, stages, processes
 
     def start(self, out: Path, *names: str, stages: dict | None = None) -> subprocess.Popen:
-        """A launch in the background, its output in OUT.log."""
-        path = out.with_suffix(".yaml")
+        """A launch in the background, its output in `log(out)`."""
+        path = self.log(out).with_suffix(".yaml")
         path.write_text(yaml.safe_dump({"output_dir": str(out), "stages": stages or self.stages}, sort_keys=False))
         config = ROOT / "accelerate_configs" / ("cpu.yaml" if self.processes == 1 else "cpu_2.yaml")
         launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(config)]
         clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
         environment = clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        with open(out.with_suffix(".log"), "a") as log:
+        with open(self.log(out), "a") as log:
             return subprocess.Popen([*launcher, "-m", "pipelines", str(path), *names], cwd=ROOT, env=environment,
                                     stdout=log, stderr=log, start_new_session=True)  # fmt: skip
 
+    def log(self, out: Path) -> Path:
+        """Where launches into `out` are written to: never on a disk that is to be full."""
+        return self.home / f"{out.parent.name}_{out.name}.log"
+
     def finish(self, out: Path, *names: str, stages: dict | None = None) -> tuple[int, str]:
         """Give the command and wait; `(exit code, what it printed)`."""
-        log = out.with_suffix(".log")
+        log = self.log(out)
         log.unlink(missing_ok=True)
         code = self.start(out, *names, stages=stages).wait(1800)
         return code, log.read_text(errors="replace")
