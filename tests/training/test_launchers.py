@@ -190,6 +190,22 @@ def test_two_processes_train_as_one(chain, one, config):
 
 
 @pytest.mark.slow
+def test_shards_in_bf16_train_as_copies_in_bf16(chain):
+    """What GPUs do by default: losses differ by bf16's rounding alone, log-probs are not rounded on their way out."""
+    stages, losses = ("base", "sft", "reward", "policy"), {}
+    for config in ("cpu_2", "fsdp2"):
+        recipe, folder = chain(f"half_{config}")
+        line = command(config, recipe, *stages, **(FSDP if config == "fsdp2" else {}))
+        said = run([*line[:2], "--mixed_precision", "bf16", *line[2:]])
+        assert "policy: bf16 (as the launcher says)" in said
+        logs = [[json.loads(row) for row in open(folder / stage / "history.jsonl")] for stage in stages]
+        losses[config] = [row["loss"] for log in logs[:3] for row in log if "loss" in row]
+        ratios = [row["val/first_ratio_rms"] for row in logs[3] if "val/first_ratio_rms" in row]
+        assert ratios and max(ratios) < 2e-3, (config, ratios)
+    assert losses["fsdp2"] == pytest.approx(losses["cpu_2"], rel=2e-2) and len(losses["cpu_2"]) == 3 * STEPS
+
+
+@pytest.mark.slow
 def test_four_processes_train_as_one(chain, one):
     recipe, folder = chain("four")
     run(command("cpu_2", recipe, processes=4))
