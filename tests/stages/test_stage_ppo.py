@@ -221,8 +221,8 @@ def test_a_policy_without_template_must_say_which(recipe, write, tiny_gpt2):
         "data": {"train": write("p.jsonl", PROMPTS)},
         "args": ARGS,
     }
-    with pytest.raises(TemplateError, match="model.chat_template: plain"):
-        chain.run(load(recipe({"policy": stage})))
+    with pytest.raises(RecipeError, match="model.chat_template: plain"):
+        load(recipe({"policy": stage}))
 
 
 def test_what_cannot_work_is_found_before_it_starts(recipe, write, tiny_gpt2):
