@@ -15,8 +15,8 @@ NAME = re.compile(r"(?!stage:)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # st
 
 
 def is_function(name: str) -> bool:
-    """Whether `name` is written as `package.module:function`."""
-    return NAME.fullmatch(name) is not None
+    """Whether `name` is written as `package.module:function` (and is no `stage:NAME`)."""
+    return not name.startswith("stage:") and NAME.fullmatch(name) is not None
 
 
 def load(name: str) -> Callable:
