@@ -101,12 +101,15 @@ def entropy_collapse(updates: list[dict], evaluations: list[dict]) -> str | None
 
 
 def one_phrase_takes_over(updates: list[dict], evaluations: list[dict]) -> str | None:
-    """Most answers hold a phrase that few of the reference's own did, and answers repeat each other more than at first."""
+    """Six answers in ten hold a phrase that at most one in twenty of the reference's own held, and answers vary less.
+
+    In healthy worlds such a phrase came to at most 0.49 of the answers, to 0.9 and more where a reward likes one.
+    """
     rows = [row for row in updates if "phrase/share" in row]
     if len(rows) >= 6:
         now, before = _mean(rows[-3:], "phrase/share"), _mean(rows[-3:], "phrase/reference_share")
         began, varied = _mean(rows[:3], "phrase/distinct"), _mean(rows[-3:], "phrase/distinct")
-        if now > 0.5 and varied < 0.9 * began:
+        if now > 0.6 and varied < began:
             phrase = rows[-1].get("phrase") or "one phrase"
             return (
                 f"{phrase!r} is in {now:.0%} of the answers, in {before:.0%} of the reference's own; of pairs of "
