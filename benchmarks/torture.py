@@ -294,7 +294,7 @@ def full_disks(runs: Runs, whole: dict[str, dict], needed: int, count: int, tabl
         try:
             code, output = runs.finish(mount / "run")
             said = [line for line in output.splitlines() if "error:" in line and "full" in line]
-            subprocess.run(["mount", "-o", f"remount,size={needed * 4}", mount], check=True)
+            subprocess.run(["mount", "-o", f"remount,size={needed * 40}", mount], check=True)
             fault = "" if code == 0 or (code == 1 and said) else f"exit {code}, {said}"
             if "Traceback" in output.partition("ChildFailedError")[0].replace("Traceback (most recent call last):\n  File \"" + sys.prefix + "/bin/accelerate", ""):  # fmt: skip
                 fault = "a traceback"
