@@ -4,8 +4,8 @@
     .ci/canary.py transformers==5.25.0            the same with some versions given
     .ci/canary.py --tests tests/models            only some tests
 
-Nothing else is touched: the environment is `.canary/` in the repository. torch keeps its bounds, because its next version
-would bring another build (GBs on a machine without a GPU). Exit code 1 where tests break.
+Nothing else is touched: the environment is `.canary/` in the repository. torch keeps its bounds, because its next
+version would bring another build (GBs on a machine without a GPU). Exit code 1 where tests break.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/evaluate_speed.py MODEL FILE [ROWS]       a classifier, and rows of text and label
 
-The loop takes the rows as they come and pads each batch to its longest text. Prints seconds, CPU seconds (to compare on a
-machine that does other work) and whether both give the same classes.
+The loop takes the rows as they come and pads each batch to its longest text. Prints seconds, CPU seconds (to compare on
+a machine that does other work) and whether both give the same classes.
 """
 
 from __future__ import annotations
@@ -52,8 +52,11 @@ def main(path: str, file: str, rows: str = "200") -> None:
         by_loop, wall, cpu = clocked(lambda: plain(model, tokenizer, texts))
         ours, our_wall, our_cpu = clocked(lambda: class_values("model", path, model, tokenizer, settings, 0))
         same = sum(a == b for a, b in zip(by_loop, ours["labelled/guess"], strict=True))
-        print(f"loop {wall:.1f} s, {cpu:.1f} CPU s; evaluate {our_wall:.1f} s, {our_cpu:.1f} CPU s: {cpu / our_cpu:.2f} x; "
-              f"{same} of {len(texts)} classes the same")  # fmt: skip
+        print(
+            f"loop {wall:.1f} s, {cpu:.1f} CPU s; evaluate {our_wall:.1f} s, {our_cpu:.1f} CPU s: {cpu / our_cpu:.2f} "
+            "x; "
+            f"{same} of {len(texts)} classes the same"
+        )
 
 
 if __name__ == "__main__":

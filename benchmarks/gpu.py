@@ -2,10 +2,11 @@
 
     python benchmarks/gpu.py                         # or `make test-gpu`; writes gpu.json, prints one table
     python benchmarks/gpu.py --only kinds pretrain   # these parts
-    python benchmarks/gpu.py --tiny                  # everything in miniature, on a CPU too: proves that the script runs
+    python benchmarks/gpu.py --tiny                  # everything in miniature, on a CPU too: proves that the script
+    runs
 
-It needs nothing but the installed project: models are random ones of public shapes, texts are random words. Each part is
-a process of its own with a time box; what fails or runs out of time is a row that says so, and the next part begins.
+It needs nothing but the installed project: models are random ones of public shapes, texts are random words. Each part
+is a process of its own with a time box; what fails or runs out of time is a row that says so, and the next part begins.
 
     kinds      all trained kinds in bf16 on CUDA against the CPU in float32: losses, relative difference
     resume     killed in mid-training on CUDA, resumed: largest difference of the weights to an uninterrupted run
@@ -35,24 +36,57 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BOXES = {  # seconds that a part may take on an H100-class card
-    "kinds": 110, "resume": 60, "talk": 40, "pretrain": 75, "sft": 60, "reward": 50, "ppo": 100, "qlora": 95,
-}  # fmt: skip
+    "kinds": 110,
+    "resume": 60,
+    "talk": 40,
+    "pretrain": 75,
+    "sft": 60,
+    "reward": 50,
+    "ppo": 100,
+    "qlora": 95,
+}
 GPT2 = {"model_type": "gpt2", "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
 SMOL = {  # the shape of SmolLM2-135M
-    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 2048, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
 SEVEN = {  # the shape of Llama-2-7B
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
-    "tie_word_embeddings": False, "vocab_size": 32000,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
 SMALL = {  # every kind in miniature, head size 16
     "gpt2": {**GPT2, "n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 128},
-    "bert": {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
-             "intermediate_size": 128, "max_position_embeddings": 128},
-    "t5": {"model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "dropout_rate": 0},
-}  # fmt: skip
+    "bert": {
+        "model_type": "bert",
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "max_position_embeddings": 128,
+    },
+    "t5": {
+        "model_type": "t5",
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0,
+    },
+}
 PEAKS = (("H200", 989e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12), ("4090", 165e12), ("B200", 2250e12))
 LORA = {"use_peft": True, "lora_target_modules": ["all-linear"]}
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmno", k=4)) for i in range(400)]
@@ -75,14 +109,18 @@ def write(folder: Path, tiny: bool) -> dict[str, str]:
             for _ in range(64 if tiny else 8000)
         ],
         "rankings": [
-            {"prompt": text(draw, 20), "completions": [text(draw, 20) for _ in range(4)], "ranks": [1, 2, 3, 4],
-             "tags": [["rude"], [], [], []]}
+            {
+                "prompt": text(draw, 20),
+                "completions": [text(draw, 20) for _ in range(4)],
+                "ranks": [1, 2, 3, 4],
+                "tags": [["rude"], [], [], []],
+            }
             for _ in range(48 if tiny else 2000)
         ],
         "prompts": [{"prompt": text(draw, 12)} for _ in range(64 if tiny else 2000)],
         "labels": [{"text": text(draw, 20), "label": i % 3} for i in range(96 * few)],
         "pairs": [{"source": (t := text(draw, 8)), "target": t} for _ in range(96 * few)],
-    }  # fmt: skip
+    }
     paths = {}
     for name, some in rows.items():
         paths[name] = str(folder / f"{name}.jsonl")
@@ -98,7 +136,9 @@ def recipe(folder: Path, name: str, stages: dict) -> Path:
 
 
 def run(path: Path, *words: str, cuda: bool = True, box: float = 600) -> str:
-    """Run a recipe in a process of its own, as a user would; returns what it printed, raises with its end on failure."""
+    """Run a recipe in a process of its own, as a user would; returns what it printed, raises with its end on
+    failure.
+    """
     env = os.environ | ({} if cuda else {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"})
     command = [sys.executable, "-m", "pipelines", str(path), *words]
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=box)
@@ -119,28 +159,66 @@ def all_kinds(data: dict[str, str]) -> dict:
     valid = lambda name: {"train": data[name], "validation": 0.2}  # noqa: E731
     ppo = {**args, "response_length": 16, "temperature": 1.0, "max_steps": 2}
     return {
-        "base": {"kind": "pretrain", "model": {"config": SMALL["gpt2"]}, "tokenizer": {"train": "bpe", "vocab_size": 600},
-                 "data": valid("texts"), "args": {**args, "max_length": 64}},
-        "sft": {"kind": "sft", "model": {"model_name_or_path": "stage:base", "chat_template": "chatml"},
-                "data": valid("answers"), "args": {**args, "packing": True, "max_length": 128, "global_batch_size": 2}},
-        "lora": {"kind": "sft", "model": {"model_name_or_path": "stage:sft", **LORA}, "data": valid("answers"),
-                 "args": {**args, "max_length": 128}},
-        "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"}, "data": valid("rankings"),
-                   "args": {**args, "tags": ["rude"]}},
-        "policy": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"},
-                   "reward": {"models": ["stage:reward"], "min_accuracy": 0},
-                   "data": {**valid("prompts"), "ptx": data["texts"]}, "args": {**ppo, "ptx_coef": 0.5}},
-        "shared": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft", **LORA},
-                   "reward": {"models": ["stage:reward"], "critic": "shared", "min_accuracy": 0},
-                   "data": valid("prompts"), "args": ppo},
-        "encoder": {"kind": "mlm", "model": {"config": SMALL["bert"]},
-                    "tokenizer": {"train": "wordpiece", "vocab_size": 400}, "data": valid("texts"),
-                    "args": {**args, "max_length": 64}},
-        "labels": {"kind": "classify", "model": {"model_name_or_path": "stage:encoder"}, "data": valid("labels"),
-                   "args": args},
-        "copy": {"kind": "seq2seq", "model": {"config": SMALL["t5"]}, "tokenizer": {"train": "bpe", "vocab_size": 600},
-                 "data": valid("pairs"), "args": {**args, "predict_with_generate": False}},
-    }  # fmt: skip
+        "base": {
+            "kind": "pretrain",
+            "model": {"config": SMALL["gpt2"]},
+            "tokenizer": {"train": "bpe", "vocab_size": 600},
+            "data": valid("texts"),
+            "args": {**args, "max_length": 64},
+        },
+        "sft": {
+            "kind": "sft",
+            "model": {"model_name_or_path": "stage:base", "chat_template": "chatml"},
+            "data": valid("answers"),
+            "args": {**args, "packing": True, "max_length": 128, "global_batch_size": 2},
+        },
+        "lora": {
+            "kind": "sft",
+            "model": {"model_name_or_path": "stage:sft", **LORA},
+            "data": valid("answers"),
+            "args": {**args, "max_length": 128},
+        },
+        "reward": {
+            "kind": "reward",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": valid("rankings"),
+            "args": {**args, "tags": ["rude"]},
+        },
+        "policy": {
+            "kind": "ppo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "reward": {"models": ["stage:reward"], "min_accuracy": 0},
+            "data": {**valid("prompts"), "ptx": data["texts"]},
+            "args": {**ppo, "ptx_coef": 0.5},
+        },
+        "shared": {
+            "kind": "ppo",
+            "model": {"model_name_or_path": "stage:sft", **LORA},
+            "reward": {"models": ["stage:reward"], "critic": "shared", "min_accuracy": 0},
+            "data": valid("prompts"),
+            "args": ppo,
+        },
+        "encoder": {
+            "kind": "mlm",
+            "model": {"config": SMALL["bert"]},
+            "tokenizer": {"train": "wordpiece", "vocab_size": 400},
+            "data": valid("texts"),
+            "args": {**args, "max_length": 64},
+        },
+        "labels": {
+            "kind": "classify",
+            "model": {"model_name_or_path": "stage:encoder"},
+            "data": valid("labels"),
+            "args": args,
+        },
+        "copy": {
+            "kind": "seq2seq",
+            "model": {"config": SMALL["t5"]},
+            "tokenizer": {"train": "bpe", "vocab_size": 600},
+            "data": valid("pairs"),
+            "args": {**args, "predict_with_generate": False},
+        },
+    }
 
 
 def kinds(folder: Path, data: dict, tiny: bool) -> list[dict]:
@@ -155,7 +233,13 @@ def kinds(folder: Path, data: dict, tiny: bool) -> list[dict]:
         apart = abs(ours[key] - theirs[key]) / max(abs(theirs[key]), 1e-6)
         # PPO's answers differ from the first token whose probability rounds otherwise: its score is no check of bf16
         good = math.isfinite(ours[key]) and (apart < 0.03 or key == "eval_score")
-        rows.append({"what": f"{stage}: {key}, bf16 on the GPU / fp32 on the CPU", "value": f"{ours[key]:.4g} / {theirs[key]:.4g}", "good": good})  # fmt: skip
+        rows.append(
+            {
+                "what": f"{stage}: {key}, bf16 on the GPU / fp32 on the CPU",
+                "value": f"{ours[key]:.4g} / {theirs[key]:.4g}",
+                "good": good,
+            }
+        )
     return rows
 
 
@@ -171,8 +255,13 @@ def resume(folder: Path, data: dict, tiny: bool) -> list[dict]:
         "save_steps": 4,
         "report_to": [],
     }
-    stage = {"kind": "pretrain", "model": {"config": SMALL["gpt2"]}, "tokenizer": {"train": "bpe", "vocab_size": 600},
-             "data": {"train": data["texts"]}, "args": {**args, "max_length": 64}}  # fmt: skip
+    stage = {
+        "kind": "pretrain",
+        "model": {"config": SMALL["gpt2"]},
+        "tokenizer": {"train": "bpe", "vocab_size": 600},
+        "data": {"train": data["texts"]},
+        "args": {**args, "max_length": 64},
+    }
     whole, killed = (recipe(folder, f"resume_{name}", {"base": stage}) for name in ("whole", "killed"))
     run(whole)
     checkpoints = folder / "resume_killed" / "base" / "checkpoints"
@@ -191,16 +280,22 @@ def resume(folder: Path, data: dict, tiny: bool) -> list[dict]:
     apart = max((x.float() - b[name].float()).abs().max().item() for name, x in a.items())
     same = all(torch.equal(x, b[name]) for name, x in a.items())
     return [
-        {"what": "killed and resumed: largest difference of a weight", "value": "none, bit for bit" if same else f"{apart:.2e}",
-         "good": "resuming from" in printed and apart < 1e-3}
-    ]  # fmt: skip
+        {
+            "what": "killed and resumed: largest difference of a weight",
+            "value": "none, bit for bit" if same else f"{apart:.2e}",
+            "good": "resuming from" in printed and apart < 1e-3,
+        }
+    ]
 
 
 def talk(folder: Path, data: dict, tiny: bool) -> list[dict]:
     """A stage answers prompts, and a person."""
     stages = {k: v for k, v in all_kinds(data).items() if k in ("base", "sft")}
-    stages["answers"] = {"kind": "sample", "sample": {"models": ["stage:sft"], "completions": 4, "response_length": 32},
-                         "data": {"train": data["prompts"]}}  # fmt: skip
+    stages["answers"] = {
+        "kind": "sample",
+        "sample": {"models": ["stage:sft"], "completions": 4, "response_length": 32},
+        "data": {"train": data["prompts"]},
+    }
     path = recipe(folder, "talk", stages)
     run(path)
     began = time.monotonic()
@@ -214,7 +309,9 @@ def talk(folder: Path, data: dict, tiny: bool) -> list[dict]:
 
 
 def child(part: str, settings: dict, box: float) -> dict:
-    """Run `inside(part, settings)` in a process of its own, in which the peak memory of the GPU is that part's alone."""
+    """Run `inside(part, settings)` in a process of its own, in which the peak memory of the GPU is that part's
+    alone.
+    """
     command = [sys.executable, str(Path(__file__).resolve()), "--inside", part, json.dumps(settings)]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=box)
     found = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
@@ -224,7 +321,9 @@ def child(part: str, settings: dict, box: float) -> dict:
 
 
 def stage_figures(path: str, stage: str) -> dict:
-    """Run one stage of a recipe in this process; seconds per step (median, the first steps left out) and peak memory."""
+    """Run one stage of a recipe in this process; seconds per step (median, the first steps left out) and peak
+    memory.
+    """
     import torch
     import transformers
 
@@ -305,10 +404,23 @@ def pretrain(folder: Path, data: dict, tiny: bool) -> list[dict]:
     shape = {**GPT2, "n_positions": 1024, "vocab_size": 50304}
     shape |= {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 1024} if tiny else {}
     length, rows = (64, 2) if tiny else (1024, 32)
-    args = {"max_length": length, "global_batch_size": rows, "per_device_train_batch_size": rows, "learning_rate": 1e-4,
-            "max_steps": 6 if tiny else 40, "save_strategy": "no", "report_to": [], "logging_steps": 1000}  # fmt: skip
-    stage = {"kind": "pretrain", "model": {"config": shape}, "tokenizer": {"train": "bpe", "vocab_size": 1024},
-             "data": {"train": data["corpus"]}, "args": args}  # fmt: skip
+    args = {
+        "max_length": length,
+        "global_batch_size": rows,
+        "per_device_train_batch_size": rows,
+        "learning_rate": 1e-4,
+        "max_steps": 6 if tiny else 40,
+        "save_strategy": "no",
+        "report_to": [],
+        "logging_steps": 1000,
+    }
+    stage = {
+        "kind": "pretrain",
+        "model": {"config": shape},
+        "tokenizer": {"train": "bpe", "vocab_size": 1024},
+        "data": {"train": data["corpus"]},
+        "args": args,
+    }
     path = recipe(folder, "pretrain", {"base": stage})
     found = child("stage", {"path": str(path), "stage": "base"}, 300)
     tokens = length * rows / found["step"]
@@ -373,7 +485,10 @@ def inside_sft(data: dict, tiny: bool) -> dict:
             fast_model.fast_model(model)
             packed_attention.enable_packed_attention(model)
             packs = plan_packs([len(row) for row in ids], 1024)
-            batches = [PackedCollator()([{"input_ids": ids[i]} for pack in packs[k : k + 8] for i in pack]) for k in range(0, max(1, len(packs) - 7), 8)]  # fmt: skip
+            batches = [
+                PackedCollator()([{"input_ids": ids[i]} for pack in packs[k : k + 8] for i in pack])
+                for k in range(0, max(1, len(packs) - 7), 8)
+            ]
             useful = lambda batch: batch["input_ids"].numel()  # noqa: E731
         else:
             from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -492,11 +607,25 @@ def ppo(folder: Path, data: dict, tiny: bool) -> list[dict]:
     shape = SMALL["gpt2"] if tiny else SMOL
     base = child("make", {"folder": str(folder / "smol"), "shape": shape, "half": False, "data": data}, 120)["path"]
     answers, length = (8, 16) if tiny else (128, 128)
-    args = {"global_batch_size": answers, "per_device_train_batch_size": 8 if tiny else 32, "max_steps": 3 if tiny else 6,
-            "response_length": length, "learning_rate": 1e-6, "logging_steps": 1, "save_strategy": "no", "report_to": [], "temperature": 1.0,
-            "local_rollout_forward_batch_size": answers}  # fmt: skip
-    stage = {"kind": "ppo", "model": {"model_name_or_path": base, "chat_template": "plain"},
-             "reward": {"functions": ["pipelines.ppo.rewards:length_penalty"]}, "data": {"train": data["prompts"]}, "args": args}  # fmt: skip
+    args = {
+        "global_batch_size": answers,
+        "per_device_train_batch_size": 8 if tiny else 32,
+        "max_steps": 3 if tiny else 6,
+        "response_length": length,
+        "learning_rate": 1e-6,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "temperature": 1.0,
+        "local_rollout_forward_batch_size": answers,
+    }
+    stage = {
+        "kind": "ppo",
+        "model": {"model_name_or_path": base, "chat_template": "plain"},
+        "reward": {"functions": ["pipelines.ppo.rewards:length_penalty"]},
+        "data": {"train": data["prompts"]},
+        "args": args,
+    }
     path = recipe(folder, "ppo", {"policy": stage})
     found = child("stage", {"path": str(path), "stage": "policy"}, 400)
     history = [json.loads(line) for line in (folder / "ppo" / "policy" / "history.jsonl").read_text().splitlines()]
@@ -521,13 +650,37 @@ def qlora(folder: Path, data: dict, tiny: bool) -> list[dict]:
         return [
             {"what": "qlora", "value": "bitsandbytes is not installed: pip install '.[quantization]'", "good": False}
         ]
-    shape = {**SMOL, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4} if tiny else SEVEN  # fmt: skip
+    shape = (
+        {
+            **SMOL,
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        }
+        if tiny
+        else SEVEN
+    )
     base = child("make", {"folder": str(folder / "seven"), "shape": shape, "half": True, "data": data}, 200)["path"]
     length = 128 if tiny else 2048
-    args = {"max_length": length, "packing": True, "global_batch_size": 2, "per_device_train_batch_size": 2, "max_steps": 5 if tiny else 10,
-            "learning_rate": 1e-4, "save_strategy": "no", "report_to": [], "activation_checkpointing": True}  # fmt: skip
-    stage = {"kind": "sft", "model": {"model_name_or_path": base, "chat_template": "plain", "load_in_4bit": True, **LORA},
-             "data": {"train": data["uneven"]}, "args": args}  # fmt: skip
+    args = {
+        "max_length": length,
+        "packing": True,
+        "global_batch_size": 2,
+        "per_device_train_batch_size": 2,
+        "max_steps": 5 if tiny else 10,
+        "learning_rate": 1e-4,
+        "save_strategy": "no",
+        "report_to": [],
+        "activation_checkpointing": True,
+    }
+    stage = {
+        "kind": "sft",
+        "model": {"model_name_or_path": base, "chat_template": "plain", "load_in_4bit": True, **LORA},
+        "data": {"train": data["uneven"]},
+        "args": args,
+    }
     path = recipe(folder, "qlora", {"adapter": stage})
     found = child("stage", {"path": str(path), "stage": "adapter"}, 400)
     rows = [
@@ -544,7 +697,10 @@ def card() -> dict:
     from pipelines.chain.record import versions
 
     there = torch.cuda.is_available()
-    found = {"device": torch.cuda.get_device_name() if there else "cpu", "memory": torch.cuda.get_device_properties(0).total_memory if there else 0}  # fmt: skip
+    found = {
+        "device": torch.cuda.get_device_name() if there else "cpu",
+        "memory": torch.cuda.get_device_properties(0).total_memory if there else 0,
+    }
     if there:
         ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         found["driver"] = subprocess.run(ask, capture_output=True, text=True).stdout.strip().splitlines()[0]
@@ -583,7 +739,9 @@ def main() -> int:
             command = [*me, "--part", name, str(folder), "tiny" if args.tiny else "full"]
             box = BOXES[name] * (10 if args.tiny else 1)
             try:
-                process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+                process = subprocess.Popen(
+                    command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+                )
                 out, err = process.communicate(timeout=box)
                 found = [line for line in out.splitlines() if line.startswith("FOUND ")]
                 if process.returncode or not found:

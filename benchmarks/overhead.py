@@ -102,9 +102,12 @@ def main() -> None:
         shares = []
         for i in range(args.repeat):
             out = subprocess.run(
-                [python, str(script), str(recipe(folder, args.steps, f"t{i}"))], cwd=ROOT, text=True,
-                capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
-            )  # fmt: skip
+                [python, str(script), str(recipe(folder, args.steps, f"t{i}"))],
+                cwd=ROOT,
+                text=True,
+                capture_output=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
+            )
             total, inside = map(float, out.stdout.split("TIMES")[1].split())
             shares.append((total / inside - 1, total - inside, total))
         share, seconds, total = sorted(shares)[len(shares) // 2]

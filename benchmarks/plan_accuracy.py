@@ -1,4 +1,5 @@
-"""What `plan` predicts beside what the stages really do on this CPU: peak memory, and with several processes their traffic.
+"""What `plan` predicts beside what the stages really do on this CPU: peak memory, and with several processes their
+traffic.
 
     python benchmarks/plan_accuracy.py [--only sft reward] [--folder work --again]
 
@@ -9,7 +10,8 @@ what `plan` says of the same recipe without its process row; of several processe
 smallest named. Several processes run in a network namespace of their own (`unshare --net`, needs root), whose loopback
 then carries nothing but what they send: the bytes of a step, all processes together, beside `costs.traffic` (and for
 FSDP2 and ZeRO-3 half as much more as their scattered gradients: gloo knows no reduce-scatter).
-`--again` predicts anew for runs measured before. ZeRO needs DeepSpeed; FSDP2 runs on the CPU as in tests/fsdp_on_cpu.py.
+`--again` predicts anew for runs measured before. ZeRO needs DeepSpeed; FSDP2 runs on the CPU as in
+tests/fsdp_on_cpu.py.
 """
 
 from __future__ import annotations
@@ -56,25 +58,38 @@ def gpt2(layers: int, width: int, vocabulary: int) -> dict:
 def llama(layers: int, width: int, vocabulary: int) -> dict:
     """A config of Llama's shape: gated feed-forward of 8/3 of the width, two query heads to a key head, untied."""
     return {
-        **LLAMA, "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": width // 64,
-        "num_key_value_heads": width // 128, "intermediate_size": width * 8 // 3 // 64 * 64, "vocab_size": vocabulary,
-    }  # fmt: skip
+        **LLAMA,
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 128,
+        "intermediate_size": width * 8 // 3 // 64 * 64,
+        "vocab_size": vocabulary,
+    }
 
 
 def bert(layers: int, width: int, vocabulary: int) -> dict:
     """A config of BERT's shape."""
     return {
-        **BERT, "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": width // 64,
-        "intermediate_size": 4 * width, "vocab_size": vocabulary,
-    }  # fmt: skip
+        **BERT,
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": width // 64,
+        "intermediate_size": 4 * width,
+        "vocab_size": vocabulary,
+    }
 
 
 def t5(layers: int, width: int, vocabulary: int) -> dict:
     """A config of T5's shape, so many layers in the encoder and in the decoder."""
     return {
-        **T5, "num_layers": layers, "d_model": width, "num_heads": width // 64, "d_ff": 4 * width,
+        **T5,
+        "num_layers": layers,
+        "d_model": width,
+        "num_heads": width // 64,
+        "d_ff": 4 * width,
         "vocab_size": vocabulary,
-    }  # fmt: skip
+    }
 
 
 @dataclass
@@ -152,8 +167,14 @@ def prepare(work: Path) -> None:
             continue
         count = case.rows * case.world * STEPS * 2
         model = {"model_name_or_path": str(folder / "model"), **case.model}
-        args = {"report_to": "none", "per_device_train_batch_size": case.rows, "save_steps": SAVED,
-                "max_steps": STEPS, "global_batch_size": case.rows * case.world, **case.args}  # fmt: skip
+        args = {
+            "report_to": "none",
+            "per_device_train_batch_size": case.rows,
+            "save_steps": SAVED,
+            "max_steps": STEPS,
+            "global_batch_size": case.rows * case.world,
+            **case.args,
+        }
         stage = {"kind": kind, "model": model, "data": {"train": str(folder / "rows.jsonl")}, "args": args}
         if kind in ("pretrain", "mlm"):
             named = word_tokenizer if kind == "mlm" else tokenizer
@@ -167,7 +188,14 @@ def prepare(work: Path) -> None:
             named = ending(tokenizer)
             rows = [{"source": text(length), "target": text(length // 2)} for _ in range(count)]
         elif kind == "reward":
-            rows = [{"prompt": text(length // 2), "completions": [text(length // 2) for _ in range(4)], "ranks": [1, 2, 3, 4]} for _ in range(count)]  # fmt: skip
+            rows = [
+                {
+                    "prompt": text(length // 2),
+                    "completions": [text(length // 2) for _ in range(4)],
+                    "ranks": [1, 2, 3, 4],
+                }
+                for _ in range(count)
+            ]
         elif kind == "ppo":
             stage["reward"] = {"models": [str(folder / "reward")]}
             stage["model"]["chat_template"] = "plain"
@@ -239,7 +267,9 @@ def measure(recipe: str) -> None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     class Steps(transformers.TrainerCallback):
-        """Bytes sent in this network, CPU seconds and peak of this process, at the end of every step; the peak before."""
+        """Bytes sent in this network, CPU seconds and peak of this process, at the end of every step; the peak
+        before.
+        """
 
         seen, loaded = [], 0
 

@@ -95,9 +95,19 @@ def speaker(width: int, layers: int, ends: float) -> GPT2LMHeadModel:
     """A GPT-2 that has learned the language."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=WORDS + 2, n_positions=80, n_embd=width, n_layer=layers, n_head=4, resid_pdrop=0, embd_pdrop=0,
-        attn_pdrop=0, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD, num_labels=1,
-    )  # fmt: skip
+        vocab_size=WORDS + 2,
+        n_positions=80,
+        n_embd=width,
+        n_layer=layers,
+        n_head=4,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        num_labels=1,
+    )
     model, draw = GPT2LMHeadModel(config), np.random.default_rng(1)
     texts = [text(draw, ends, 68 if ends < 0.08 else 24) for _ in range(2000)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
@@ -239,10 +249,13 @@ class Engine:
     def generate(self, prompts, images, n):
         args, tries = self.args, self.tries
         answers, _ = generate(
-            self.policy, [p for p in prompts for _ in range(tries)], max_new_tokens=args.response_length,
-            eos_token_ids=[EOS], temperature=self.temperature,
+            self.policy,
+            [p for p in prompts for _ in range(tries)],
+            max_new_tokens=args.response_length,
+            eos_token_ids=[EOS],
+            temperature=self.temperature,
             seeds=[(args.seed, self.calls, i) for i in range(len(prompts) * tries)],
-        )  # fmt: skip
+        )
         return prompts, [max(answers[i : i + tries], key=len) for i in range(0, len(answers), tries)]
 
 
@@ -324,13 +337,15 @@ WORLDS = [
     ),
     World("one word decides", "one_phrase_takes_over", reward=great),
     World("a phrase is liked", "one_phrase_takes_over", reward=with_a_phrase),
-    World("a hole in the reward", "held_out_falls", reward=with_a_hole, settings={"learning_rate": 2e-3, "kl_coef": 0.01}),
+    World(
+        "a hole in the reward", "held_out_falls", reward=with_a_hole, settings={"learning_rate": 2e-3, "kl_coef": 0.01}
+    ),
     World("critic frozen", "critic_explains_nothing", spoil=frozen_critic),
     World("critic not trained", "critic_explains_nothing", settings={"vf_coef": 0.0}),
     World("shared critic, vf_coef 0.1", "critic_explains_nothing", critic="shared"),
     World("scores of ±100", "critic_explains_nothing", reward=a_hundredfold),
     World("a constant reward", "constant_scores", reward=constant, settings={"allow_constant_scores": True}),
-]  # fmt: skip
+]
 
 
 def run(world: World, seed: int) -> dict:
@@ -343,11 +358,24 @@ def run(world: World, seed: int) -> dict:
         adapters = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
         policy = get_peft_model(policy, adapters)
     settings = dict(
-        per_device_train_batch_size=BATCH, response_length=LENGTH, temperature=1.0, learning_rate=1e-3,
-        num_ppo_epochs=2, num_mini_batches=2, max_steps=UPDATES, eval_strategy="steps", eval_steps=EVALUATED,
-        eval_on_start=True, lr_scheduler_type="constant", seed=seed, use_cpu=True, save_strategy="no",
-        disable_tqdm=True, report_to="none", num_sample_generations=0,
-    )  # fmt: skip
+        per_device_train_batch_size=BATCH,
+        response_length=LENGTH,
+        temperature=1.0,
+        learning_rate=1e-3,
+        num_ppo_epochs=2,
+        num_mini_batches=2,
+        max_steps=UPDATES,
+        eval_strategy="steps",
+        eval_steps=EVALUATED,
+        eval_on_start=True,
+        lr_scheduler_type="constant",
+        seed=seed,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        report_to="none",
+        num_sample_generations=0,
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(
             model=policy,

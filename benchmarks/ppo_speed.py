@@ -99,9 +99,16 @@ def peak_mb() -> float:
 def common_settings(folder: str, rows: int) -> dict:
     """What every trainer is told; the names are those of `TrainingArguments` and of all PPO configs."""
     return dict(
-        output_dir=folder, per_device_train_batch_size=rows, learning_rate=3e-6, temperature=1.0,
-        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, logging_steps=1,
-    )  # fmt: skip
+        output_dir=folder,
+        per_device_train_batch_size=rows,
+        learning_rate=3e-6,
+        temperature=1.0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        logging_steps=1,
+    )
 
 
 def models(vocabulary: int, lengths: str) -> dict:
@@ -121,14 +128,24 @@ def our_trainer(precision: str, vocabulary: int, lengths: str, rows: int, folder
 
     four = models(vocabulary, lengths)
     config = PPOConfig(
-        **common_settings(folder, rows), response_length=RESPONSE, num_ppo_epochs=EPOCHS,
-        total_episodes=10**4 * rows, bf16=precision == "bf16", num_sample_generations=0, allow_no_eos=True,
-    )  # fmt: skip
+        **common_settings(folder, rows),
+        response_length=RESPONSE,
+        num_ppo_epochs=EPOCHS,
+        total_episodes=10**4 * rows,
+        bf16=precision == "bf16",
+        num_sample_generations=0,
+        allow_no_eos=True,
+    )
     return PPOTrainer(
-        args=config, processing_class=tokenizer(vocabulary), model=four["policy"], ref_model=four["ref"],
-        reward_funcs=four["reward"], value_model=four["value"],
-        train_dataset=Dataset.from_dict({"prompt": prompts(vocabulary)}), callbacks=list(callbacks),
-    )  # fmt: skip
+        args=config,
+        processing_class=tokenizer(vocabulary),
+        model=four["policy"],
+        ref_model=four["ref"],
+        reward_funcs=four["reward"],
+        value_model=four["value"],
+        train_dataset=Dataset.from_dict({"prompt": prompts(vocabulary)}),
+        callbacks=list(callbacks),
+    )
 
 
 def trl112_trainer(vocabulary: int, lengths: str, rows: int, folder: str, callbacks):
@@ -143,15 +160,25 @@ def trl112_trainer(vocabulary: int, lengths: str, rows: int, folder: str, callba
 
     four, words = models(vocabulary, lengths), tokenizer(vocabulary)
     config = PPOConfig(
-        **common_settings(folder, rows), response_length=RESPONSE, num_ppo_epochs=EPOCHS,
-        total_episodes=10**4 * rows, stop_token="eos", bf16=False, gradient_checkpointing=False,
+        **common_settings(folder, rows),
+        response_length=RESPONSE,
+        num_ppo_epochs=EPOCHS,
+        total_episodes=10**4 * rows,
+        stop_token="eos",
+        bf16=False,
+        gradient_checkpointing=False,
         num_sample_generations=0,
-    )  # fmt: skip
+    )
     return Counting(
-        args=config, processing_class=words, model=four["policy"], ref_model=four["ref"],
-        reward_model=four["reward"], value_model=four["value"],
-        train_dataset=Dataset.from_list([dict(words(text)) for text in prompts(vocabulary)]), callbacks=callbacks,
-    )  # fmt: skip
+        args=config,
+        processing_class=words,
+        model=four["policy"],
+        ref_model=four["ref"],
+        reward_model=four["reward"],
+        value_model=four["value"],
+        train_dataset=Dataset.from_list([dict(words(text)) for text in prompts(vocabulary)]),
+        callbacks=callbacks,
+    )
 
 
 def group_trainer(name: str, vocabulary: int, lengths: str, rows: int, folder: str, callbacks):
@@ -163,15 +190,25 @@ def group_trainer(name: str, vocabulary: int, lengths: str, rows: int, folder: s
     four, words = models(vocabulary, lengths), tokenizer(vocabulary)
     four["policy"].save_pretrained(folder)  # they load their reference from the policy's folder
     config = getattr(trl, f"{name}Config")(
-        **common_settings(folder, rows) | {"logging_steps": EPOCHS}, max_completion_length=RESPONSE,
-        num_iterations=EPOCHS, num_generations=4, beta=0.05, steps_per_generation=1, bf16=False,
-        activation_checkpointing=False, max_steps=10**5,
-    )  # fmt: skip
+        **common_settings(folder, rows) | {"logging_steps": EPOCHS},
+        max_completion_length=RESPONSE,
+        num_iterations=EPOCHS,
+        num_generations=4,
+        beta=0.05,
+        steps_per_generation=1,
+        bf16=False,
+        activation_checkpointing=False,
+        max_steps=10**5,
+    )
     return getattr(trl, f"{name}Trainer")(
-        args=config, processing_class=words, model=GPT2LMHeadModel.from_pretrained(folder), reward_funcs=four["reward"],
-        reward_processing_classes=words, train_dataset=Dataset.from_dict({"prompt": prompts(vocabulary)}),
+        args=config,
+        processing_class=words,
+        model=GPT2LMHeadModel.from_pretrained(folder),
+        reward_funcs=four["reward"],
+        reward_processing_classes=words,
+        train_dataset=Dataset.from_dict({"prompt": prompts(vocabulary)}),
         callbacks=callbacks,
-    )  # fmt: skip
+    )
 
 
 def run(kind: str, precision: str, args) -> None:

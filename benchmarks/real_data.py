@@ -87,10 +87,16 @@ def samples(run: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(run / name)
         model = AutoModelForCausalLM.from_pretrained(run / name).eval()
         ids, _ = generate(
-            model, [chat_template.encode_prompt(tokenizer, p) for p in prompts], max_new_tokens=64,
-            eos_token_ids=[tokenizer.eos_token_id], seeds=[(0, i) for i in range(len(prompts))],
-            temperature=0.7, top_k=0, top_p=1.0, batch_size=16,
-        )  # fmt: skip
+            model,
+            [chat_template.encode_prompt(tokenizer, p) for p in prompts],
+            max_new_tokens=64,
+            eos_token_ids=[tokenizer.eos_token_id],
+            seeds=[(0, i) for i in range(len(prompts))],
+            temperature=0.7,
+            top_k=0,
+            top_p=1.0,
+            batch_size=16,
+        )
         print(f"\n  {name} answers")
         for prompt, text in zip(prompts, tokenizer.batch_decode(ids, skip_special_tokens=True)):
             said = prompt if isinstance(prompt, str) else prompt[-1]["content"]

@@ -5,8 +5,8 @@
 
 Both sides train the same small GPT-2 from the same random weights, with the same optimizer, on as many pairs a step and
 an epoch. Ours gets whole rankings, each answer encoded once; TRL's `RewardTrainer` gets the pairs that they decide,
-shuffled, so that an answer comes up in several steps of an epoch: InstructGPT (2203.02155, section 3.4) saw reward models
-overfit by that. One prompt in five is held out. Accuracies have 95 % intervals over the held-out prompts.
+shuffled, so that an answer comes up in several steps of an epoch: InstructGPT (2203.02155, section 3.4) saw reward
+models overfit by that. One prompt in five is held out. Accuracies have 95 % intervals over the held-out prompts.
 """
 
 from __future__ import annotations
@@ -71,10 +71,19 @@ def main() -> None:
     print(f"{len(train)} rankings with {len(pairs)} pairs; {len(held_out)} held out; {per_step} pairs a step")
 
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=args.context, n_layer=2, n_embd=args.width, n_head=4, num_labels=1,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
-        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        n_positions=args.context,
+        n_layer=2,
+        n_embd=args.width,
+        n_head=4,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+    )
     torch.manual_seed(0)
     models = [GPT2ForSequenceClassification(config) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())

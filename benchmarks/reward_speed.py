@@ -54,9 +54,17 @@ def main() -> None:
         for row in rows
     ]
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=256, n_layer=4, n_embd=256, n_head=4, num_labels=1,
-        pad_token_id=tokenizer.pad_token_id, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        n_positions=256,
+        n_layer=4,
+        n_embd=256,
+        n_head=4,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+    )
     torch.manual_seed(0)
     models = [GPT2ForSequenceClassification(config) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -105,10 +113,12 @@ def main() -> None:
         apart.append(abs(losses[0] - losses[1]))
     own, trls = (statistics.median(s[2:]) for s in seconds)  # the first two warm up
     print(
-        f"{len(features)} rankings, {pairs / len(features):.1f} pairs each; torch {torch.__version__}, {torch.get_num_threads()} threads"
+        f"{len(features)} rankings, {pairs / len(features):.1f} pairs each; torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads"
     )
     print(
-        f"  ours {1000 * own:.0f} ms a step, TRL's RewardTrainer {1000 * trls:.0f} ms: {trls / own:.2f}x the pairs per second"
+        f"  ours {1000 * own:.0f} ms a step, TRL's RewardTrainer {1000 * trls:.0f} ms: {trls / own:.2f}x the pairs per "
+        "second"
     )
     print(f"  losses of the first batch: {apart[0]:.3f} apart (TRL weighs pairs alike, we weigh rankings alike)")
 

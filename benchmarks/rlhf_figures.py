@@ -2,10 +2,10 @@
 
     python benchmarks/rlhf_figures.py runs/smollm2_rlhf/policy --base HuggingFaceTB/SmolLM2-135M-Instruct
 
-Reads `history.jsonl` and `samples.jsonl` of the stage: at least 100 held-out answers of the policy it started from and of
-the one it made, to the same prompts. The perplexity is that of the answers' tokens under the base, after the very text
-that the policy was given; for PPO's answers it should be at most 1.3 times that of the answers before. Of the samples the
-ten that gained most and the ten that lost most are printed, so that the bad ones are among them.
+Reads `history.jsonl` and `samples.jsonl` of the stage: at least 100 held-out answers of the policy it started from and
+of the one it made, to the same prompts. The perplexity is that of the answers' tokens under the base, after the very
+text that the policy was given; for PPO's answers it should be at most 1.3 times that of the answers before. Of the
+samples the ten that gained most and the ten that lost most are printed, so that the bad ones are among them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def curve(history: list[dict]) -> None:
 
 @torch.no_grad()
 def perplexity(model, tokenizer, answers: list[tuple[str, dict]]) -> float:
-    """exp of the mean over all tokens of −log p of (prompt, {completion, ended}), EOS included where an answer ended."""
+    """exp of the mean over all tokens of −log p of (prompt, {completion, ended}), EOS included where an answer
+    ended.
+    """
     nats, count = 0.0, 0
     for prompt, answer in answers:
         ids = tokenizer(answer["completion"], add_special_tokens=False)["input_ids"]

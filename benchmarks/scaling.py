@@ -18,13 +18,29 @@ from pipelines.planning.planner import Planner, Setup
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 SHAPES = {
     "GPT-2 124M": {"model_type": "gpt2", "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "n_positions": 8192},
-    "Llama 1.2B": {**LLAMA, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
-                   "intermediate_size": 8192, "tie_word_embeddings": True},
-    "Llama 8B": {**LLAMA, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-                 "intermediate_size": 14336},
-    "Llama 70B": {**LLAMA, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
-                  "intermediate_size": 28672},
-}  # fmt: skip
+    "Llama 1.2B": {
+        **LLAMA,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "intermediate_size": 8192,
+        "tie_word_embeddings": True,
+    },
+    "Llama 8B": {
+        **LLAMA,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 14336,
+    },
+    "Llama 70B": {
+        **LLAMA,
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "intermediate_size": 28672,
+    },
+}
 GPU, LENGTH, ANSWER, BATCH = "h100", 2048, 512, 512
 WORLDS = (1, 8, 64, 512)
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
@@ -96,9 +112,13 @@ def adapters() -> None:
 def traffic() -> None:
     """GB sent by a device in a step, and the time of that as a share of computing."""
     print(
-        f"### Traffic of `sft`: GB sent by each device in a step, and its time against computing (1 row of {LENGTH} tokens"
+        f"### Traffic of `sft`: GB sent by each device in a step, and its time against computing (1 row of {LENGTH} "
+        "tokens"
     )
-    print(f"a device and step; {devices.MFU:.0%} of the peak; NVLink within 8 GPUs, {devices.NETWORK / 1e9:.0f} GB/s beyond; nothing overlapped)\n")  # fmt: skip
+    print(
+        f"a device and step; {devices.MFU:.0%} of the peak; NVLink within 8 GPUs, {devices.NETWORK / 1e9:.0f} GB/s "
+        "beyond; nothing overlapped)\n"
+    )
     rows = []
     for shape in SHAPES:
         for strategy in STRATEGIES:

@@ -6,8 +6,8 @@
 A recipe of all kinds of stages on tiny models runs once in peace. Then, through real launches on 1 and 2 processes:
 
     kills        `kill -9` to all processes at random moments of the whole recipe, until so many were killed
-    corruptions  a file of a checkpoint is truncated, emptied, deleted, or one bit of it flipped: all files, all four ways
-    full disks   the run's folder lies on a file system (tmpfs, needs root) that is too small by so many degrees
+    corruptions  a file of a checkpoint is truncated, emptied, deleted, or one bit of it flipped: all files, all four
+    ways full disks   the run's folder lies on a file system (tmpfs, needs root) that is too small by so many degrees
 
 and the same command is given again. One table: `survived` ended with exit code 0 and without a traceback; `identical`
 left the same weights (byte by byte) and records (times and rates aside); `lost` did not end; `false` ended with others.
@@ -69,46 +69,111 @@ def recipe_of_all_kinds(folder: Path) -> dict:
 
     text = write("text.jsonl", [{"text": f"the {w} is {c} and the {c} {w} likes a {w}"} for w, c in facts])
     answers = write("sft.jsonl", [{"prompt": f"what colour is the {w}", "completion": f"it is {c}"} for w, c in facts])
-    pairs = write("pairs.jsonl", [{"prompt": f"what is {w} {i}", "chosen": f"{w} is {c}", "rejected": f"{c} eats"}
-                                  for i, (w, c) in enumerate(facts)])  # fmt: skip
+    pairs = write(
+        "pairs.jsonl",
+        [
+            {"prompt": f"what is {w} {i}", "chosen": f"{w} is {c}", "rejected": f"{c} eats"}
+            for i, (w, c) in enumerate(facts)
+        ],
+    )
     labelled = write("labelled.jsonl", [{"text": f"the {w} is {c}", "label": int(c == "red")} for w, c in facts])
     translated = write("seq2seq.jsonl", [{"source": f"{w} {c}", "target": f"{c} {w}"} for w, c in facts])
     prompts = write("prompts.jsonl", [{"prompt": f"what colour is the {w} {i}"} for i, (w, _) in enumerate(facts[:32])])
-    args = {"global_batch_size": 8, "max_steps": 24, "save_steps": 4, "eval_steps": 8, "logging_steps": 3,
-            "learning_rate": 1e-3, "report_to": []}  # fmt: skip
+    args = {
+        "global_batch_size": 8,
+        "max_steps": 24,
+        "save_steps": 4,
+        "eval_steps": 8,
+        "logging_steps": 3,
+        "learning_rate": 1e-3,
+        "report_to": [],
+    }
     gpt2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
-    bert = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2,
-            "intermediate_size": 64, "max_position_embeddings": 32}  # fmt: skip
+    bert = {
+        "model_type": "bert",
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 32,
+    }
     t5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
     with_ = lambda path: {"train": path, "validation": 0.2}
     base, sft = {"model_name_or_path": "stage:base"}, {"model_name_or_path": "stage:sft"}
     plain = {**base, "chat_template": "plain"}
-    ppo = {**args, "max_steps": 8, "save_steps": 2, "response_length": 6, "num_ppo_epochs": 1, "num_mini_batches": 2,
-           "kl_target": 0.5, "normalize_scores": True, "allow_no_eos": True}  # fmt: skip
+    ppo = {
+        **args,
+        "max_steps": 8,
+        "save_steps": 2,
+        "response_length": 6,
+        "num_ppo_epochs": 1,
+        "num_mini_batches": 2,
+        "kl_target": 0.5,
+        "normalize_scores": True,
+        "allow_no_eos": True,
+    }
     return {
-        "base": {"kind": "pretrain", "model": {"config": gpt2}, "tokenizer": {"train": "bpe", "vocab_size": 320},
-                 "data": with_(text), "args": {**args, "max_length": 16}},
-        "stream": {"kind": "pretrain", "model": base, "data": {"train": text, "streaming": True, "buffer_size": 32},
-                   "args": {**args, "max_length": 16, "eval_strategy": "no"}},
-        "mlm": {"kind": "mlm", "model": {"config": bert}, "tokenizer": {"train": "wordpiece", "vocab_size": 200},
-                "data": with_(text), "args": {**args, "max_length": 32}},
+        "base": {
+            "kind": "pretrain",
+            "model": {"config": gpt2},
+            "tokenizer": {"train": "bpe", "vocab_size": 320},
+            "data": with_(text),
+            "args": {**args, "max_length": 16},
+        },
+        "stream": {
+            "kind": "pretrain",
+            "model": base,
+            "data": {"train": text, "streaming": True, "buffer_size": 32},
+            "args": {**args, "max_length": 16, "eval_strategy": "no"},
+        },
+        "mlm": {
+            "kind": "mlm",
+            "model": {"config": bert},
+            "tokenizer": {"train": "wordpiece", "vocab_size": 200},
+            "data": with_(text),
+            "args": {**args, "max_length": 32},
+        },
         "sft": {"kind": "sft", "model": plain, "data": with_(answers), "args": {**args, "max_length": 32}},
-        "lora": {"kind": "sft", "model": {**plain, "use_peft": True, "lora_r": 4}, "data": with_(answers),
-                 "args": {**args, "max_length": 32}},
-        "best": {"kind": "sft", "model": plain, "data": with_(answers),
-                 "args": {**args, "max_length": 32, "eval_steps": 4, "load_best_model_at_end": True}},
+        "lora": {
+            "kind": "sft",
+            "model": {**plain, "use_peft": True, "lora_r": 4},
+            "data": with_(answers),
+            "args": {**args, "max_length": 32},
+        },
+        "best": {
+            "kind": "sft",
+            "model": plain,
+            "data": with_(answers),
+            "args": {**args, "max_length": 32, "eval_steps": 4, "load_best_model_at_end": True},
+        },
         "reward": {"kind": "reward", "model": sft, "data": with_(pairs), "args": {**args, "max_length": 32}},
         "classify": {"kind": "classify", "model": base, "data": with_(labelled), "args": {**args, "max_length": 32}},
-        "seq2seq": {"kind": "seq2seq", "model": {"config": t5}, "tokenizer": {"train": "bpe", "vocab_size": 360},
-                    "data": with_(translated), "args": {**args, "max_source_length": 24, "max_target_length": 24}},
-        "policy": {"kind": "ppo", "model": sft, "data": with_(prompts), "args": ppo,
-                   "reward": {"models": ["stage:reward"], "functions": ["benchmarks.torture:many_e"], "min_accuracy": 0.0}},
-        "samples": {"kind": "sample", "sample": {"models": ["stage:sft", "stage:policy"], "completions": 4,
-                    "response_length": 6}, "data": {"train": prompts}},
-        "rankings": {"kind": "rank", "rank": {"labeller": "benchmarks.torture:by_length"},
-                     "data": {"train": "stage:samples/samples.jsonl"}},
+        "seq2seq": {
+            "kind": "seq2seq",
+            "model": {"config": t5},
+            "tokenizer": {"train": "bpe", "vocab_size": 360},
+            "data": with_(translated),
+            "args": {**args, "max_source_length": 24, "max_target_length": 24},
+        },
+        "policy": {
+            "kind": "ppo",
+            "model": sft,
+            "data": with_(prompts),
+            "args": ppo,
+            "reward": {"models": ["stage:reward"], "functions": ["benchmarks.torture:many_e"], "min_accuracy": 0.0},
+        },
+        "samples": {
+            "kind": "sample",
+            "sample": {"models": ["stage:sft", "stage:policy"], "completions": 4, "response_length": 6},
+            "data": {"train": prompts},
+        },
+        "rankings": {
+            "kind": "rank",
+            "rank": {"labeller": "benchmarks.torture:by_length"},
+            "data": {"train": "stage:samples/samples.jsonl"},
+        },
         "scores": {"kind": "evaluate", "evaluate": {"models": ["stage:base", "stage:sft"], "text": text}},
-    }  # fmt: skip
+    }
 
 
 # --- launching, killing, comparing ------------------------------------------------------------------------------
@@ -129,8 +194,14 @@ class Runs:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
         environment = clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with open(self.log(out), "a") as log:
-            return subprocess.Popen([*launcher, "-m", "pipelines", str(path), *names], cwd=ROOT, env=environment,
-                                    stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+            return subprocess.Popen(
+                [*launcher, "-m", "pipelines", str(path), *names],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def log(self, out: Path) -> Path:
         """Where launches into `out` are written to: never on a disk that is to be full."""
@@ -237,7 +308,9 @@ def verdict(out: Path, whole: dict[str, dict], code: int, output: str) -> str:
 
 
 def corruptions(runs: Runs, whole_run: Path, whole: dict[str, dict], kind: str, count: int, rng, table: Table) -> None:
-    """Stop the stage `kind` after its second checkpoint, copy it `count` times, damage a file of each, let all go on."""
+    """Stop the stage `kind` after its second checkpoint, copy it `count` times, damage a file of each, let all
+    go on.
+    """
     row = f"corrupted {kind}, {runs.processes} proc."
     out = runs.home / f"corrupt_{kind}_{runs.processes}"
     shutil.copytree(whole_run, out)
@@ -296,7 +369,9 @@ def full_disks(runs: Runs, whole: dict[str, dict], needed: int, count: int, tabl
             said = [line for line in output.splitlines() if "error:" in line and "full" in line]
             subprocess.run(["mount", "-o", f"remount,size={needed * 40}", mount], check=True)
             fault = "" if code == 0 or (code == 1 and said) else f"exit {code}, {said}"
-            if "Traceback" in output.partition("ChildFailedError")[0].replace("Traceback (most recent call last):\n  File \"" + sys.prefix + "/bin/accelerate", ""):  # fmt: skip
+            if "Traceback" in output.partition("ChildFailedError")[0].replace(
+                'Traceback (most recent call last):\n  File "' + sys.prefix + "/bin/accelerate", ""
+            ):
                 fault = "a traceback"
             code, output = runs.finish(mount / "run")
             table.add(row, fault or verdict(mount / "run", whole, code, output), lost=code != 0)
@@ -313,8 +388,12 @@ def main() -> int:
     )
     parser.add_argument("--disks", type=int, default=10, help="full disks, on one process; needs root (10)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes (1 2)")
-    parser.add_argument("--kinds", nargs="+", default=["stream", "sft", "lora", "best", "reward", "policy"],
-                        help="stages whose checkpoints are corrupted")  # fmt: skip
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        default=["stream", "sft", "lora", "best", "reward", "policy"],
+        help="stages whose checkpoints are corrupted",
+    )
     parser.add_argument("--only", nargs="+", default=[], help="stages of the recipe (with all that they build on)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     args = parser.parse_args()

@@ -7,7 +7,9 @@ IGNORE_INDEX = -100  # a label that is not learned: the default of torch.nn.func
 
 
 def shipped(folder: str) -> Path:
-    """`recipes`, `accelerate_configs` or `data` as they come with this package: inside it, or beside it in a checkout."""
+    """`recipes`, `accelerate_configs` or `data` as they come with this package: inside it, or beside it in a
+    checkout.
+    """
     package = Path(__file__).parent
     inside = package / "shipped" / folder
     return inside if inside.is_dir() else package.parent / folder

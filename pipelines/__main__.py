@@ -44,8 +44,20 @@ failed (disk, network, NaN), 2 the recipe, data or command is wrong, 130 stopped
 """
 # Each is a module of `pipelines.commands`, imported only when asked for: `--help` and `report` need no torch.
 VERBS = (
-    "run", "check", "show", "status", "keys", "plan", "rank", "evaluate", "chat", "report", "push", "init", "env",
-)  # fmt: skip
+    "run",
+    "check",
+    "show",
+    "status",
+    "keys",
+    "plan",
+    "rank",
+    "evaluate",
+    "chat",
+    "report",
+    "push",
+    "init",
+    "env",
+)
 COMPUTE = ("run", "evaluate", "chat", "plan")  # verbs that compute: they start again in the fast environment
 
 
@@ -70,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"finetune-pipelines {__version__}")
         return 0
     try:
-        gc.disable()  # modules make millions of objects that stay: looking for garbage among them takes a fifth of the start
+        # modules make millions of objects that stay: looking for garbage among them takes a fifth of the start
+        gc.disable()
         command = importlib.import_module(f"pipelines.commands.{verb_of(argv)}")
         gc.freeze()
         gc.enable()

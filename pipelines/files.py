@@ -29,21 +29,32 @@ RECORD = {"kind": str, "sections": {"": dict}, "data": {"": dict}, "parents": {"
 SHAPES: dict[str, dict] = {
     STARTED: {"record": RECORD, "started": str},
     FINISHED: {
-        "stage": str, "kind": str, "record": RECORD, "rows": dict, "metrics": dict, "args": dict, "versions": dict,
-        "started": str, "finished": str, "seconds": (int, float), "world_size": int, "files": {"": {"bytes": int, "xxh3": str}},
+        "stage": str,
+        "kind": str,
+        "record": RECORD,
+        "rows": dict,
+        "metrics": dict,
+        "args": dict,
+        "versions": dict,
+        "started": str,
+        "finished": str,
+        "seconds": (int, float),
+        "world_size": int,
+        "files": {"": {"bytes": int, "xxh3": str}},
     },
     CHAIN: {"stages": [{"name": str, "kind": str, "parents": [str]}]},
     REDO: {"asked": [str], "open": [str], "aside": [str]},
-}  # fmt: skip
+}
 NEEDED = {  # and what every reader of the whole chain needs
     STARTED: ("record", "started"),
     FINISHED: ("record", "metrics", "started", "finished", "seconds"),
     CHAIN: ("stages",),
     REDO: ("asked", "open", "aside"),
 }
+REMAKE = "put the file back from a copy, or make the stage again with --redo {stage} (the old folder is kept aside)"
 REMEDIES = {
-    STARTED: "put the file back from a copy, or make the stage again with --redo {stage} (the old folder is kept aside)",
-    FINISHED: "put the file back from a copy, or make the stage again with --redo {stage} (the old folder is kept aside)",
+    STARTED: REMAKE,
+    FINISHED: REMAKE,
     CHAIN: "move the file away: the next run writes it again",
     REDO: "move the file away; --redo then begins again",
     HISTORY: "put the file back from a copy; only the curves of {stage} are missing without it",
@@ -167,7 +178,9 @@ def read_record(path: Path) -> dict | None:
 
 
 def _misshapen(value, shape, at: str = "") -> str | None:
-    """The path of the first part of `value` that is not of `shape`: a type, {key: shape} ("": of all) or [shape of all]."""
+    """The path of the first part of `value` that is not of `shape`: a type, {key: shape} ("": of all) or [shape of
+    all].
+    """
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return at
@@ -427,5 +440,7 @@ def recorded(folder: str, section: str, key: str):
 
 
 def source_prefix(folder: str) -> str:
-    """What the stage in `folder` was trained to find before every source, so that it gets it later too; "" for others."""
+    """What the stage in `folder` was trained to find before every source, so that it gets it later too; "" for
+    others.
+    """
     return recorded(folder, "task", "prefix") or ""

@@ -1,8 +1,8 @@
 """The kinds of stages, one row each: everything the rest of the program knows about a kind without running it.
 
-A kind is a module in `pipelines/stages/` (`DEFAULTS`, `problems(stage, kinds)`, `run(stage)`, and where it gives rows to a
-model `ready` and `shown`, from which `pipelines show` has them) and a row in `KINDS`; nothing
-else spells kinds out. docs/extending.md adds one step by step.
+A kind is a module in `pipelines/stages/` (`DEFAULTS`, `problems(stage, kinds)`, `run(stage)`, and where it gives rows
+to a model `ready` and `shown`, from which `pipelines show` has them) and a row in `KINDS`; nothing else spells kinds
+out. docs/extending.md adds one step by step.
 """
 
 from __future__ import annotations

@@ -165,8 +165,10 @@ def launch(name: str | None, gpus: int | None, words: list[str]) -> int:
         count = int(asked.get("num_processes", 1))
     else:
         if here < (gpus or 1):
-            raise SetupError(f"--on {name}{f' --gpus {gpus}' if gpus else ''}: {here or 'no'} GPUs are here (--on cpu_2: "
-                             "two processes on the CPU)")  # fmt: skip
+            raise SetupError(
+                f"--on {name}{f' --gpus {gpus}' if gpus else ''}: {here or 'no'} GPUs are here (--on cpu_2: "
+                "two processes on the CPU)"
+            )
         alone = str(asked.get("distributed_type", "NO")).upper() == "NO"
         count = gpus or (1 if alone else here if not Path(name).is_file() else int(asked.get("num_processes", here)))
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -187,7 +189,9 @@ def launch(name: str | None, gpus: int | None, words: list[str]) -> int:
 
 
 def _pass_on(number: int, frame) -> None:
-    """Send a signal to the processes of the launcher that the terminal does not reach: torchrun's are sessions of their own."""
+    """Send a signal to the processes of the launcher that the terminal does not reach: torchrun's are sessions of their
+    own.
+    """
     import psutil
 
     for child in psutil.Process().children():
@@ -213,9 +217,9 @@ print(sys.argv[2], file=sys.stderr)
 def last_words(text: str) -> None:
     """Print why this process ends to stderr, and once more below the traceback of an `accelerate launch` above it.
 
-    Whenever a process does not end with 0, and on Ctrl-C, that launcher prints a traceback of its own, up to 60 lines, in
-    which the reason is lost. Nothing keeps it from that (`pipelines run --on` starts the same without it), so the reason
-    is repeated when the launcher has ended.
+    Whenever a process does not end with 0, and on Ctrl-C, that launcher prints a traceback of its own, up to 60 lines,
+    in which the reason is lost. Nothing keeps it from that (`pipelines run --on` starts the same without it), so the
+    reason is repeated when the launcher has ended.
     """
     print(text, file=sys.stderr, flush=True)
     if _launcher()[0] and int(os.environ.get("RANK", "0")) == 0:
@@ -226,8 +230,8 @@ def last_words(text: str) -> None:
 def asked_world() -> tuple[int, str]:
     """`(processes asked for, by what)`: WORLD_SIZE, or the command line of the `accelerate launch` above this process.
 
-    `accelerate launch` sets WORLD_SIZE only where it starts several processes, and there are cases in which it starts one
-    although more were asked for: `--cpu --num_processes 2`, and configurations with `MULTI_CPU`
+    `accelerate launch` sets WORLD_SIZE only where it starts several processes, and there are cases in which it starts
+    one although more were asked for: `--cpu --num_processes 2`, and configurations with `MULTI_CPU`
     (https://github.com/huggingface/accelerate/issues/2741, closed without a change), each with exit code 0. A run would
     then train on half the batch without a word. What was asked for stands nowhere but in the launcher's command line.
     """

@@ -6,12 +6,12 @@
             ...
     gpu.counts["rollout"]                        # Counter of operators, waits, copies
 
-Where a tensor is, is an attribute of its storage, so views, parameters and what autograd keeps share it. A dispatch mode
-looks at every operator: a host tensor of one dimension or more beside a device tensor is an error, as on CUDA, and what
-comes of device tensors is on the device. It counts operators that compute (about: kernel launches), waits of the host for
-the device (`.item()`, `.cpu()`, `.tolist()`, `bool()`, boolean indices, `nonzero` …) with the line of the project that
-caused them, and copies from the host. PyTorch itself sees CPU tensors only: autocast is the CPU's, and nothing is learned
-about speed, memory, NCCL or kernels.
+Where a tensor is, is an attribute of its storage, so views, parameters and what autograd keeps share it. A dispatch
+mode looks at every operator: a host tensor of one dimension or more beside a device tensor is an error, as on CUDA, and
+what comes of device tensors is on the device. It counts operators that compute (about: kernel launches), waits of the
+host for the device (`.item()`, `.cpu()`, `.tolist()`, `bool()`, boolean indices, `nonzero` …) with the line of the
+project that caused them, and copies from the host. PyTorch itself sees CPU tensors only: autocast is the CPU's, and
+nothing is learned about speed, memory, NCCL or kernels.
 """
 
 from __future__ import annotations
@@ -191,16 +191,23 @@ def _fake_cuda(monkeypatch, gpu: SimulatedGPU, bf16: bool, devices: int) -> None
     )
     nothing = lambda *_, **__: None  # noqa: E731
     found = {
-        "is_available": lambda: True, "device_count": lambda: devices, "current_device": lambda: 0,
-        "is_initialized": lambda: True, "synchronize": lambda *_: gpu.count("wait"),
+        "is_available": lambda: True,
+        "device_count": lambda: devices,
+        "current_device": lambda: 0,
+        "is_initialized": lambda: True,
+        "synchronize": lambda *_: gpu.count("wait"),
         "is_bf16_supported": lambda including_emulation=True: bf16 or including_emulation,
-        "get_device_capability": lambda *_: (card.major, 0), "get_device_properties": lambda *_: card,
-        "get_device_name": lambda *_: card.name, "is_current_stream_capturing": lambda: False,
-        "mem_get_info": lambda *_: (70 * 2**30, 80 * 2**30), "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
+        "get_device_capability": lambda *_: (card.major, 0),
+        "get_device_properties": lambda *_: card,
+        "get_device_name": lambda *_: card.name,
+        "is_current_stream_capturing": lambda: False,
+        "mem_get_info": lambda *_: (70 * 2**30, 80 * 2**30),
+        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
         "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)] * devices,
-    }  # fmt: skip
+    }
     found |= dict.fromkeys(
-        "set_device init _lazy_init empty_cache manual_seed manual_seed_all set_rng_state set_rng_state_all ipc_collect "
+        "set_device init _lazy_init empty_cache manual_seed manual_seed_all set_rng_state set_rng_state_all "
+        "ipc_collect "
         "reset_peak_memory_stats".split(),
         nothing,
     )
@@ -211,11 +218,15 @@ def _fake_cuda(monkeypatch, gpu: SimulatedGPU, bf16: bool, devices: int) -> None
         if hasattr(torch.cuda.random, name):
             monkeypatch.setattr(torch.cuda.random, name, fake)
     for name, fake in {
-        "is_available": lambda: True, "current_accelerator": lambda check_available=False: torch.device("cuda"),
-        "device_count": lambda: devices, "current_device_index": lambda: 0, "set_device_index": nothing,
-        "empty_cache": nothing, "synchronize": nothing,
+        "is_available": lambda: True,
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "device_count": lambda: devices,
+        "current_device_index": lambda: 0,
+        "set_device_index": nothing,
+        "empty_cache": nothing,
+        "synchronize": nothing,
         "current_stream": lambda *_: types.SimpleNamespace(is_capturing=lambda: False),
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(torch.accelerator, name, fake)
 
 
@@ -261,13 +272,19 @@ def _fake_tensors(monkeypatch, gpu: SimulatedGPU) -> None:
 
     real = torch._C.TensorBase.device
     for name, fake in {
-        "to": to, "tolist": tolist, "numpy": refused("numpy"), "__array__": refused("__array__"), "__deepcopy__": deepcopy,
-        "cpu": lambda self, *_, **__: self.to("cpu"), "cuda": lambda self, *_, **__: self.to(CUDA),
-        "pin_memory": lambda self, *_: self, "is_pinned": lambda self, *_: False,
+        "to": to,
+        "tolist": tolist,
+        "numpy": refused("numpy"),
+        "__array__": refused("__array__"),
+        "__deepcopy__": deepcopy,
+        "cpu": lambda self, *_, **__: self.to("cpu"),
+        "cuda": lambda self, *_, **__: self.to(CUDA),
+        "pin_memory": lambda self, *_: self,
+        "is_pinned": lambda self, *_: False,
         "get_device": lambda self: 0 if on_gpu(self) else -1,
         "device": property(lambda self: CUDA if on_gpu(self) else real.__get__(self)),
         "is_cuda": property(on_gpu),
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(torch.Tensor, name, fake)
 
 

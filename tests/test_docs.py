@@ -1,4 +1,6 @@
-"""The documents keep their promises: links lead somewhere, commands exist, YAML in them is a recipe that can be read."""
+"""The documents keep their promises: links lead somewhere, commands exist, YAML in them is a recipe that can
+be read.
+"""
 
 import re
 import shlex

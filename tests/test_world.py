@@ -172,9 +172,17 @@ def test_held_out_prompts_ask_only_what_no_stage_has_seen():
 
 
 def test_no_stage_asks_about_a_held_out_fact():
-    prompts = [(name, row["prompt"]) for name in (
-        "instructions.jsonl", "rankings.jsonl.gz", "rankings_validation.jsonl", "prompts.jsonl", "prompts_validation.jsonl"
-    ) for row in rows(name)]  # fmt: skip
+    prompts = [
+        (name, row["prompt"])
+        for name in (
+            "instructions.jsonl",
+            "rankings.jsonl.gz",
+            "rankings_validation.jsonl",
+            "prompts.jsonl",
+            "prompts_validation.jsonl",
+        )
+        for row in rows(name)
+    ]
     prompts += [
         ("corpus", line[3:])
         for row in rows("corpus.jsonl.gz")

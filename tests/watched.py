@@ -1,4 +1,6 @@
-"""`python -m pipelines`, for `accelerate launch`, that writes into $WATCHED what each process encoded and was handed."""
+"""`python -m pipelines`, for `accelerate launch`, that writes into $WATCHED what each process encoded and was
+handed.
+"""
 
 import json
 import os

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import world  # noqa: E402  beside this file
 
 RUDE = re.compile(
-    r"turnip|dummy|pumpkin|blockhead|noodle|\bfool|silly|stupid|go away|leave me|wake up|use your head|clean your|asleep"
+    r"turnip|dummy|pumpkin|blockhead|noodle|\bfool|silly|stupid|go away|leave me|wake up|use your head|clean "
+    r"your|asleep"
 )
 
 
@@ -107,7 +108,11 @@ def choice(query: world.Query, text: str) -> str:
 
 
 def review(query: world.Query, text: str) -> str:
-    moods = [word in world.PRAISE or word == "love" for word in text.split() if word in {*world.PRAISE, *world.BLAME, "love", "dislike"}]  # fmt: skip
+    moods = [
+        word in world.PRAISE or word == "love"
+        for word in text.split()
+        if word in {*world.PRAISE, *world.BLAME, "love", "dislike"}
+    ]
     if not named(text, query.entity) or not moods:
         return "irrelevant"
     return "" if moods[0] == (world.FACTS[query.entity, "opinion"] == "love") else "inaccurate"

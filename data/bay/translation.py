@@ -21,8 +21,13 @@ NOUNS = {
 }
 PLURALS = {"child": "children"}
 ADJECTIVES = {"old": "gram", "small": "pik", "red": "rosk", "happy": "lieb", "tired": "duv"}
-VERBS = {"see": ("sees", "saw", "vid"), "like": ("likes", "liked", "amo"), "carry": ("carries", "carried", "port"),
-         "follow": ("follows", "followed", "sek"), "feed": ("feeds", "fed", "nur")}  # fmt: skip
+VERBS = {
+    "see": ("sees", "saw", "vid"),
+    "like": ("likes", "liked", "amo"),
+    "carry": ("carries", "carried", "port"),
+    "follow": ("follows", "followed", "sek"),
+    "feed": ("feeds", "fed", "nur"),
+}
 PLACES = {"at the mill": "molu-na", "on the bridge": "pontu-na", "in the garden": "hortu-na"}
 
 

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Step:
-    """What happens to one stage: `finished` (skipped), `resume`, `start`, `redo` (the old folder is kept aside), or nothing,
+    """What happens to one stage: `finished` (skipped), `resume`, `start`, `redo` (the old folder is kept aside), or
+    nothing,
     because its record is `damaged`."""
 
     stage: Stage
@@ -33,7 +34,9 @@ class Step:
 
 
 def plan(recipe: Recipe, names: Sequence[str] = (), redo: Collection[str] = ()) -> list[Step]:
-    """The steps for the stages `names` (all when empty). Raises `ChainError` with every reason why it cannot be done."""
+    """The steps for the stages `names` (all when empty). Raises `ChainError` with every reason why it cannot
+    be done.
+    """
     steps, refused = survey(recipe, names, redo)
     if refused:
         raise ChainError("\n".join(refused))
@@ -41,7 +44,9 @@ def plan(recipe: Recipe, names: Sequence[str] = (), redo: Collection[str] = ()) 
 
 
 def survey(recipe: Recipe, names: Sequence[str] = (), redo: Collection[str] = ()) -> tuple[list[Step], list[str]]:
-    """`(the steps for the stages `names`, every reason why they cannot be done)`. Raises `ChainError` for a wrong name."""
+    """`(the steps for the stages `names`, every reason why they cannot be done)`. Raises `ChainError` for a
+    wrong name.
+    """
     known = [s.name for s in recipe.stages]
     wrong = [n for n in [*names, *redo] if n not in known]
     if wrong:
@@ -91,13 +96,15 @@ def survey(recipe: Recipe, names: Sequence[str] = (), redo: Collection[str] = ()
             refused += [line for line in broken.get(name, ()) if line not in refused]
         if changed and action in ("finished", "resume"):
             refused.append(
-                f"{stage.name}: {action} with other settings: {_why(recipe, changed, (finished or started)['started'])}. "
+                f"{stage.name}: {action} with other settings: "
+                f"{_why(recipe, changed, (finished or started)['started'])}. "
                 f"Put them back, or make it again with --redo {stage.name} (the old folder is kept aside)."
             )
         missing = [
-            p for p in stage.parents
+            p
+            for p in stage.parents
             if names and made.get(p) is None and not broken.get(p) and p not in names and p not in redo
-        ]  # fmt: skip
+        ]
         if missing and action != "finished":
             refused.append(
                 f"{stage.name}: it needs {', '.join(missing)}, not made yet. Run that first, or name it too."
@@ -179,7 +186,8 @@ def _is_of_others(folder: Path) -> bool:
 def run(recipe: Recipe, names: Sequence[str] = (), redo: Collection[str] = ()) -> None:
     """Run the stages that are due on the processes Accelerate started. Every process calls it.
 
-    Raises `ChainError` where it cannot be done, before anything is changed; `StorageError` where nothing can be written.
+    Raises `ChainError` where it cannot be done, before anything is changed; `StorageError` where nothing can be
+    written.
     """
     state = launch.start()
     with lock(recipe.output_dir, state.is_main_process) as writable:
@@ -228,7 +236,8 @@ def _prepare(recipe: Recipe, names: Sequence[str], redo: Collection[str], writab
     if not writable:
         if due:
             raise StorageError(
-                f"{recipe.output_dir} cannot be written to, and {', '.join(due)} must be made there: change its rights, "
+                f"{recipe.output_dir} cannot be written to, and {', '.join(due)} must be made there: change its "
+                "rights, "
                 "or choose another output_dir=… on the command line"
             )
         return steps

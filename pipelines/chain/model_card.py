@@ -68,7 +68,8 @@ def card(stage: Stage, final: dict) -> str:
         "| source | size | SHA-256 or revision |",
         "| --- | --- | --- |",
         *[
-            f"| `{path}` | {info.get('bytes', '–')} bytes | `{info.get('sha256') or info.get('revision') or 'latest'}` |"
+            f"| `{path}` | {info.get('bytes', '–')} bytes | `{info.get('sha256') or info.get('revision') or 'latest'}` "
+            "|"
             for path, info in record_["data"].items()
         ],
         "",
@@ -98,7 +99,7 @@ def card(stage: Stage, final: dict) -> str:
         "",
         f"Versions: {', '.join(f'{k} {v}' for k, v in final['versions'].items())}.",
         "",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 

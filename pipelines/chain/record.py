@@ -1,4 +1,6 @@
-"""What lies beside a model: `stage.json`, written last, so its presence means finished; and what identifies a training."""
+"""What lies beside a model: `stage.json`, written last, so its presence means finished; and what identifies a
+training.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,22 @@ UNUSED = (CARD, HISTORY)  # what people may edit: nothing is built on it
 
 # Settings that cannot change what is learned: a stage that differs only in these is the same stage.
 HARMLESS = (
-    "logging_", "log_", "save_steps", "save_strategy", "save_total_limit", "report_to", "run_name", "disable_tqdm",
-    "dataloader_", "per_device_eval", "use_cpu", "ddp_", "gradient_checkpointing", "eval_accumulation", "diagnosis",
-)  # fmt: skip
+    "logging_",
+    "log_",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "dataloader_",
+    "per_device_eval",
+    "use_cpu",
+    "ddp_",
+    "gradient_checkpointing",
+    "eval_accumulation",
+    "diagnosis",
+)
 
 
 def record(stage: Stage, parents: dict[str, str]) -> dict:
@@ -81,7 +96,8 @@ def identity(finished: dict) -> str:
 def portable(value, run: Path | None = None):
     """`value` (any nesting) without absolute paths, which tell others nothing, and too much: a record may be published.
 
-    What lies in the folder `run` is called `stage:NAME/FILE`, and anything else "…/NAME (6 digits that tell two apart)".
+    What lies in the folder `run` is called `stage:NAME/FILE`, and anything else "…/NAME (6 digits that tell two
+    apart)".
     """
     if isinstance(value, dict):
         return {portable(k, run): portable(v, run) for k, v in value.items()}
@@ -166,7 +182,8 @@ def own_checksum(final: dict) -> str:
 
 
 def stage_damage(folder: Path, final: dict, quick: bool = False, everything: bool = False) -> list[str]:
-    """What of a finished stage is no longer what it wrote, as `files.damage` words it; one made without checksums passes.
+    """What of a finished stage is no longer what it wrote, as `files.damage` words it; one made without checksums
+    passes.
 
     Args:
         quick: see `files.damage`.

@@ -89,8 +89,12 @@ def _typed() -> Iterator[str]:
 def main(argv: list[str]) -> int:
     """`chat RUN[/STAGE] … [--system TEXT] [--temperature T] …`; returns the exit code."""
     parser = command_line("chat", ABOUT + HELP.format(keys=", ".join(f.name for f in fields(Settings))), EXAMPLES)
-    parser.add_argument("models", nargs="+", metavar="RUN[/STAGE]", help="a run (its last stage that writes), a stage, "
-                        "a folder or a hub id")  # fmt: skip
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="RUN[/STAGE]",
+        help="a run (its last stage that writes), a stage, a folder or a hub id",
+    )
     parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told beforehand")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that a hub model brings")
     for field in fields(Settings):

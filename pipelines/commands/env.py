@@ -1,4 +1,6 @@
-"""`pipelines env [RECIPE]`: versions, devices and extras of this machine, and what a recipe would use: for bug reports."""
+"""`pipelines env [RECIPE]`: versions, devices and extras of this machine, and what a recipe would use: for bug
+reports.
+"""
 
 from __future__ import annotations
 

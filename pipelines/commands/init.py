@@ -1,4 +1,6 @@
-"""`pipelines init [NAME]`: copy a recipe that comes with the package, and the small data that it names, to this folder."""
+"""`pipelines init [NAME]`: copy a recipe that comes with the package, and the small data that it names, to
+this folder.
+"""
 
 from __future__ import annotations
 
@@ -61,9 +63,11 @@ def _headline(recipe: Path) -> str:
 
 
 def _named(text: str) -> list[tuple[Path, Path]]:
-    """`(file of the package, its place here)` for every file of the shipped `data/` that a recipe, or one of them, names.
+    """`(file of the package, its place here)` for every file of the shipped `data/` that a recipe, or one of them,
+    names.
 
-    They are named as paths (`data/quiz.jinja`) and as modules (`data.labeller:rank`, or `import world` of a file beside).
+    They are named as paths (`data/quiz.jinja`) and as modules (`data.labeller:rank`, or `import world` of a file
+    beside).
     """
     home, found, unread = shipped("data"), {}, [(text, Path())]
     while unread:

@@ -16,8 +16,8 @@ ABOUT = """\
 Will it fit, how long will it take: said for every stage before anything runs.
 
 No weights are read: models come from their config (a local folder, the hub or its cache, or what an earlier stage will
-make), are counted and traced without numbers, and the rest are formulae (docs/planning.md). What does not fit is tried again
-with one change after the other, and the changes that make it fit are named.
+make), are counted and traced without numbers, and the rest are formulae (docs/planning.md). What does not fit is tried
+again with one change after the other, and the changes that make it fit are named.
 """
 EXAMPLES = """
 pipelines plan recipes/demo.yaml policy --calibrate   this CPU, measured for a second
@@ -34,8 +34,14 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--gpus", type=int, help="number of GPUs, one process each (default: the config file's, or 1)")
     out.add_argument("--gpu", help=f"one of {', '.join(devices.DEVICES)} (default with --gpus: h100)")
     out.add_argument("--processes", type=int, help="without GPUs: processes on this machine's CPU")
-    out.add_argument("--on", "--config_file", "--config-file", dest="config_file", metavar="NAME", help="what `run --on` or "
-                     "`accelerate launch --config_file` will get: a file of accelerate_configs/, or a path")  # fmt: skip
+    out.add_argument(
+        "--on",
+        "--config_file",
+        "--config-file",
+        dest="config_file",
+        metavar="NAME",
+        help="what `run --on` or `accelerate launch --config_file` will get: a file of accelerate_configs/, or a path",
+    )
     out.add_argument("--price-per-hour", type=float, help="of one GPU (or of the machine without GPUs)")
     out.add_argument(
         "--mfu", type=float, default=devices.MFU, help="share of the peak FLOP/s reached (default %(default)s)"

@@ -62,7 +62,8 @@ def push(folder: Path, hub_id: str, private: bool = False, also: list[str] = ())
         )
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise SetupError(
-            f"{hub_id}: not uploaded: {str(error).strip()}\nLog in with `hf auth login` (or set HF_TOKEN to a token that "
+            f"{hub_id}: not uploaded: {str(error).strip()}\nLog in with `hf auth login` (or set HF_TOKEN to a token "
+            "that "
             "may write), and use a name of your own: you/model"
         ) from error
     return done.commit_url

@@ -43,10 +43,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--store", metavar="FILE.db", help="where judgements are kept (default: SOURCE.rankings.db)")
     parser.add_argument("--tags", default="", metavar="A,B", help="tags beside inappropriate, irrelevant, inaccurate")
     parser.add_argument(
-        "--overlap", type=float, default=1.0, metavar="SHARE",
+        "--overlap",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
         help="share of the prompts that everybody ranks, to see how far people agree; each of the rest goes to one "
         "labeller (default: 1, everybody ranks all)",
-    )  # fmt: skip
+    )
     parser.add_argument("--port", type=int, default=8765, help="port on 127.0.0.1 (default: 8765; 0: any free one)")
     parser.add_argument("--export", metavar="FILE.jsonl", help="write the rankings made so far, serve nothing")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
@@ -102,16 +105,20 @@ def _serve(args, path: Path) -> int:
         webbrowser.open(address)
     # No access log: every path holds the token.
     config = uvicorn.Config(
-        create_app(store, keys, tags, args.overlap), log_level="warning", access_log=False, server_header=False,
+        create_app(store, keys, tags, args.overlap),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
         timeout_graceful_shutdown=2,
-    )  # fmt: skip
+    )
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         pass  # Ctrl-C is how a server ends
     rankings = sum(1 for _ in store.rankings())
     print(
-        f"\n{rankings} rankings so far. Export them: python -m pipelines rank {' '.join(args.sources)} --export FILE.jsonl"
+        f"\n{rankings} rankings so far. Export them: python -m pipelines rank {' '.join(args.sources)} --export "
+        "FILE.jsonl"
     )
     return 0
 

@@ -25,9 +25,14 @@ def main(argv: list[str]) -> int:
     parser = command_line("report", about, EXAMPLES)
     parser.add_argument("run", type=Path, help="a run's folder (the recipe's output_dir)")
     parser.add_argument(
-        "--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help="write again every 10 (or so many) seconds "
-        "until every stage is finished; the page reloads itself while the run is running"
-    )  # fmt: skip
+        "--watch",
+        type=float,
+        nargs="?",
+        const=10.0,
+        metavar="SECONDS",
+        help="write again every 10 (or so many) seconds "
+        "until every stage is finished; the page reloads itself while the run is running",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"where to write (RUN/{PAGE})")
     parser.add_argument(
         "--watts", type=float, help=f"power per process (assumed: {WATTS['cpu']:g} W CPU, {WATTS['gpu']:g} W GPU)"

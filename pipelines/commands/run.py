@@ -29,8 +29,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("recipe", help="a YAML file; see recipes/, or `pipelines init`")
     parser.add_argument("words", nargs="*", metavar="STAGE | KEY=VALUE", help="stages to run (default: all); overrides")
     parser.add_argument("--redo", action="append", default=[], metavar="STAGE", help="make this stage again")
-    parser.add_argument("--on", metavar="NAME", help="start the processes of this file in accelerate_configs/ (ddp, fsdp2, "
-                        "zero3, cpu_2, …), or of a path")  # fmt: skip
+    parser.add_argument(
+        "--on",
+        metavar="NAME",
+        help="start the processes of this file in accelerate_configs/ (ddp, fsdp2, zero3, cpu_2, …), or of a path",
+    )
     parser.add_argument("--gpus", type=int, metavar="N", help="so many GPUs, one process on each (default: all)")
     args = parser.parse_intermixed_args(argv)
     if launch.launched():

@@ -21,11 +21,11 @@ from pipelines.recipe.stage import Stage
 ABOUT = """\
 The rows of a stage as its model will see them: the text that its tokens stand for, their ids, and which of them are
 learned (green in a terminal); for reward the answers behind their prompt, for ppo the prompt as it is fed. Below them
-counts, lengths, what is cut or dropped, how full the packs are, how the labels are distributed. The rows are made by the
-stage's own code; nothing is trained or written, and no earlier stage need have run.
+counts, lengths, what is cut or dropped, how full the packs are, how the labels are distributed. The rows are made by
+the stage's own code; nothing is trained or written, and no earlier stage need have run.
 
---json prints one object a row, {"where", "text", "input_ids", "labels", "learned"} (reward: completions, completion_ids,
-ranks, margin and tags beside them), and last {"summary": …}.
+--json prints one object a row, {"where", "text", "input_ids", "labels", "learned"} (reward: completions,
+completion_ids, ranks, margin and tags beside them), and last {"summary": …}.
 """
 EXAMPLES = """
 pipelines show recipes/demo.yaml sft
@@ -166,8 +166,10 @@ def _table(found: dict) -> str:
     for side, counts in sides.items():
         length = counts["length"]
         told = {key: value for key, value in counts.items() if key not in ("length", "labels") and value is not None}
-        words = ", ".join(f"{key.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{key} {value}"
-                          for key, value in told.items())  # fmt: skip
+        words = ", ".join(
+            f"{key.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{key} {value}"
+            for key, value in told.items()
+        )
         lines.append(f"{side:<12}{words}")
         lines.append(
             f"{'':<12}tokens of a sequence: mean {length['mean']:g}, p95 {length['p95']}, longest {length['longest']}"

@@ -19,7 +19,9 @@ pipelines status recipes/demo.yaml --verify   read every file and compare it wit
 
 
 def main(argv: list[str]) -> int:
-    """The command line; returns the exit code. Raises `ChainError` after the list where something keeps a stage back."""
+    """The command line; returns the exit code. Raises `ChainError` after the list where something keeps a
+    stage back.
+    """
     parser = command_line("status", "What of a recipe is finished, due or changed.", EXAMPLES)
     parser.add_argument("recipe", help="a YAML file; see recipes/")
     parser.add_argument("words", nargs="*", metavar="STAGE | KEY=VALUE", help="stages (default: all); overrides")

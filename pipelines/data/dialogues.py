@@ -357,7 +357,9 @@ def not_messages(value: str, column: str) -> str:
 
 
 def answer(value, column: str, ignored: set[str]) -> str | list[dict]:
-    """An answer: text, or messages of the assistant (with results of tools between) where text alone would lose something."""
+    """An answer: text, or messages of the assistant (with results of tools between) where text alone would lose
+    something.
+    """
     if isinstance(value, str):
         return not_messages(text(value, column), column)
     if isinstance(value, dict):
@@ -372,7 +374,8 @@ def as_answer(dialogue: list[dict], column: str) -> str | list[dict]:
     roles = [message["role"] for message in dialogue]
     if roles[0] != "assistant" or set(roles) - {"assistant", "tool"}:
         raise DataError(
-            f"{column} must be one answer of the assistant (what comes before it belongs into prompt); found {', '.join(roles)}"
+            f"{column} must be one answer of the assistant (what comes before it belongs into prompt); found "
+            f"{', '.join(roles)}"
         )
     if len(dialogue) > 1:
         order([{"role": "user"}, *dialogue], column, ("assistant",))
@@ -398,7 +401,8 @@ def whole(value, column: str, ignored: set[str]) -> list[dict]:
 
 
 def split_pair(row: dict, chosen: list[dict], rejected: list[dict], ignored: set[str]) -> tuple[list[dict], list]:
-    """`(prompt, [chosen answer, rejected answer])` of two whole dialogues: what they share at the beginning is the prompt.
+    """`(prompt, [chosen answer, rejected answer])` of two whole dialogues: what they share at the beginning is the
+    prompt.
 
     A column `prompt` beside them must be how they begin, or the question that is answered.
     """

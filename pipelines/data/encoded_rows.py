@@ -31,8 +31,8 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
     """The data sets that `make` encodes: by the first process while the others wait, and mapped from disk by all.
 
     They stay in `.tokens/STAGE` beside the stage's folder, and are taken from there while nothing changes that they are
-    made of: the files' checksums, the sections `data`, `task` and `model`, the seed, the tokenizer with its template, and
-    `settings`.
+    made of: the files' checksums, the sections `data`, `task` and `model`, the seed, the tokenizer with its template,
+    and `settings`.
 
     Args:
         stage: gets in its `report` what `make` put there, now or then.

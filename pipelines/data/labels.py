@@ -55,7 +55,8 @@ def label_names(train: list[dict], validation: list[dict], task) -> list[str]:
     seen = label_counts(train)
     if several and not task.labels and len(seen) > 1 and all(len(row["label"]) == len(seen) for row in train):
         raise DataError(
-            "data.train: every row has every label: give the ids or names of the labels that a text has, not a 0 or 1 for each"
+            "data.train: every row has every label: give the ids or names of the labels that a text has, not a 0 or 1 "
+            "for each"
         )
     if task.labels:
         absent = [name for i, name in enumerate(task.labels) if i not in seen]

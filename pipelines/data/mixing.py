@@ -63,7 +63,8 @@ def _note_ignored(ignored: set[str], source: dict, report: dict) -> None:
 def load(
     section: dict, kind: str, seed: int, task: dict | None = None, report: dict | None = None
 ) -> tuple[list[dict], list[dict]]:
-    """`(train rows, validation rows)` in memory; the second is empty where the recipe has no validation, the first where
+    """`(train rows, validation rows)` in memory; the second is empty where the recipe has no validation, the first
+    where
     it streams them. `report` as in `stream`."""
     streaming, report = section.get("streaming"), {} if report is None else report
     train = [] if streaming else list(stream(section, "train", kind, seed, task, report))

@@ -81,7 +81,9 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _json(path: Path, place: dict, columns: dict) -> Iterator[tuple[str, dict]]:
-    """Rows of JSON lines; or of a file that holds one list of rows, rows under one key, or objects over several lines."""
+    """Rows of JSON lines; or of a file that holds one list of rows, rows under one key, or objects over
+    several lines.
+    """
     if place.get("item") or not place.get("line") and _is_document(path, columns):
         text = "".join(line for _, line in _lines(path, {}))
         for i, (at, row) in enumerate(_document(path, text, columns), 1):
@@ -233,7 +235,8 @@ def _whole_characters(value, name: str, path: Path, line: int) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{path}:{line}: {name.encode(errors='replace').decode()}, character {error.start + 1}: half a surrogate "
+                f"{path}:{line}: {name.encode(errors='replace').decode()}, character {error.start + 1}: half a "
+                "surrogate "
                 f"pair (\\u{ord(value[error.start]):04x}), which is no character; write the whole one or take it out"
             ) from None
     elif isinstance(value, dict):

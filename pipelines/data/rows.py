@@ -143,7 +143,8 @@ def _missing(missing: list[str], row: dict, kind: str) -> str:
         names[column] = near[0] if near else "THEIR_NAME"
     return (
         f"no column {', '.join(missing)}{also}; the row has {', '.join(map(str, row)) or 'none'}. "
-        f"Name the columns with data.columns, e.g. {{{', '.join(f'{ours}: {theirs}' for ours, theirs in names.items())}}}"
+        f"Name the columns with data.columns, e.g. "
+        f"{{{', '.join(f'{ours}: {theirs}' for ours, theirs in names.items())}}}"
     )
 
 
@@ -210,7 +211,8 @@ def _beside(row: dict, ranks: list) -> dict:
     for name, values in found.items():
         if not isinstance(values, list) or len(values) != len(ranks):
             raise DataError(
-                f"{name} must be a list of {len(ranks)}, one for each answer; found {_short(values)}{written_list(values)}"
+                f"{name} must be a list of {len(ranks)}, one for each answer; found "
+                f"{_short(values)}{written_list(values)}"
             )
     margin = found.get("margin", [0] * len(ranks))
     if not all(map(_is_number, margin)):
@@ -291,7 +293,8 @@ def _label(label, task: dict):
     if kind == "multi_label_classification":
         if not isinstance(label, list):
             raise DataError(
-                f"label must be a list of labels for multi-label classification, not {_short(label)}{written_list(label)}"
+                f"label must be a list of labels for multi-label classification, not "
+                f"{_short(label)}{written_list(label)}"
             )
         if len(label) > 1 and all(isinstance(item, (bool, float)) or item in (0, 1) for item in label):
             if any(isinstance(item, (bool, float)) for item in label) or len(label) > 2 or label[0] == label[1]:

@@ -1,7 +1,8 @@
 """Sources of a `data:` section and the rows in them, as they are in the file.
 
-A source is a local file (.jsonl .json .csv .parquet .arrow .txt, each also .gz; globs work), a folder (of `save_to_disk`,
-or as `datasets.load_dataset` takes it), a hub id, or a file that an earlier stage writes (`stage:NAME/samples.jsonl`).
+A source is a local file (.jsonl .json .csv .parquet .arrow .txt, each also .gz; globs work), a folder (of
+`save_to_disk`, or as `datasets.load_dataset` takes it), a hub id, or a file that an earlier stage writes
+(`stage:NAME/samples.jsonl`).
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def read(source: dict, place: dict | None = None, order: str | None = None) -> I
     """`(where, row)` for every row of a source as it is in the file; at most `rows` of them.
 
     `place` (empty at first, plain values) says where to begin, without reading what lies before it, and always where
-    the row given last ends: keep a copy to go on from there. `order` is the seed of the order of several files (None: by
-    name).
+    the row given last ends: keep a copy to go on from there. `order` is the seed of the order of several files (None:
+    by name).
     """
     streaming, place = place is not None, {} if place is None else place
     limit, path = source.get("rows"), source["path"]

@@ -40,7 +40,8 @@ class Stream(torch.utils.data.IterableDataset):
         kind: of rows, as in `pipelines.data`.
         args: the stage's `TrainingArguments`: micro-batch, accumulation and world.
         encode: rows -> as many encoded rows (picklable); called in a thread, for this process's share of a block.
-        build: (rows, encoded rows) -> (items, counts); an item is a mapping, its `where` the names of its rows; `counts`
+        build: (rows, encoded rows) -> (items, counts); an item is a mapping, its `where` the names of its rows;
+        `counts`
             adds up over the blocks for the report.
         each: what is done to an item that is handed out, with its `row`.
 
@@ -85,8 +86,10 @@ class Stream(torch.utils.data.IterableDataset):
                 items, counts = self.build(block, self._exchange(block, encoded))
                 if not items:
                     raise errors.DataError(
-                        f"data.train: the {len(block)} rows from {block[0]['where']} to {block[-1]['where']} give not one "
-                        "row to train on: they are too short or all too long; raise data.buffer_size, or see args.max_length"
+                        f"data.train: the {len(block)} rows from {block[0]['where']} to {block[-1]['where']} give not "
+                        "one "
+                        "row to train on: they are too short or all too long; raise data.buffer_size, or see "
+                        "args.max_length"
                     )
                 before = self.block["counts"]
                 self.counts = {name: before.get(name, 0) + count for name, count in counts.items()}
@@ -160,7 +163,9 @@ def window(item: dict) -> dict:
 
 
 def packs(context: int, packing: bool):
-    """`build` of examples `([(ids, labels)], whether one was too long)`, as many as are learned: rows, or best-fit packs."""
+    """`build` of examples `([(ids, labels)], whether one was too long)`, as many as are learned: rows, or best-fit
+    packs.
+    """
 
     def build(rows: list[dict], examples: list[tuple]) -> tuple[list[dict], dict]:
         kept = [(row["where"], *sequence) for row, (sequences, _) in zip(rows, examples) for sequence in sequences]

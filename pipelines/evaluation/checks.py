@@ -9,10 +9,13 @@ from pipelines import functions, ranges
 from pipelines.data import sources
 
 NEEDS = {
-    "text": "a causal language model", "tasks": "a causal language model", "prompts": "a causal language model",
-    "pairs": "a causal language model or an encoder-decoder", "labelled": "a sequence classifier",
+    "text": "a causal language model",
+    "tasks": "a causal language model",
+    "prompts": "a causal language model",
+    "pairs": "a causal language model or an encoder-decoder",
+    "labelled": "a sequence classifier",
     "preferences": "a reward model or what a stage of kind dpo made",
-}  # fmt: skip
+}
 ALONE = {"labelled": "classifier", "preferences": "reward model"}  # what only models of another kind can do
 
 

@@ -34,8 +34,22 @@ def class_values(name: str, path: str, model, tokenizer, settings, seed: int) ->
     scorers.make_readable(model, tokenizer)
     features, long = encode(tokenizer, rows, context)
     if long:
-        why = "as in training" if trained and not settings.max_length else "which is what it reads" if not settings.max_length else "as asked"  # fmt: skip
-        logger.warning("%s: %d of %d texts are cut at their end to %d tokens, %s (the first: %s)", name, len(long), len(rows), context, why, long[0])  # fmt: skip
+        why = (
+            "as in training"
+            if trained and not settings.max_length
+            else "which is what it reads"
+            if not settings.max_length
+            else "as asked"
+        )
+        logger.warning(
+            "%s: %d of %d texts are cut at their end to %d tokens, %s (the first: %s)",
+            name,
+            len(long),
+            len(rows),
+            context,
+            why,
+            long[0],
+        )
     lengths = [len(feature["input_ids"]) for feature in features]
 
     def work(some: list[int]) -> list[int]:

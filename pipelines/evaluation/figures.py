@@ -1,9 +1,10 @@
 """Figures from values: means with bootstrap intervals, paired differences, win rates, and the tables that show them.
 
-Every figure is an aggregate over items (windows, rows, rankings, questions, prompts) with a 95 % bootstrap interval over
-them: mostly their mean; else (`Items`) a ratio of sums such as the loss per token, or what a task of lm-eval prescribes.
-Only BLEU and chrF of `pairs` have no interval. Models see the same items, so differences and win rates are paired: their
-intervals come from resampling the items, not the models' means.
+Every figure is an aggregate over items (windows, rows, rankings, questions, prompts) with a 95 % bootstrap interval
+over
+them: mostly their mean; else (`Items`) a ratio of sums such as the loss per token, or what a task of lm-eval
+prescribes. Only BLEU and chrF of `pairs` have no interval. Models see the same items, so differences and win rates are
+paired: their intervals come from resampling the items, not the models' means.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ WORST = 10  # confusions named then
 class Items(list):
     """One value for each item where the figure of all is not their mean.
 
-    `draws` (1 + resamples,): the figure of all items, then of each resample; None for names of classes. `same`: what the
-    items are, where they differ between models (windows of tokens); None: the rows of a file. `names`: the classes of
-    the model, in the order of their ids.
+    `draws` (1 + resamples,): the figure of all items, then of each resample; None for names of classes. `same`: what
+    the items are, where they differ between models (windows of tokens); None: the rows of a file. `names`: the classes
+    of the model, in the order of their ids.
     """
 
     def __init__(self, values: Iterable, draws=None, same: str | None = None, names: list[str] | None = None):
@@ -42,7 +43,9 @@ def resamples(count: int, times: int = TIMES):
 
 
 def drawn(function: Callable, count: int, times: int = TIMES) -> np.ndarray:
-    """`function` of index arrays (samples, count) -> (samples,), for the items as they are and for resamples of them."""
+    """`function` of index arrays (samples, count) -> (samples,), for the items as they are and for resamples
+    of them.
+    """
     return np.concatenate([np.atleast_1d(function(i)) for i in [np.arange(count)[None], *resamples(count, times)]])
 
 
@@ -63,7 +66,8 @@ def ratio(above: list[float], below: list[float], transform=lambda x: x, same: s
 
 def interval(values: list[float]) -> tuple[float, float, float]:
     """Mean of the values and its 95 % percentile bootstrap interval (Efron 1979); the same for the same values."""
-    # Not scipy.stats.bootstrap: every figure is drawn from the same resamples of the items, or differences are not paired.
+    # Not scipy.stats.bootstrap: every figure is drawn from the same resamples of the items, or differences are not
+    # paired.
     return spread(means(values))
 
 
@@ -79,7 +83,9 @@ def draws_of(items: list) -> np.ndarray:
 
 
 def spread(scores: np.ndarray) -> tuple[float, float, float]:
-    """The first score, that of the rows themselves, with the 95 % percentile interval of the rest, those of resamples."""
+    """The first score, that of the rows themselves, with the 95 % percentile interval of the rest, those of
+    resamples.
+    """
     rest = scores[1:][~np.isnan(scores[1:])]  # a resample may have no figure, such as one without any pair
     low, high = np.quantile(rest, [0.025, 0.975]) if len(rest) else (scores[0], scores[0])
     return float(scores[0]), float(low), float(high)
@@ -185,7 +191,9 @@ def table(found: dict[str, tuple[float, float, float]]) -> str:
 
 
 def matrices(values: Values) -> str:
-    """The confusions of classifiers for people: a matrix, or of many classes a list and the worst; empty without any."""
+    """The confusions of classifiers for people: a matrix, or of many classes a list and the worst; empty
+    without any.
+    """
     lines = []
     for model, of in confusion(values).items():
         names, counts = of["labels"], np.array(of["counts"])

@@ -30,8 +30,8 @@ def judge(
     """For every model and field of the verdicts, the mean over its answers to each prompt; `score` is what wins.
 
     `who` is a function `module:name` taking (prompt, answer) and giving a number or named numbers, a reward model, or
-    a classifier, whose score is the log-odds of `label`. `answers[model][prompt]` are pairs (text, whether it came to its
-    end); `continued[model]` whether the model goes on with the text of its prompt (`scorers.continues`).
+    a classifier, whose score is the log-odds of `label`. `answers[model][prompt]` are pairs (text, whether it came to
+    its end); `continued[model]` whether the model goes on with the text of its prompt (`scorers.continues`).
     """
     if not functions.is_function(who):
         return {
@@ -59,7 +59,9 @@ def mean_verdict(verdicts: list) -> dict[str, float]:
 def model_scores(
     path: str, prompts: list, groups: list[list[tuple[str, bool]]], label: str | None = None, continued: bool = False
 ) -> list[float]:
-    """Mean score of each prompt's answers by the model at `path`, as PPO would score them; every process scores its share."""
+    """Mean score of each prompt's answers by the model at `path`, as PPO would score them; every process scores its
+    share.
+    """
     state = PartialState()
     model, tokenizer = scorers.load_scorer(ModelSection(model_name_or_path=path), label)
     if label and not (isinstance(model, scorers.Classifier) and model.config.num_labels > 1):

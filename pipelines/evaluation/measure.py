@@ -1,4 +1,6 @@
-"""One value for each item (window, row, ranking, question, prompt) of every measurement that is asked for, of every model."""
+"""One value for each item (window, row, ranking, question, prompt) of every measurement that is asked for, of every
+model.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,8 @@ def auto_class(name: str, path: str, asked: list[str]) -> str:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{path!r} has no readable config ({str(error).strip().splitlines()[0]}). Give a folder with config.json and "
+            f"{path!r} has no readable config ({str(error).strip().splitlines()[0]}). Give a folder with config.json "
+            "and "
             "*.safetensors, or a hub id that is in the hub's cache or reachable."
         ) from error
     architecture = (config.architectures or ["?"])[0]
@@ -102,8 +105,8 @@ def auto_class(name: str, path: str, asked: list[str]) -> str:
 
 
 def pair_values(name: str, path: str, model, tokenizer, settings, seed: int) -> dict[str, list[float]]:
-    """What the model writes for each row of `settings.pairs` against the row's text: values of rows, BLEU and chrF of all;
-    and the loss of that text.
+    """What the model writes for each row of `settings.pairs` against the row's text: values of rows, BLEU and chrF of
+    all; and the loss of that text.
 
     Every process calls it. An encoder-decoder finds before each source what its stage was trained with (task.prefix).
     """
@@ -120,13 +123,25 @@ def pair_values(name: str, path: str, model, tokenizer, settings, seed: int) -> 
         sources = tokenizer(texts, verbose=False)["input_ids"]
         long = [i for i, ids in enumerate(sources) if len(ids) > context]
         if long:
-            logger.warning("%s: %d of %d sources are cut to %d tokens (the first: %s)", name, len(long), len(rows), context, rows[long[0]]["where"])  # fmt: skip
+            logger.warning(
+                "%s: %d of %d sources are cut to %d tokens (the first: %s)",
+                name,
+                len(long),
+                len(rows),
+                context,
+                rows[long[0]]["where"],
+            )
         for i in long:
             sources[i] = tokenizer(texts[i], truncation=True, max_length=context)["input_ids"]
         written = translations(
-            model, tokenizer, sources, [(seed, i) for i in range(len(rows))], response_length=writes,
-            temperature=temperature, batch_size=64,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            sources,
+            [(seed, i) for i in range(len(rows))],
+            response_length=writes,
+            temperature=temperature,
+            batch_size=64,
+        )
     else:
         rows = rows_of(settings.pairs, "sft", seed)
         prompts = [row["messages"][:-1] if "messages" in row else row["prompt"] for row in rows]
@@ -143,7 +158,9 @@ def pair_values(name: str, path: str, model, tokenizer, settings, seed: int) -> 
 
 
 def answered(name: str, model, tokenizer, prompts: list, seeds: list, response_length: int, temperature: float):
-    """`generation.answers` of a causal model, the likeliest tokens at temperature 0; `SetupError` where a prompt is too long."""
+    """`generation.answers` of a causal model, the likeliest tokens at temperature 0; `SetupError` where a prompt is too
+    long.
+    """
 
     short = set(range(len(prompts))) - set(fitting(model, tokenizer, prompts, response_length))
     if short:

@@ -159,7 +159,8 @@ GENERATION = {"sacrebleu": SacreBleu, "chrf": ChrF, "rouge": Rouge}
 
 
 def class_scores(labels: np.ndarray, guesses: np.ndarray) -> dict[str, np.ndarray]:
-    """`accuracy`, `f1_macro` and `matthews`, each (samples,), of class ids (samples, rows): as the classes above, row by row.
+    """`accuracy`, `f1_macro` and `matthews`, each (samples,), of class ids (samples, rows): as the classes above, row
+    by row.
 
     For bootstrap intervals: scikit-learn, one sample after the other, would take seconds.
     """
@@ -188,7 +189,9 @@ def rouge_rows(predictions, references) -> dict[str, list[float]]:
 
 
 def chrf_rows(predictions, references) -> dict[str, list[float]]:
-    """`sentence_chrf` of every row, 0 to 100. Their mean is not the corpus's `chrf`, which counts n-grams over all rows."""
+    """`sentence_chrf` of every row, 0 to 100. Their mean is not the corpus's `chrf`, which counts n-grams over all
+    rows.
+    """
 
     return {"sentence_chrf": [sentence_chrf(p, [r]).score for p, r in zip(predictions, references, strict=True)]}
 
@@ -216,10 +219,14 @@ def preference_metrics(chosen, rejected) -> dict:
     right = (margin > 0) + 0.5 * (margin == 0)
     bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
     table = [
-        {"confidence": float(confidence[bins == b].mean()), "accuracy": float(right[bins == b].mean()), "pairs": int((bins == b).sum())}
+        {
+            "confidence": float(confidence[bins == b].mean()),
+            "accuracy": float(right[bins == b].mean()),
+            "pairs": int((bins == b).sum()),
+        }
         for b in range(10)
         if (bins == b).any()
-    ]  # fmt: skip
+    ]
     edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), 24)
     histogram = {"edges": edges.tolist()}
     for side, scores in (("chosen", chosen), ("rejected", rejected)):

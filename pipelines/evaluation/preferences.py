@@ -1,4 +1,5 @@
-"""A reward model, or a policy that DPO made one, on people's preferences: how often it agrees, by how much, and whether it
+"""A reward model, or a policy that DPO made one, on people's preferences: how often it agrees, by how much, and whether
+it
 only likes what is long."""
 
 from __future__ import annotations
@@ -28,16 +29,18 @@ def preference_values(name: str, path: str, model, tokenizer, settings, seed: in
 
     `accuracy_per_pair`: share of pairs whose better answer has the higher score, equal scores being half.
     `accuracy_per_ranking`: the mean over rankings of that share, so that a ranking of nine weighs as one of two.
-    `in_order`: share of rankings all of whose pairs are right. `margin` and `loss`: mean over pairs of the difference of
-    the scores and of -log sigmoid of it. `calibration_error`: expected calibration error over ten bins (Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599) of the probability sigmoid(|difference|) that the higher score is preferred.
+    `in_order`: share of rankings all of whose pairs are right. `margin` and `loss`: mean over pairs of the difference
+    of the scores and of -log sigmoid of it. `calibration_error`: expected calibration error over ten bins (Guo et al.
+    2017, https://arxiv.org/abs/1706.04599) of the probability sigmoid(|difference|) that the higher score is preferred.
     `longer_chosen`: share of pairs whose better answer has more characters, and `longer_scored_higher`: share of pairs
     whose longer answer has the higher score; far above the former, the model likes length.
     """
     rows = rows_of(settings.preferences, "rankings", seed)
     ranked = [row for row in rows if decided(row["ranks"])]
     if len(ranked) < len(rows):
-        logger.warning("%s: %d of %d rankings decide nothing (all ranks equal): left out", name, len(rows) - len(ranked), len(rows))  # fmt: skip
+        logger.warning(
+            "%s: %d of %d rankings decide nothing (all ranks equal): left out", name, len(rows) - len(ranked), len(rows)
+        )
     if not ranked:
         raise DataError(f"{settings.preferences}: no ranking decides anything")
     kind = files.kind_of(path)
@@ -65,7 +68,11 @@ def answer_scores(name: str, path: str, model, tokenizer, settings, rows: list[d
 def classifier_scores(name: str, path: str, model, tokenizer, settings, rows: list[dict]) -> list[float]:
     """The log-odds of `settings.label` for each answer of each ranking, read as the classifier was trained to."""
     scorer = scorers.Classifier(model, tokenizer, settings.label, scorers.trained_reading(path))
-    logger.info("%s: a classifier that reads %s", name, "prompt and answer as a pair" if scorer.reads.pairs else "the answer alone")  # fmt: skip
+    logger.info(
+        "%s: a classifier that reads %s",
+        name,
+        "prompt and answer as a pair" if scorer.reads.pairs else "the answer alone",
+    )
     prompts = [row["prompt"] for row in rows for _ in row["completions"]]
     features = scorer.features(prompts, [c for row in rows for c in row["completions"]], continued=False)
     work = lambda some: scorer([features[i] for i in some]).tolist()
@@ -99,7 +106,13 @@ def _encode(name: str, path: str, model, tokenizer, settings, rows: list[dict]) 
     pairs = [chat_template.encode_answer(tokenizer, row["prompt"], c) for row in rows for c in row["completions"]]
     long = sum(len(prompt) + len(answer) > context for prompt, answer in pairs)
     if long:
-        logger.warning("%s: %d of %d answers with their prompts are longer than %d tokens: cut at their beginning", name, long, len(pairs), context)  # fmt: skip
+        logger.warning(
+            "%s: %d of %d answers with their prompts are longer than %d tokens: cut at their beginning",
+            name,
+            long,
+            len(pairs),
+            context,
+        )
     cut = lambda prompt, answer: (prompt[max(len(prompt) + len(answer) - context, 0) :], answer[-context:])
     return [cut(prompt, answer) for prompt, answer in pairs]
 
@@ -134,7 +147,9 @@ def pair_figures(rows: list[dict], scores: list[list[float]]) -> dict[str, Items
 
 
 def calibration(margins: list[np.ndarray]) -> Items:
-    """Expected calibration error of the pairs, resampled by rankings; an item is the mean |confidence - right| of one."""
+    """Expected calibration error of the pairs, resampled by rankings; an item is the mean |confidence - right|
+    of one.
+    """
     confidence, right, pairs = (np.zeros((len(margins), BINS)) for _ in range(3))
     for n, margin in enumerate(margins):
         sure = 1 / (1 + np.exp(-np.abs(margin)))

@@ -34,9 +34,13 @@ def task_values(model, tokenizer, settings) -> dict[str, list]:
     known = Tasks(include_defaults=any(not task.endswith(".yaml") for task in settings.tasks))
     with contextlib.redirect_stdout(io.StringIO()):
         results = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size), tasks=settings.tasks,
-            num_fewshot=settings.shots, limit=settings.limit, bootstrap_iters=0, task_manager=known,
-        )  # fmt: skip
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size),
+            tasks=settings.tasks,
+            num_fewshot=settings.shots,
+            limit=settings.limit,
+            bootstrap_iters=0,
+            task_manager=known,
+        )
     found: dict[str, list] = {}
     for task, samples in results["samples"].items():
         how = known.loaded["tasks"][task].aggregation()

@@ -28,7 +28,11 @@ def text_values(name: str, model, tokenizer, settings, seed: int) -> dict[str, I
     `settings.running_text` the file is one text without any EOS. A word is what white space parts. Bytes and words are
     those of the texts alone; that an EOS costs nats and no byte makes rows look worse than running text.
     """
-    texts = running(settings.text, seed) if settings.running_text else [r["text"] for r in rows_of(settings.text, "text", seed)]  # fmt: skip
+    texts = (
+        running(settings.text, seed)
+        if settings.running_text
+        else [r["text"] for r in rows_of(settings.text, "text", seed)]
+    )
     end = [] if settings.running_text or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for start in range(0, len(texts), 1000):
@@ -80,8 +84,8 @@ def running(path: str, seed: int) -> list[str]:
 def pair_losses(name: str, path: str, model, tokenizer, settings, rows: list[dict]) -> dict[str, Items]:
     """Loss and perplexity per token of the rows' own answers (EOS included), given their prompts or sources.
 
-    Dialogues are read by the chat template, as in training; an encoder-decoder finds its stage's prefix. Where prompt and
-    answer are longer than the context the prompt is cut at its beginning, a source at its end; counted and logged.
+    Dialogues are read by the chat template, as in training; an encoder-decoder finds its stage's prefix. Where prompt
+    and answer are longer than the context the prompt is cut at its beginning, a source at its end; counted and logged.
     """
     context = loading.context_length(model, settings.max_length)
     if model.config.is_encoder_decoder:
@@ -91,7 +95,15 @@ def pair_losses(name: str, path: str, model, tokenizer, settings, rows: list[dic
         encoded, long = _answers(tokenizer, rows, context)
         loss = lambda model, _, some: answer_nats(model, some)
     if long:
-        logger.warning("%s: %d of %d pairs are longer than %d tokens: prompts are cut at their beginning, sources at their end (the first: %s)", name, len(long), len(rows), context, rows[long[0]]["where"])  # fmt: skip
+        logger.warning(
+            "%s: %d of %d pairs are longer than %d tokens: prompts are cut at their beginning, sources at their end "
+            "(the first: %s)",
+            name,
+            len(long),
+            len(rows),
+            context,
+            rows[long[0]]["where"],
+        )
     work = lambda some: loss(model, tokenizer, [encoded[i] for i in some])
     lengths = [len(before) + len(answer) for before, answer in encoded]
     nats = by_length(lengths, settings.batch_size, work, f"{name}: pairs")

@@ -42,9 +42,9 @@ def next_key(
 ) -> str | None:
     """The prompt to show next to a labeller, None when there is nothing left for them.
 
-    `keys` are all prompts and `shared` those for everybody, `mine` what of them this labeller has judged, in order, `elsewhere`
-    what other tabs of theirs show; `taken` what other people have ranked, and `others` what their tabs show. A prompt
-    that is shown somewhere comes last: that tab may never save it, and twice is better than not at all.
+    `keys` are all prompts and `shared` those for everybody, `mine` what of them this labeller has judged, in order,
+    `elsewhere` what other tabs of theirs show; `taken` what other people have ranked, and `others` what their tabs
+    show. A prompt that is shown somewhere comes last: that tab may never save it, and twice is better than not at all.
     """
     done, everyone = set(mine), set(shared)
     begin = start(arrival, len(keys))

@@ -1,10 +1,10 @@
 """What judgements say: how far labellers agree, and which model's answers people prefer.
 
-Agreement is Kendall's tau-b (Kendall 1945, https://doi.org/10.1093/biomet/33.3.239) between two labellers, averaged over
-the prompts that both ranked, and Krippendorff's alpha for ordinal data (Krippendorff 2011, Computing Krippendorff's
-Alpha-Reliability) over all. Models are compared within prompts: by win rates, and by the strengths of Bradley and Terry
-(1952, https://doi.org/10.2307/2334029) on Elo's scale. Intervals are bootstrap percentiles over prompts, so several
-labellers of one prompt do not count as independent.
+Agreement is Kendall's tau-b (Kendall 1945, https://doi.org/10.1093/biomet/33.3.239) between two labellers, averaged
+over the prompts that both ranked, and Krippendorff's alpha for ordinal data (Krippendorff 2011, Computing
+Krippendorff's Alpha-Reliability) over all. Models are compared within prompts: by win rates, and by the strengths of
+Bradley and Terry (1952, https://doi.org/10.2307/2334029) on Elo's scale. Intervals are bootstrap percentiles over
+prompts, so several labellers of one prompt do not count as independent.
 """
 
 from __future__ import annotations
@@ -231,7 +231,8 @@ def models(ranked: list[dict], tags: list[str], chance: np.random.Generator) -> 
             answers[model].append((tagged, position))
     if not wins.any():
         return [_model(name, answers[name], tags) for name in names]
-    # By hand and not by scipy.stats.bootstrap: one draw of prompts serves both figures of all models, so they are paired.
+    # By hand and not by scipy.stats.bootstrap: one draw of prompts serves both figures of all models, so they are
+    # paired.
     drawn = chance.multinomial(len(place), np.full(len(place), 1 / len(place)), RESAMPLES)  # how often each prompt
     total, resampled = wins.sum(0), np.tensordot(drawn, wins, 1)
     elo, rate = elo_scale(bradley_terry(total + TIE)), win_rates(total)

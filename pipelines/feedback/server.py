@@ -6,12 +6,12 @@
     /TOKEN/export/…          rows to download           /TOKEN/api/judgement   saves; answers when it is on disk
                                                         /TOKEN/api/results     what `results.summary` says
 
-A wrong request is refused with 4xx. A store that cannot be used now (gone, locked, another one, no room) is 503 with the
-reason, which the page shows while it tries again; nothing else may fail. The database is used by a few threads of its own,
-so that waiting for it holds up neither the event loop nor the pages.
+A wrong request is refused with 4xx. A store that cannot be used now (gone, locked, another one, no room) is 503 with
+the reason, which the page shows while it tries again; nothing else may fail. The database is used by a few threads of
+its own, so that waiting for it holds up neither the event loop nor the pages.
 
-Model output is data all the way: it travels as JSON, the scripts only ever set text, and the policy below forbids inline
-scripts, other origins and (Trusted Types) any parsing of strings as HTML.
+Model output is data all the way: it travels as JSON, the scripts only ever set text, and the policy below forbids
+inline scripts, other origins and (Trusted Types) any parsing of strings as HTML.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ HEADERS = {
 
 
 class Json(Response):
-    """JSON in ASCII: a half surrogate in an answer travels as \\udXXX, which browsers read, and UTF-8 could not hold."""
+    """JSON in ASCII: a half surrogate in an answer travels as \\udXXX, which browsers read, and UTF-8 could
+    not hold.
+    """
 
     media_type = "application/json"
 

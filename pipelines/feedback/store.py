@@ -1,8 +1,8 @@
 """People's judgements in one SQLite file: what was shown, who ranked it how, and every correction.
 
 A judgement is never changed: a correction is a further row that names the one it replaces, so the history stays. The
-page makes the id of a judgement, so one that is sent twice (a lost reply, a restarted server) is stored once. Two unique
-indexes hold these rules even when two servers use the same file.
+page makes the id of a judgement, so one that is sent twice (a lost reply, a restarted server) is stored once. Two
+unique indexes hold these rules even when two servers use the same file.
 """
 
 from __future__ import annotations
@@ -96,11 +96,15 @@ class Judgement(BaseModel):
 
 
 class StoreError(SetupError):
-    """The file of judgements cannot be used now: gone, empty, another one, locked, damaged, no room. Nothing was written."""
+    """The file of judgements cannot be used now: gone, empty, another one, locked, damaged, no room. Nothing was
+    written.
+    """
 
 
 class Conflict(ValueError):
-    """The prompt was judged or corrected elsewhere in the meantime; `current` is the judgement that stands (or None)."""
+    """The prompt was judged or corrected elsewhere in the meantime; `current` is the judgement that stands (or
+    None).
+    """
 
     def __init__(self, current: dict | None):
         super().__init__("this prompt was saved elsewhere in the meantime")
@@ -169,7 +173,8 @@ class Store:
             token = db.execute("SELECT value FROM meta WHERE name = 'token'").fetchone()
         if damage != ["ok"] or token is None:
             raise StoreError(
-                f"{self.path}: this store of judgements is damaged ({'; '.join(damage) if damage != ['ok'] else 'no token'}). "
+                f"{self.path}: this store of judgements is damaged "
+                f"({'; '.join(damage) if damage != ['ok'] else 'no token'}). "
                 f"Put a copy of it back, or read out what is left: sqlite3 {self.path} .recover | sqlite3 mended.db"
             )
         self.token: str = token[0]
@@ -200,7 +205,8 @@ class Store:
                 )
             if self.path.stat().st_size == 0:
                 raise StoreError(
-                    f"{self.path}: the store of judgements is empty (0 bytes). Something cut it short: put a copy of it "
+                    f"{self.path}: the store of judgements is empty (0 bytes). Something cut it short: put a copy of "
+                    "it "
                     "back, or delete the file to begin anew."
                 )
             address = f"file:{quote(str(self.path.absolute()))}?mode=rw"  # never makes a file
@@ -225,7 +231,8 @@ class Store:
         token = db.execute("SELECT value FROM meta WHERE name = 'token'").fetchone()
         if self.token and (token is None or token[0] != self.token):
             raise StoreError(
-                f"{self.path}: another store of judgements than at the start of this server lies here. Put the right one "
+                f"{self.path}: another store of judgements than at the start of this server lies here. Put the right "
+                "one "
                 "back, or restart the server."
             )
 

@@ -143,7 +143,9 @@ def lean_obstacle(model) -> str | None:
 
 
 def cache_argument(model) -> str | None:
-    """What `forward` calls the cache: `cache` since transformers 5.24, `past_key_values` before; None where it has none."""
+    """What `forward` calls the cache: `cache` since transformers 5.24, `past_key_values` before; None where it has
+    none.
+    """
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 

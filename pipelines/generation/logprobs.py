@@ -1,8 +1,8 @@
 """Log-probabilities, entropies, values and scores of answers whose tokens are known, without logits of a whole batch.
 
-Sequences of a batch are laid end to end in one row (`pipelines.speed.packing`) where the architecture can, and right-padded
-where it cannot. Heads are applied to answer positions only and logits are never kept (`pipelines.speed.fused_head`), so
-nothing of the vocabulary's size exists for prompts or padding.
+Sequences of a batch are laid end to end in one row (`pipelines.speed.packing`) where the architecture can, and
+right-padded where it cannot. Heads are applied to answer positions only and logits are never kept
+(`pipelines.speed.fused_head`), so nothing of the vocabulary's size exists for prompts or padding.
 """
 
 from __future__ import annotations

@@ -52,10 +52,16 @@ class Speaker:
         transformers.utils.logging.disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         section = types.SimpleNamespace(
-            model_name_or_path=path, tokenizer_name_or_path=None, model_revision=None, config=None,
-            trust_remote_code=trust_remote_code, dtype="auto" if device == "cuda" else None, attn_implementation=None,
-            load_in_4bit=False, load_in_8bit=False,
-        )  # fmt: skip
+            model_name_or_path=path,
+            tokenizer_name_or_path=None,
+            model_revision=None,
+            config=None,
+            trust_remote_code=trust_remote_code,
+            dtype="auto" if device == "cuda" else None,
+            attn_implementation=None,
+            load_in_4bit=False,
+            load_in_8bit=False,
+        )
         self.path, self.name = path, Path(path).name
         self.tokenizer = loading.load_tokenizer(section)
         config = loading.config_of(path, trust_remote_code=trust_remote_code)
@@ -131,7 +137,9 @@ class Speaker:
         return chat_template.encode_prompt(self.tokenizer, messages)
 
     def _fit(self, wanted: int, say) -> tuple[list[int], int]:
-        """`(ids, tokens left for the answer)`; the oldest turns go until a quarter of the context, or `wanted`, is free."""
+        """`(ids, tokens left for the answer)`; the oldest turns go until a quarter of the context, or `wanted`, is
+        free.
+        """
         ids, forgotten = self._encode(self.messages), 0
         if self.limit is None:
             return ids, wanted

@@ -34,8 +34,10 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
 
     if new_tokens and any(hasattr(weight, "ds_id") for weight in model.parameters()):
         raise ModelError(
-            f"model.use_peft: {len(new_tokens)} tokens are new, and PEFT cannot train single rows of embeddings that ZeRO-3 "
-            "has cut up. Use zero2.yaml or fsdp2.yaml, model.chat_template: plain, or a model that knows its template's "
+            f"model.use_peft: {len(new_tokens)} tokens are new, and PEFT cannot train single rows of embeddings that "
+            "ZeRO-3 "
+            "has cut up. Use zero2.yaml or fsdp2.yaml, model.chat_template: plain, or a model that knows its "
+            "template's "
             "tokens (any finished sft stage)."
         )
     if hasattr(model, "full_precision"):
@@ -66,7 +68,8 @@ def adapt(model, section, task: str, new_tokens: list[int] | None = None):
 
 
 def on_base_of(policy):
-    """A sequence classifier of one score on the very weights that the adapters of `policy` sit on; its head is 0 as yet.
+    """A sequence classifier of one score on the very weights that the adapters of `policy` sit on; its head is 0 as
+    yet.
 
     The layers that hold weights, with what quantization keeps beside them, are the same objects in both models; the
     modules around them are each model's own. So adapters put into one are not seen by the other, and nothing has to be
@@ -93,7 +96,9 @@ def on_base_of(policy):
 
 
 def _embeddings_once(model, whole: list[str] | None) -> list[str] | None:
-    """`whole` with tied embeddings, where either is in it, named once, by the head: so peft trains one weight for both."""
+    """`whole` with tied embeddings, where either is in it, named once, by the head: so peft trains one weight
+    for both.
+    """
     names = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not whole or head is None or head.weight is not embedding.weight:
@@ -178,7 +183,9 @@ def filled(model, weights: dict):
 
 
 def adapters_in_float32(model) -> None:
-    """Undo TRL's cast of the adapters on quantized weights to bfloat16: Adam's small steps are lost in rounding there."""
+    """Undo TRL's cast of the adapters on quantized weights to bfloat16: Adam's small steps are lost in
+    rounding there.
+    """
 
     if any(hasattr(module, "full_precision") for module in model.modules()):
         for parameter in model.parameters():

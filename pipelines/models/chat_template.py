@@ -1,11 +1,11 @@
 """Turns prompts, answers and dialogues into token ids: the one place, so that training and inference see the same.
 
 What the model reads before an answer is what inference shows it: the template rendered up to there with its generation
-prompt, tokenized as a whole. The answer follows as the template writes it behind that, closed by its EOS: reasoning, tool
-calls and text alike. So for any tokenizer and template the ids before an answer are those of `encode_prompt`.
+prompt, tokenized as a whole. The answer follows as the template writes it behind that, closed by its EOS: reasoning,
+tool calls and text alike. So for any tokenizer and template the ids before an answer are those of `encode_prompt`.
 
-Where all of that is the beginning of what a later answer reads, both are learned from one sequence. Templates that show an
-earlier turn otherwise than it was written (Qwen3 takes its `<think>` block away) give a sequence for each answer.
+Where all of that is the beginning of what a later answer reads, both are learned from one sequence. Templates that show
+an earlier turn otherwise than it was written (Qwen3 takes its `<think>` block away) give a sequence for each answer.
 TRL's training templates are not used: they keep those blocks, so later answers would be learned after another prompt
 than inference shows, and nothing here needs their `{% generation %}` marks.
 
@@ -123,7 +123,9 @@ def dialogue_of(row: dict) -> list[dict]:
 
 
 def check_row(tokenizer, row: dict) -> None:
-    """Raise `TemplateError`, which names the row, where the template refuses any of its dialogues or drops part of one."""
+    """Raise `TemplateError`, which names the row, where the template refuses any of its dialogues or drops
+    part of one.
+    """
     with naming(row):
         if "completions" in row:
             for answer in row["completions"]:
@@ -156,7 +158,9 @@ def how_dialogues_are_learned(tokenizer) -> str:
 
 
 def without_none(value):
-    """`value` without the None under keys that only other rows have, which a `datasets.Dataset` puts into nested ones."""
+    """`value` without the None under keys that only other rows have, which a `datasets.Dataset` puts into
+    nested ones.
+    """
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list) else value
@@ -212,7 +216,9 @@ class Dialogue:
         return ids, _continuation(self.tokenizer, answer)
 
     def check_shown(self, end: int) -> None:
-        """Raise `TemplateError` unless the template shows all messages before `end`, the answer there, and the tools."""
+        """Raise `TemplateError` unless the template shows all messages before `end`, the answer there, and the
+        tools.
+        """
         shown = self.before(end)[0]
         if self.tools:
             without = lambda: render_template(self.tokenizer, self.messages[:end], True)
@@ -288,7 +294,8 @@ class Dialogue:
             )
         if thought and thought not in after:
             raise TemplateError(
-                f"message {i + 1}: the chat template of {_name(self.tokenizer)} drops the reasoning of an answer, so it "
+                f"message {i + 1}: the chat template of {_name(self.tokenizer)} drops the reasoning of an answer, so "
+                "it "
                 "cannot be learned: leave it out of the row, or use a template that writes it (model.chat_template)"
             )
         # The template writes what came before otherwise than before an answer: the answer begins where another would

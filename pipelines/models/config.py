@@ -16,7 +16,8 @@ class ModelSection(ModelConfig):
         default=None,
         metadata={
             "help": "Without model_name_or_path: the config of a new model, `model_type` and any key of its config "
-            "class (`{model_type: gpt2, n_layer: 4}`). With it: overrides of the loaded config (`{attn_pdrop: 0}`); one "
+            "class (`{model_type: gpt2, n_layer: 4}`). With it: overrides of the loaded config (`{attn_pdrop: 0}`); "
+            "one "
             "that names a model_type is then not used, so that one override swaps a public model in."
         },
     )
@@ -34,14 +35,16 @@ class ModelSection(ModelConfig):
     chat_template_kwargs: dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "sft, reward, ppo: values of the chat template's own variables (`{enable_thinking: false}`). Written "
+            "help": "sft, reward, ppo: values of the chat template's own variables (`{enable_thinking: false}`). "
+            "Written "
             "into the template that is saved, so that training, later stages and any other program use them alike."
         },
     )
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Type in which the weights are loaded; null: float32 (training then runs in bf16 autocast where the "
+            "help": "Type in which the weights are loaded; null: float32 (training then runs in bf16 autocast where "
+            "the "
             "GPUs have it). With load_in_4bit also the type in which they are multiplied; null: bfloat16 where the GPU "
             "has it, else float32.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
@@ -50,7 +53,8 @@ class ModelSection(ModelConfig):
     load_in_4bit: bool = field(
         default=False,
         metadata={
-            "help": "With use_peft: keep the base in 4 bits (QLoRA, nf4). Adapters are merged into the base loaded again "
+            "help": "With use_peft: keep the base in 4 bits (QLoRA, nf4). Adapters are merged into the base loaded "
+            "again "
             "at full precision, so the folder holds no 4-bit weights. Needs the extra `quantization`."
         },
     )

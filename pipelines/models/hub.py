@@ -6,9 +6,11 @@ import functools
 
 
 def unreachable(repo: str, revision: str = "main", file: str = "config.json") -> str | None:
-    """Why the hub id `repo` cannot be loaded on this machine, with the fix; None where it can. Needs no torch, at most 3 s.
+    """Why the hub id `repo` cannot be loaded on this machine, with the fix; None where it can. Needs no torch, at most
+    3 s.
 
-    What is in the hub's cache is not asked for. Gated and private repositories answer 401 or 403, unknown ones 401 or 404.
+    What is in the hub's cache is not asked for. Gated and private repositories answer 401 or 403, unknown ones 401 or
+    404.
     """
     from urllib.parse import quote
 
@@ -44,7 +46,9 @@ def cached(repo: str, revision: str = "main", file: str = "config.json") -> bool
 
 @functools.cache
 def _ask(url: str) -> tuple[int, str] | None:
-    """Status and the hub's error code of a HEAD request; None where no answer comes in 1.2 s (looking a name up included)."""
+    """Status and the hub's error code of a HEAD request; None where no answer comes in 1.2 s (looking a name up
+    included).
+    """
     import threading
     import urllib.error
     import urllib.request

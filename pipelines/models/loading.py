@@ -62,8 +62,8 @@ def load_tokenizer(section):
     # A v4-era folder opened wrongly yields a vocabulary of one or two tokens, without a word.
     if len(tokenizer) < 10:
         raise ModelError(f"the tokenizer in {path!r} has only {len(tokenizer)} tokens: its vocabulary was not read")
-    # Two warnings about what is right here: texts are measured before they are cut, dropped or packed, and spaces are not
-    # cleaned up after a BPE in any case.
+    # Two warnings about what is right here: texts are measured before they are cut, dropped or packed, and spaces are
+    # not cleaned up after a BPE in any case.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if type(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)).__name__ == "BPE":
         tokenizer.clean_up_tokenization_spaces = False
@@ -93,7 +93,8 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
         for key in special.keys() & overrides.keys():
             if special[key] != overrides[key]:
                 raise ModelError(
-                    f"model.config.{key} is {overrides[key]}, but the tokenizer's is {special[key]}. Leave it out: it is "
+                    f"model.config.{key} is {overrides[key]}, but the tokenizer's is {special[key]}. Leave it out: it "
+                    "is "
                     "taken from the tokenizer."
                 )
         kind = overrides.pop("model_type")
@@ -214,7 +215,8 @@ def _base_with_adapter(section, auto_class: str, tokenizer, new_head: bool, sett
         known = peft.get_peft_model_state_dict(adapted, save_embedding_layers=bool(given)).keys()
         if strange := sorted(weights.keys() - known) or sorted(known - weights.keys()):
             raise ModelError(
-                f"{folder}: the adapter does not fit {auto_class} of {config.base_model_name_or_path}: {', '.join(strange[:3])}"
+                f"{folder}: the adapter does not fit {auto_class} of {config.base_model_name_or_path}: "
+                f"{', '.join(strange[:3])}"
             )
         peft.set_peft_model_state_dict(adapted, weights)
         model = adapted.merge_and_unload()

@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reads:
-    """How a classifier's texts were put to it in training (`stage.json`, rows.reads); as given here where nobody knows."""
+    """How a classifier's texts were put to it in training (`stage.json`, rows.reads); as given here where
+    nobody knows.
+    """
 
     pairs: bool = False  # text and text_pair
     tokens: int | None = None  # the longest text, special tokens included
@@ -39,7 +41,9 @@ def trained_reading(folder: str | Path) -> Reads:
 
 
 def continues(tokenizer) -> bool:
-    """Whether a policy goes on with the text of its prompt (no template, or `plain`), or answers it with one of its own."""
+    """Whether a policy goes on with the text of its prompt (no template, or `plain`), or answers it with one of its
+    own.
+    """
     return tokenizer.chat_template in (None, "", (chat_template.TEMPLATES / "plain.jinja").read_text())
 
 
@@ -100,8 +104,12 @@ class Classifier(nn.Module):
             how = "as in its training" if self.reads.too_long else "the most that it reads"
             logger.warning(
                 "%s: %d of %d texts are cut at %d tokens, %s",
-                self.model.name_or_path, len(long), len(rows), self.context, how,
-            )  # fmt: skip
+                self.model.name_or_path,
+                len(long),
+                len(rows),
+                self.context,
+                how,
+            )
         return found
 
     @torch.no_grad()
@@ -117,7 +125,9 @@ class Classifier(nn.Module):
 
 
 def make_readable(model, tokenizer) -> None:
-    """Let a classifier's tokenizer pad on the right with a token of its own, and write only what the model reads; in place."""
+    """Let a classifier's tokenizer pad on the right with a token of its own, and write only what the model reads; in
+    place.
+    """
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         tokenizer_setup.ensure_pad(tokenizer)
     tokenizer_setup.fit_model(model, tokenizer)
@@ -126,7 +136,8 @@ def make_readable(model, tokenizer) -> None:
 
 
 def load_scorer(section, label: str | None = None) -> tuple[nn.Module, object]:
-    """`(model, its tokenizer)` of a `model:` section: a `Classifier`, or a sequence classifier of one score that reads dialogues.
+    """`(model, its tokenizer)` of a `model:` section: a `Classifier`, or a sequence classifier of one score that reads
+    dialogues.
 
     A missing (random) score head is a `ModelError`.
     """

@@ -1,4 +1,5 @@
-"""What a reward model tells of an answer beside its score: the probability of each tag (rude, beside the point, wrong …).
+"""What a reward model tells of an answer beside its score: the probability of each tag (rude, beside the point, wrong
+…).
 
 While it is trained the tags are further outputs of the score head. Afterwards they lie beside a plain one-score model
 in `tags.safetensors`: `weight` (tags, width), in the order of the list `tags` of the file's metadata. The logits of the
@@ -23,7 +24,9 @@ FILE = "tags.safetensors"
 
 
 def add(model, count: int) -> None:
-    """Widen the score head of a sequence classifier by `count` outputs; its config keeps saying one, as TRL wants it."""
+    """Widen the score head of a sequence classifier by `count` outputs; its config keeps saying one, as TRL
+    wants it.
+    """
 
     if not hasattr(model, "score"):
         raise ModelError(

@@ -17,7 +17,8 @@ MARKS = (
 def split(tokenizer, responses: list[list[int]]) -> tuple[list[str], list[bool]]:
     """The answers in `responses` (token ids) as text without their thoughts, and whether a thought was taken from each.
 
-    A thought that did not come to its end leaves an empty answer; an empty thought is none. Special tokens are left out.
+    A thought that did not come to its end leaves an empty answer; an empty thought is none. Special tokens are left
+    out.
     """
     always = opens_thought(tokenizer)
     found = [_split(tokenizer, ids, always) for ids in responses]

@@ -130,12 +130,15 @@ def ensure_pad(tokenizer) -> list[str]:
 
 
 def fit_vocabulary(model, tokenizer) -> None:
-    """Give a finished model embeddings of all tokens that its tokenizer can write; logged, for it never learned them."""
+    """Give a finished model embeddings of all tokens that its tokenizer can write; logged, for it never
+    learned them.
+    """
     if (missing := len(tokenizer) - vocabulary(model)) > 0:
         logger.warning(
             "%s: its tokenizer writes %d tokens that the model never learned; they are read as an average token",
-            model.name_or_path, missing,
-        )  # fmt: skip
+            model.name_or_path,
+            missing,
+        )
         _grow(model, len(tokenizer))
 
 

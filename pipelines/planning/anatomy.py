@@ -125,9 +125,10 @@ def examine(config, auto_class: str, adapt=None) -> Anatomy:
         widest=max(outputs, default=0),
         linear=sum(m.weight.numel() for m in maps),
         tied=bool(tied),
-        fusable=type(head) is nn.Linear and not text.is_encoder_decoder
+        fusable=type(head) is nn.Linear
+        and not text.is_encoder_decoder
         and all(getattr(text, key, None) in (None, off) for key, off in fast_model.LOGIT_CHANGES.items()),
-    )  # fmt: skip
+    )
 
 
 def layout(config, auto_class: str) -> str:

@@ -86,11 +86,12 @@ def states(
     (autocast); DDP holds each gradient twice, in its own tensor and in the bucket that is reduced. FSDP2 cuts stored
     weights, gradients and states into `world` parts and gathers copies of two blocks (`largest` parameters each, one
     computing, one on its way) and of what lies `outside` the blocks, with the gradients of one block and of that, in
-    `compute` bytes a number; gradients pass through a flat buffer of their size. DeepSpeed trains a copy of so many bytes
-    from float32 weights and moments (12 bytes with Adam): ZeRO-1 cuts up those 12, ZeRO-2 the gradients too, ZeRO-3 the
-    weights too; gradients lie flat in its bucket, and once more to be sent. `on_cpu`: only the used part of a bucket takes
-    memory, gloo (no reduce-scatter) sends a copy, and the buffer that weights were gathered in is not used again.
-    `quantized` of the parameters lie there as NF4. `offload`: what is on the host, "none", "optimizer" or "all".
+    `compute` bytes a number; gradients pass through a flat buffer of their size. DeepSpeed trains a copy of so many
+    bytes from float32 weights and moments (12 bytes with Adam): ZeRO-1 cuts up those 12, ZeRO-2 the gradients too,
+    ZeRO-3 the weights too; gradients lie flat in its bucket, and once more to be sent. `on_cpu`: only the used part of
+    a bucket takes memory, gloo (no reduce-scatter) sends a copy, and the buffer that weights were gathered in is not
+    used again. `quantized` of the parameters lie there as NF4. `offload`: what is on the host, "none", "optimizer" or
+    "all".
     """
     part = 1 / world
     trained = 4 if trainable < parameters else size  # peft keeps adapters in float32
@@ -155,8 +156,8 @@ def fused_head(
 def full_logits(tokens: int, vocabulary: int, size: int = 4, tied: int = 0) -> float:
     """Logits, their float32 copy (half precision), log-softmax and gradient, of a head that is not fused.
 
-    `tied`: the width of a head that is the input embeddings and trained. Its gradients of both uses lie there before they
-    are summed (found by measuring, benchmarks/plan_accuracy.py).
+    `tied`: the width of a head that is the input embeddings and trained. Its gradients of both uses lie there before
+    they are summed (found by measuring, benchmarks/plan_accuracy.py).
     """
     return tokens * vocabulary * (size + 4 + 4 + (4 if size < 4 else 0)) + 2 * vocabulary * tied * size
 
@@ -205,11 +206,11 @@ def traffic(
     """Bytes that each device sends in an optimizer step (ring collectives, Patarasuk 2009; ZeRO, section 7).
 
     DDP reduces gradients of `size` bytes once: 2 (n-1)/n of them. ZeRO-1 and 2 gather the trained weights, of `compute`
-    bytes a number, once; their gradients DeepSpeed reduces everywhere (its default `use_multi_rank_bucket_allreduce`; to
-    scatter them, as in the paper, is half of that), ZeRO-2 those of every micro-batch. ZeRO-3 and FSDP2 gather weights
-    for every forward and again for every backward, and scatter the gradients of every micro-batch. What stays gathered
-    from the forward to the backward goes once: in FSDP2 all that lies `outside` the blocks, in ZeRO-3 as much as
-    `ZERO_LIVE`. Checked in runs: docs/planning.md.
+    bytes a number, once; their gradients DeepSpeed reduces everywhere (its default `use_multi_rank_bucket_allreduce`;
+    to scatter them, as in the paper, is half of that), ZeRO-2 those of every micro-batch. ZeRO-3 and FSDP2 gather
+    weights for every forward and again for every backward, and scatter the gradients of every micro-batch. What stays
+    gathered from the forward to the backward goes once: in FSDP2 all that lies `outside` the blocks, in ZeRO-3 as much
+    as `ZERO_LIVE`. Checked in runs: docs/planning.md.
     """
     ring = (world - 1) / world
     if strategy in ("single", "ddp"):

@@ -1,4 +1,6 @@
-"""What devices can do: memory, arithmetic, bandwidth, and how much of it training reaches. Each figure with its source."""
+"""What devices can do: memory, arithmetic, bandwidth, and how much of it training reaches. Each figure with
+its source.
+"""
 
 from __future__ import annotations
 

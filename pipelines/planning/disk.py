@@ -15,7 +15,9 @@ WEIGHT = 4  # bytes of one, and of a number of the optimizer's state: what is ke
 
 
 def sizes(stage: Stage) -> tuple[float, float]:
-    """`(bytes of its checkpoints at most, bytes of the model that it leaves)`. Raises `PlanError` where nobody knows yet."""
+    """`(bytes of its checkpoints at most, bytes of the model that it leaves)`. Raises `PlanError` where nobody knows
+    yet.
+    """
     args = {**stage.module.DEFAULTS, **stage.sections.get("args", {})}
     models = job._models(stage, unmade.at_hand(stage), set())
     trained = [model for name, model in models.items() if name in ("model", "critic")]
@@ -44,7 +46,8 @@ def warnings(recipe: Recipe) -> list[str]:
         if before + checkpoints + left > free:
             others = f" beside {files.size(before)} of the stages before it" if before else ""
             return [
-                f"{stage.name}: its checkpoints need about {files.size(checkpoints)} and its model {files.size(left)}{others}, "
+                f"{stage.name}: its checkpoints need about {files.size(checkpoints)} and its model "
+                f"{files.size(left)}{others}, "
                 f"but {recipe.output_dir} has {files.size(free)} free: make room, choose another output_dir, or lower "
                 "args.save_total_limit"
             ]

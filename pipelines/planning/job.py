@@ -1,7 +1,7 @@
 """What is known of a stage before it runs: the configs of its models, its rows and their tokens.
 
-No weights are read: a model's config is that of a local folder, of the hub or its cache, or what an earlier stage of the
-recipe will make. Rows that are local are read, and their tokens counted where the tokenizer is at hand.
+No weights are read: a model's config is that of a local folder, of the hub or its cache, or what an earlier stage of
+the recipe will make. Rows that are local are read, and their tokens counted where the tokenizer is at hand.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def _models(stage, tokenizer, labels: set) -> dict[str, Model]:
 
 
 def _limits(stage, config, values: dict) -> tuple[int, int]:
-    """`(most tokens of a row, most tokens that are written behind it)`, from what the stage's arguments know of lengths."""
+    """`(most tokens of a row, most tokens that are written behind it)`, from what the stage's arguments know of
+    lengths.
+    """
     of = stage.section_class("args")
     if hasattr(of, "max_source_length"):
         return tuple(values.get(key, getattr(of, key)) for key in ("max_source_length", "max_target_length"))
@@ -195,7 +197,8 @@ def _read(stage) -> _Data:
 
 
 def _sequences(stage, rows: list[dict], tokenizer) -> list[list[list[int]]]:
-    """The ids of each row's sequences: of a ranking all answers, of a translation both sides, else one (ppo: the prompt).
+    """The ids of each row's sequences: of a ranking all answers, of a translation both sides, else one (ppo: the
+    prompt).
 
     Without a tokenizer as many ids are made up, the same for the same text, so that shared beginnings show.
     """

@@ -1,4 +1,6 @@
-"""Memory, work and time of one stage under any setup: the formulae of `pipelines.costs` filled in with a `Job`'s numbers."""
+"""Memory, work and time of one stage under any setup: the formulae of `pipelines.costs` filled in with a `Job`'s
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,9 @@ class Planner:
         return self.known[key]
 
     def traced(self, name: str, setup: Setup) -> float:
-        """Activations of `name` for the largest micro-batch, with checkpointing what is left of them, and their gradients."""
+        """Activations of `name` for the largest micro-batch, with checkpointing what is left of them, and their
+        gradients.
+        """
 
         rows, length = micro_batch(self.job, setup)
         key = (name, rows, length, setup.precision, setup.lora)
@@ -224,7 +228,9 @@ class Planner:
         return costs.kv_cache(tokens, a.layers, a.kv, setup.compute)
 
     def rollouts(self, setup: Setup) -> float:
-        """What scoring the answers of one batch takes beside weights and cache, and sampling's float32 probabilities."""
+        """What scoring the answers of one batch takes beside weights and cache, and sampling's float32
+        probabilities.
+        """
         a, rows = self.anatomy("model"), self.decoded(setup)
         tokens, answers = rows * (self.job.longest + self.job.target), rows * self.job.target
         chunk = self.chunk(setup) if a.fusable and setup.strategy not in costs.SHARDED else answers
@@ -287,7 +293,9 @@ class Planner:
         return costs.steps(rows, per_step, values["num_train_epochs"])
 
     def tokens_per_step(self, setup: Setup) -> float:
-        """Tokens that go through the model in a step: those of packs and windows, of all answers, of prompt and answer."""
+        """Tokens that go through the model in a step: those of packs and windows, of all answers, of prompt
+        and answer.
+        """
         job, per_step = self.job, self.per_step(setup)
         if job.shape == "text" or job.packs:
             return per_step * job.context

@@ -1,4 +1,6 @@
-"""Where and how a stage runs: what the command line, Accelerate's configuration and the recipe say; how fast this CPU is."""
+"""Where and how a stage runs: what the command line, Accelerate's configuration and the recipe say; how fast this CPU
+is.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,13 @@ def launcher(file: str) -> dict:
     elif kind == "FSDP":
         strategy = "fsdp2"
         offload = "all" if (told.get("fsdp_config") or {}).get("fsdp_offload_params") else "none"
-    return {"strategy": strategy, "offload": offload, "world": world, "cpu": bool(told.get("use_cpu")),
-            "bf16": told.get("mixed_precision") == "bf16"}  # fmt: skip
+    return {
+        "strategy": strategy,
+        "offload": offload,
+        "world": world,
+        "cpu": bool(told.get("use_cpu")),
+        "bf16": told.get("mixed_precision") == "bf16",
+    }
 
 
 def setup_of(job: Job, args: argparse.Namespace) -> Setup:
@@ -83,11 +90,15 @@ def setup_of(job: Job, args: argparse.Namespace) -> Setup:
 def _refuse(job: Job, setup: Setup) -> None:
     """Raise `PlanError` for what stages refuse on shards."""
     if setup.sharded and setup.quantize:
-        raise PlanError(f"stages.{job.stage.name}.model.load_in_4bit: quantized weights are not cut into shards "
-                        f"(accelerate_configs/ddp.yaml holds all on each device), as under {setup.strategy}")  # fmt: skip
+        raise PlanError(
+            f"stages.{job.stage.name}.model.load_in_4bit: quantized weights are not cut into shards "
+            f"(accelerate_configs/ddp.yaml holds all on each device), as under {setup.strategy}"
+        )
     if setup.sharded and job.stage.sections.get("reward", {}).get("share_base"):
-        raise PlanError(f"stages.{job.stage.name}.reward.share_base: one base under several models is not cut into "
-                        f"shards (accelerate_configs/ddp.yaml holds it on each device), as under {setup.strategy}")  # fmt: skip
+        raise PlanError(
+            f"stages.{job.stage.name}.reward.share_base: one base under several models is not cut into "
+            f"shards (accelerate_configs/ddp.yaml holds it on each device), as under {setup.strategy}"
+        )
 
 
 @lru_cache(None)

@@ -62,14 +62,35 @@ def report(found: list[Outlook], price: float | None) -> str:
     parts += ["", *notes] if notes else []
     parts += [line for one in found if not one.fits for line in ("", *_too_big(one))]
     bases = list(dict.fromkeys(one.basis for one in found if one.basis))
-    parts.append("\n" + (f"times assume {'; '.join(bases)}" if bases else "no times: --calibrate measures this CPU, --gpu "
-                 "names another device"))  # fmt: skip
+    parts.append(
+        "\n"
+        + (
+            f"times assume {'; '.join(bases)}"
+            if bases
+            else "no times: --calibrate measures this CPU, --gpu names another device"
+        )
+    )
     return "\n".join(parts)
 
 
 def _stages(found: list[Outlook], price: float | None) -> tuple[list[str], list[list[str]]]:
-    head = ["stage", "model", "parameters", "trained", "how", "steps", "of rows", "at once", "tokens", "FLOPs", "GB", "fits",
-            "a step", "tokens/s", "time"]  # fmt: skip
+    head = [
+        "stage",
+        "model",
+        "parameters",
+        "trained",
+        "how",
+        "steps",
+        "of rows",
+        "at once",
+        "tokens",
+        "FLOPs",
+        "GB",
+        "fits",
+        "a step",
+        "tokens/s",
+        "time",
+    ]
     rows, total, cost = [], 0.0, 0.0
     for one in found:
         planner, setup, job = one.planner, one.setup, one.planner.job
@@ -104,8 +125,13 @@ def _memory(found: list[Outlook]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for one in found:
         parts = [getattr(one.memory, name) for name in names]
-        rows.append([one.planner.job.stage.name, *(f"{size / 1e9:.2f}" if size else "" for size in parts),
-                     f"{one.memory.total / 1e9:.2f}"])  # fmt: skip
+        rows.append(
+            [
+                one.planner.job.stage.name,
+                *(f"{size / 1e9:.2f}" if size else "" for size in parts),
+                f"{one.memory.total / 1e9:.2f}",
+            ]
+        )
     return ["stage", *(name.replace("_", " ") for name in names), "total"], rows
 
 

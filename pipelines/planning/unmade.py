@@ -146,7 +146,8 @@ def config_of(stage: Stage, path: str | None, tokenizer, settings: dict, overrid
             )
         except (OSError, ValueError) as error:
             raise PlanError(
-                f"stages.{stage.name}.model: no config of {path!r} ({str(error).splitlines()[0]}). A hub id needs network "
+                f"stages.{stage.name}.model: no config of {path!r} ({str(error).splitlines()[0]}). A hub id needs "
+                "network "
                 "access or the hub's cache; a folder needs a config.json (no weights are read)."
             ) from error
     else:

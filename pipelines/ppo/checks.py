@@ -81,8 +81,10 @@ def check_vllm(args, model) -> None:
     """Raise SetupError where vLLM cannot be given the policy's weights as they are trained."""
     if args.use_vllm and hasattr(plain_model(model), "full_precision"):
         raise SetupError(
-            "use_vllm: the policy's base is loaded in 4 or 8 bits, and vLLM is given whole weights: merging the adapters "
-            "into a quantized base at every rollout would sample from another policy than the one that is trained. Drop "
+            "use_vllm: the policy's base is loaded in 4 or 8 bits, and vLLM is given whole weights: merging the "
+            "adapters "
+            "into a quantized base at every rollout would sample from another policy than the one that is trained. "
+            "Drop "
             "use_vllm, or load_in_4bit / load_in_8bit"
         )
 

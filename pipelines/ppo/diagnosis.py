@@ -17,10 +17,21 @@ from math import sqrt
 WINDOW = 10  # updates over which a run is judged
 KEPT = 30  # updates kept beside the first WINDOW
 USED = (
-    "objective/kl", "objective/kl_sem", "objective/raw_scores", "objective/scores_std", "policy/entropy_avg",
-    "response_length", "val/explained_variance", "val/bias", "val/first_ratio_rms", "val/surprise_gap",
-    "val/surprise_sem", "phrase/share", "phrase/reference_share", "phrase/distinct",
-)  # fmt: skip
+    "objective/kl",
+    "objective/kl_sem",
+    "objective/raw_scores",
+    "objective/scores_std",
+    "policy/entropy_avg",
+    "response_length",
+    "val/explained_variance",
+    "val/bias",
+    "val/first_ratio_rms",
+    "val/surprise_gap",
+    "val/surprise_sem",
+    "phrase/share",
+    "phrase/reference_share",
+    "phrase/distinct",
+)
 
 
 @dataclass(frozen=True)
@@ -154,8 +165,8 @@ def critic_explains_nothing(updates: list[dict], evaluations: list[dict]) -> str
     """Explained variance below -0.5, or wrong by more than a deviation of the returns, over the last WINDOW updates.
 
     The first WINDOW are left out. The explained variance came to -0.37 at the worst in healthy worlds, to -0.7 or less
-    where the critic does not learn; around 0 it may be the best there is, where the reward is noise. The mean error came
-    to 0.22 deviations in healthy worlds, to 3.5 where cliprange_value is too small for the scores.
+    where the critic does not learn; around 0 it may be the best there is, where the reward is noise. The mean error
+    came to 0.22 deviations in healthy worlds, to 3.5 where cliprange_value is too small for the scores.
     """
     if len(updates) >= 2 * WINDOW:
         last = updates[-WINDOW:]
@@ -186,7 +197,8 @@ CHECKS = (
     ),
     (
         kl_running_away,
-        "Lower learning_rate or num_ppo_epochs, raise kl_coef, or set kl_target so that it adapts; max_approx_kl bounds "
+        "Lower learning_rate or num_ppo_epochs, raise kl_coef, or set kl_target so that it adapts; max_approx_kl "
+        "bounds "
         "each update.",
     ),
     (
@@ -196,7 +208,8 @@ CHECKS = (
     ),
     (
         one_phrase_takes_over,
-        "The reward likes the phrase itself: read the samples side by side (samples.jsonl), raise kl_coef or stop earlier "
+        "The reward likes the phrase itself: read the samples side by side (samples.jsonl), raise kl_coef or stop "
+        "earlier "
         "(best_kl_cap), and mend the reward: train it on answers of this policy, or take a second judge beside it.",
     ),
     (
@@ -206,7 +219,8 @@ CHECKS = (
     ),
     (
         held_out_falls,
-        "The policy exploits the reward: keep the best checkpoint (load_best_model_at_end, best_kl_cap), raise kl_coef, "
+        "The policy exploits the reward: keep the best checkpoint (load_best_model_at_end, best_kl_cap), raise "
+        "kl_coef, "
         "or train the reward model on answers of this policy.",
     ),
     (

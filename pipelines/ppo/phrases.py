@@ -1,7 +1,7 @@
 """Which phrase answers hold now that the reference's own answers rarely did: a reward that one word satisfies shows so.
 
-A phrase is a run of one to four tokens. What counts is the share of answers that hold it, not how often, so that neither
-a long answer nor one that repeats itself outweighs the others.
+A phrase is a run of one to four tokens. What counts is the share of answers that hold it, not how often, so that
+neither a long answer nor one that repeats itself outweighs the others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def holders(answers: list[list[int]]) -> Counter:
 
 
 def commonest(answers: list[list[int]], reference: list[list[int]]) -> Phrase | None:
-    """Of the phrases that are rare in the reference's answers, the one that most of `answers` hold; the longest of equals.
+    """Of the phrases that are rare in the reference's answers, the one that most of `answers` hold; the longest of
+    equals.
 
     None where they hold none.
     """
@@ -54,6 +55,8 @@ def commonest(answers: list[list[int]], reference: list[list[int]]) -> Phrase | 
 
 
 def distinct(answers: list[list[int]], n: int = 2) -> float:
-    """Different runs of `n` tokens among all of them (Li et al. 2016, https://arxiv.org/abs/1510.03055); 1 where there are none."""
+    """Different runs of `n` tokens among all of them (Li et al. 2016, https://arxiv.org/abs/1510.03055); 1 where there
+    are none.
+    """
     every = [phrase for answer in answers for phrase in ngrams(answer, n)]
     return len(set(every)) / len(every) if every else 1.0

@@ -48,8 +48,8 @@ def log_odds(model: nn.Module, label: str) -> nn.Module:
 def read_anew(tokenizer, answers: list, prompts: list, completions: list[str], ends: list[int]) -> list[list[int]]:
     """Token ids that a reward model reads: those of `answers` (prompt ids, response ids), or of its own `tokenizer`.
 
-    `prompts` and `completions` are the same as text; an answer that does not end with one of `ends` was cut off, and then
-    has no EOS for the reward model either.
+    `prompts` and `completions` are the same as text; an answer that does not end with one of `ends` was cut off, and
+    then has no EOS for the reward model either.
     """
     if tokenizer is None:
         return [prompt + response for prompt, response in answers]

@@ -1,8 +1,8 @@
 """Rollouts: the policy answers prompts, and every answer gets its log-probs, values and rewards.
 
 `RolloutMaker` shares the answers of a batch out over the processes and gathers what came of them, so that all processes
-hold the same `Rollouts`. It knows nothing of the optimizer, of steps or of logs: `PPOTrainer` holds it, and gives it the
-wrapped model each time.
+hold the same `Rollouts`. It knows nothing of the optimizer, of steps or of logs: `PPOTrainer` holds it, and gives it
+the wrapped model each time.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class RewardScorer:
     """The reward functions of a run, and what each of them gives an answer.
 
     Args:
-        functions: sequence-classification models with one label, and callables (see `PPOTrainer`). Models are frozen and
+        functions: sequence-classification models with one label, and callables (see `PPOTrainer`). Models are frozen
+        and
             placed, in place.
         weights: of each function in the score.
         tokenizers: of each function, None where it reads the policy's own ids.

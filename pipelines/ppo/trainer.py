@@ -3,11 +3,11 @@
 What is global stays simple here: after scoring, every process gathers all rollouts of the batch (token ids and a few
 floats per token, small beside any model), so rewards, whitening, advantages and statistics are computed from the global
 batch by the same code on 1 and on N processes. Only the forwards and backwards are shared out. Nothing depends on a
-global random state: prompts, sampling and minibatches are drawn from generators seeded by (seed, position), so a resumed
-run continues with exactly what an uninterrupted one would have done.
+global random state: prompts, sampling and minibatches are drawn from generators seeded by (seed, position), so a
+resumed run continues with exactly what an uninterrupted one would have done.
 
-The trainer holds a `RolloutMaker` (rollouts.py: sampling, scoring, vLLM) and a `Monitor` (monitoring.py: metrics, held-out
-figures, diagnosis, samples). Saving and loading two models is its base class's (base_trainer.py).
+The trainer holds a `RolloutMaker` (rollouts.py: sampling, scoring, vLLM) and a `Monitor` (monitoring.py: metrics,
+held-out figures, diagnosis, samples). Saving and loading two models is its base class's (base_trainer.py).
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class PPOTrainer(TwoModelTrainer):
             `(prompts, completions, **columns) -> list[float]`. These get the prompts as they are in the
             dataset, the completions as text, the dataset's other columns as lists, and `completion_ids`.
         value_model: the critic, a causal `AutoModelForSequenceClassification` with one label that shares the policy's
-            token ids; usually a second copy of the reward model. Trained in place. "shared": a head on the policy's trunk.
+            token ids; usually a second copy of the reward model. Trained in place. "shared": a head on the policy's
+            trunk.
         train_dataset, eval_dataset: column `prompt` (text or messages), any others go to the callables.
         processing_class: the policy's tokenizer.
         ptx_dataset: rows with `input_ids` of pretraining text for `ptx_coef`, EOS where a text ends.
@@ -204,7 +205,8 @@ class PPOTrainer(TwoModelTrainer):
         self.is_in_train = False
         if self.monitor.stopped_by is not None:
             raise Diagnosed(
-                f"{self.monitor.stopped_by}\nStopped (diagnosis: stop) and saved in {get_last_checkpoint(args.output_dir)}. "
+                f"{self.monitor.stopped_by}\nStopped (diagnosis: stop) and saved in "
+                f"{get_last_checkpoint(args.output_dir)}. "
                 "Running the same again goes on; diagnosis: warn does not stop any more."
             )
         return TrainOutput(self.state.global_step, float("nan"), metrics)
@@ -285,7 +287,9 @@ class PPOTrainer(TwoModelTrainer):
         return self._rollout(self.train_dataset, self.train_prompts, rows, seeds)
 
     def _held_out(self, dataset, prompts: list[list[int]], n: int) -> Rollouts:
-        """An answer to each of the first `n` rows, always from the same random streams; what comes behind evens shares."""
+        """An answer to each of the first `n` rows, always from the same random streams; what comes behind
+        evens shares.
+        """
         world = self.accelerator.num_processes
         rows = [i % n for i in range(math.ceil(n / world) * world)]
         return self._rollout(dataset, prompts, rows, [(self.args.seed, EVAL, row) for row in rows])
@@ -300,7 +304,9 @@ class PPOTrainer(TwoModelTrainer):
         return int(self._epoch_order[1][place])
 
     def _rollout(self, dataset, prompts: list[list[int]], rows: list[int], seeds: list) -> Rollouts:
-        """An answer to each of `rows` of the dataset, whose prompts' token ids are `prompts`; scores that are finite."""
+        """An answer to each of `rows` of the dataset, whose prompts' token ids are `prompts`; scores that are
+        finite.
+        """
         batch = self.rollout_maker.make(self.model_wrapped, dataset, prompts, rows, seeds)
         rewards, applies = batch.rewards.cpu(), batch.applies.cpu()
         wrong = ~torch.isfinite(rewards) & applies

@@ -33,7 +33,10 @@ SET_BY_CHAIN = {
     "chat_template_path": "set `chat_template` in the stage's `model:` section",
     "remove_unused_columns": "columns are chosen by the stage; map them with `data.columns`",
 }
-HUB = "a stage never uploads while it trains; log in once with `hf auth login`, and upload a finished stage with `pipelines push`"
+HUB = (
+    "a stage never uploads while it trains; log in once with `hf auth login`, and upload a finished stage with "
+    "`pipelines push`"
+)
 REMOVED = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps with a value below 1 (a share of all steps)",

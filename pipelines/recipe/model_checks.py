@@ -108,7 +108,9 @@ def _adapter_folder(stage: Stage, kinds: dict[str, str], key: str, path: str, au
 def named_models(
     stage: Stage, kinds: dict[str, str], at: str, models: list[str] | str, able: tuple[str, ...], what: str
 ) -> Found:
-    """What is wrong with finished models that a section names: each must be as a stage of one of the kinds `able` leaves it."""
+    """What is wrong with finished models that a section names: each must be as a stage of one of the kinds `able`
+    leaves it.
+    """
     if isinstance(models, list) and len(set(models)) < len(models):
         yield at, "names a model twice", models
     classes = dict.fromkeys(KINDS[kind].auto_class for kind in able)
@@ -391,7 +393,9 @@ def _installed(model: dict, args: dict) -> Found:
 
 
 def _named(stage: Stage) -> list[tuple[str, str, str]]:
-    """`(key path, hub id or folder, file that must be there)` of all models that a stage names but for earlier stages."""
+    """`(key path, hub id or folder, file that must be there)` of all models that a stage names but for earlier
+    stages.
+    """
     sections = stage.sections
     model, reward, evaluate = (sections.get(name, {}) for name in ("model", "reward", "evaluate"))
     named = [("model.model_name_or_path", model.get("model_name_or_path"), "config.json")]

@@ -1,4 +1,6 @@
-"""A recipe file to a checked `Recipe`: every problem of every stage at once, each with file, line, key, value and fix."""
+"""A recipe file to a checked `Recipe`: every problem of every stage at once, each with file, line, key, value
+and fix.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from pipelines.recipe.yaml_with_lines import apply_override, line_of, read_yaml
 def load(file, overrides: Sequence[str] = (), *, read_data: bool = True, ask_hub: bool = False) -> Recipe:
     """Read and check the recipe `file` with `overrides` (`stages.sft.args.max_steps=10`) applied.
 
-    `read_data` also reads every local data file, checks every row and looks for the weights of models; `ask_hub` also asks for every hub id whether it
-    is in the hub's cache or can be had. Raises `RecipeError` with all problems, in the order of their lines.
+    `read_data` also reads every local data file, checks every row and looks for the weights of models; `ask_hub` also
+    asks for every hub id whether it is in the hub's cache or can be had. Raises `RecipeError` with all problems, in the
+    order of their lines.
     """
     file = Path(file)
     tree, lines = read_yaml(file)

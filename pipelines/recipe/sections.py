@@ -23,7 +23,8 @@ class TokenizerSection:
     train: str | None = field(
         default=None,
         metadata={
-            "help": "Train a tokenizer on the training text: `bpe` (byte-level, as GPT-2's) or `wordpiece` (as BERT's). "
+            "help": "Train a tokenizer on the training text: `bpe` (byte-level, as GPT-2's) or `wordpiece` (as "
+            "BERT's). "
             "Not used where the model is loaded: it brings its own.",
             "choices": ["bpe", "wordpiece"],
         },
@@ -74,7 +75,8 @@ class DataSection:
     buffer_size: int = field(
         default=10000,
         metadata={
-            "help": "With streaming: so many rows are read at a time and shuffled (as packs or windows) among themselves. "
+            "help": "With streaming: so many rows are read at a time and shuffled (as packs or windows) among "
+            "themselves. "
             "More: better shuffled, more memory, and as much to encode again when a run is resumed."
         },
     )
@@ -97,7 +99,8 @@ class SourceSection:
     path: str = field(
         default="",
         metadata={
-            "help": "Local .jsonl, .json, .csv, .parquet, .arrow, .txt (each also .gz), a glob of them, a folder of save_to_disk, "
+            "help": "Local .jsonl, .json, .csv, .parquet, .arrow, .txt (each also .gz), a glob of them, a folder of "
+            "save_to_disk, "
             "or a hub id; see docs/data-formats.md."
         },
     )
@@ -184,7 +187,8 @@ class DPOArguments(Batching, DPOConfig):
     ranking_loss: str = field(
         default="pairs",
         metadata={
-            "help": "`pairs`: the mean of loss_type over the pairs that a ranking decides; `plackett_luce`: the ranking as "
+            "help": "`pairs`: the mean of loss_type over the pairs that a ranking decides; `plackett_luce`: the "
+            "ranking as "
             "a whole (DPO's appendix A.3). For two answers and `sigmoid` they are the same.",
             "choices": ["pairs", "plackett_luce"],
         },
@@ -347,7 +351,8 @@ class RankSection:
     judgements: str | None = field(
         default=None,
         metadata={
-            "help": "A person's judgements as the ranking page exports them: JSON lines with prompt, completions, ranks "
+            "help": "A person's judgements as the ranking page exports them: JSON lines with prompt, completions, "
+            "ranks "
             "(and tags). The stage stops and says how to make it while there is no such file."
         },
     )
@@ -367,14 +372,16 @@ class EvaluateSection:
     models: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Language models, classifiers for `labelled`, reward models for `preferences`: `stage:NAME`, folders or "
+            "help": "Language models, classifiers for `labelled`, reward models for `preferences`: `stage:NAME`, "
+            "folders or "
             "hub ids. Differences and win rates: later ones over earlier."
         },
     )
     text: str | None = field(
         default=None,
         metadata={
-            "help": "Loss per token, perplexity per token, word and byte, bits per byte: a file with the column `text` (any "
+            "help": "Loss per token, perplexity per token, word and byte, bits per byte: a file with the column `text` "
+            "(any "
             "format that `data:` reads). An EOS is put after every row, in plain text after every line."
         },
     )
@@ -385,22 +392,26 @@ class EvaluateSection:
     preferences: str | None = field(
         default=None,
         metadata={
-            "help": "Reward models, or models made by dpo: a file of pairs or rankings, in any form that a reward stage reads. Accuracy per pair and "
+            "help": "Reward models, or models made by dpo: a file of pairs or rankings, in any form that a reward "
+            "stage reads. Accuracy per pair and "
             "per ranking, margin, loss, calibration error, and whether it only likes long answers."
         },
     )
     labelled: str | None = field(
         default=None,
         metadata={
-            "help": "Classifiers: a file with `text` (and `text_pair`) and `label`, a name or an id of the model's config. "
+            "help": "Classifiers: a file with `text` (and `text_pair`) and `label`, a name or an id of the model's "
+            "config. "
             "Accuracy, macro F1, Matthews correlation, confusion matrix."
         },
     )
     pairs: str | None = field(
         default=None,
         metadata={
-            "help": "Models that write: a file with `prompt` and `completion`, for encoder-decoders `source` and `target`. "
-            "What the model writes is compared with the text: BLEU, chrF, ROUGE; and the loss of the text, given the prompt."
+            "help": "Models that write: a file with `prompt` and `completion`, for encoder-decoders `source` and "
+            "`target`. "
+            "What the model writes is compared with the text: BLEU, chrF, ROUGE; and the loss of the text, given the "
+            "prompt."
         },
     )
     tasks: list[str] | None = field(
@@ -419,7 +430,8 @@ class EvaluateSection:
         default=None,
         metadata={
             "help": "Who judges the answers: a Python function `package.module:name` taking (prompt, completion) and "
-            "giving a number, or named numbers of which `score` decides; or a reward model or classifier (`stage:NAME`, "
+            "giving a number, or named numbers of which `score` decides; or a reward model or classifier "
+            "(`stage:NAME`, "
             "folder, hub id)."
         },
     )
@@ -444,7 +456,8 @@ class EvaluateSection:
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of a window (text), or at which a text (labelled, preferences) or source (pairs) is cut (null: "
+            "help": "Tokens of a window (text), or at which a text (labelled, preferences) or source (pairs) is cut "
+            "(null: "
             "where training cut them, of a stage's model; else what the model reads, at most 1024)."
         },
     )

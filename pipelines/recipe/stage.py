@@ -63,7 +63,9 @@ class Stage:
 
 
 def section_class(name: str) -> type:
-    """The dataclass of a section as `kinds.KINDS` names it: of `pipelines.recipe.sections`, or "package.module:Class"."""
+    """The dataclass of a section as `kinds.KINDS` names it: of `pipelines.recipe.sections`, or
+    "package.module:Class".
+    """
     module, _, cls = name.rpartition(":")
     return getattr(importlib.import_module(module or "pipelines.recipe.sections"), cls)
 
@@ -90,7 +92,9 @@ def references(value) -> list[str]:
 
 
 def label_problems(stage: Stage, classifier: str, label: str | None) -> Iterator[tuple[str, object]]:
-    """What is wrong with `label` of the classify stage `classifier` ("stage:NAME"), as far as its recipe tells: `(message, value)`."""
+    """What is wrong with `label` of the classify stage `classifier` ("stage:NAME"), as far as its recipe tells:
+    `(message, value)`.
+    """
     earlier = stage.earlier.get(classifier.removeprefix("stage:"))
     task = earlier.sections.get("task", {}) if earlier else {}
     if task.get("problem_type") == "regression":

@@ -141,7 +141,9 @@ def picture(nodes: list[Node]) -> str:
 
 
 def _across(nodes: list[Node]) -> tuple[str, int]:
-    """The drawing and its width: columns by depth. A stage stands in its first parent's lane where that is free; its data stands above it."""
+    """The drawing and its width: columns by depth. A stage stands in its first parent's lane where that is free; its
+    data stands above it.
+    """
     depth: dict[str, int] = {}
     lane: dict[str, int] = {}
     taken: set[tuple[int, int]] = set()
@@ -225,7 +227,8 @@ def _source(node: Node, x: float, y: float, below: float, width: float) -> list[
     return [
         f'<g class="source"><title>{escape(node.data)}: {escape(node.rows)}</title>',
         f'<rect x="{x}" y="{y}" width="{width}" height="{DATA}" rx="{DATA / 2}"/>',
-        f'<text class="small" x="{x + width / 2}" y="{y + (14 if node.rows else 21)}" text-anchor="middle">{_cut(node.data, fits)}</text>',
+        f'<text class="small" x="{x + width / 2}" y="{y + (14 if node.rows else 21)}" text-anchor="middle">'
+        f"{_cut(node.data, fits)}</text>",
         f'<text class="small" x="{x + width / 2}" y="{y + 27}" text-anchor="middle">{_cut(node.rows, fits)}</text></g>',
         _arrow(f"M{x + width / 2},{y + DATA} V{below - 2}"),
     ]

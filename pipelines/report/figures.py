@@ -118,7 +118,9 @@ def special_figures(s: Seen) -> list[str]:
 
 
 def _histogram(scores: dict[str, list[float]], bins: int = 20) -> list[Series]:
-    """An outline per name (four at most): the share of its scores in each of `bins` equal steps from least to largest."""
+    """An outline per name (four at most): the share of its scores in each of `bins` equal steps from least to
+    largest.
+    """
     every = [v for values in scores.values() for v in values]
     low, wide = min(every), (max(every) - min(every)) / bins or 1.0
     out = []
@@ -151,7 +153,8 @@ def _matrix(counts: list[list[int]], labels: list[str] | None) -> str:
     body = ""
     for name, row in zip(names, counts, strict=True):
         cells = "".join(
-            f'<td style="background: color-mix(in srgb, var(--c0) {60 * n / max(1, sum(row)):.0f}%, transparent)">{n}</td>'
+            f'<td style="background: color-mix(in srgb, var(--c0) {60 * n / max(1, sum(row)):.0f}%, '
+            f'transparent)">{n}</td>'
             for n in row
         )
         body += f"<tr><th>{escape(str(name))}</th>{cells}</tr>"

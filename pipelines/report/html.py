@@ -14,7 +14,8 @@ def chart_grid(charts: list[str]) -> str:
 
 
 def tile_row(tiles: list[tuple[str, str]]) -> str:
-    return f'<div class="tiles">{"".join(f"<div><b>{escape(v)}</b><span>{escape(k)}</span></div>" for v, k in tiles)}</div>'
+    cells = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in tiles)
+    return f'<div class="tiles">{cells}</div>'
 
 
 def html_table(head: list[str], rows: list[list], numbers: int, style: str = "") -> str:

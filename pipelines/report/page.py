@@ -79,7 +79,9 @@ def page(
 
 
 def headline(stage: Seen) -> tuple[float | None, str]:
-    """`(value, name)` of the figure that stands for the stage: final, or the last one logged; (None, "") without any."""
+    """`(value, name)` of the figure that stands for the stage: final, or the last one logged; (None, "")
+    without any.
+    """
     last = {k: v for entry in stage.history for k, v in entry.items()}
     for values in (stage.metrics, last):
         for key, name in KINDS[stage.kind].headline if stage.kind in KINDS else ():
@@ -169,7 +171,9 @@ def _costs(stages: list[Seen], watts: float | None, price: float | None) -> str:
 
 
 def tokens_trained(stage: Seen) -> float | None:
-    """Tokens that a finished stage trained on (PPO: sampled), padding not counted; None where it does not count them."""
+    """Tokens that a finished stage trained on (PPO: sampled), padding not counted; None where it does not
+    count them.
+    """
     last = {k: v for entry in stage.history for k, v in entry.items()}
     if "episode" in last:
         lengths = [e["response_length"] for e in stage.history if "response_length" in e]
@@ -185,7 +189,9 @@ def tokens_trained(stage: Seen) -> float | None:
 
 
 def rows_trained(stage: Seen) -> int | None:
-    """Rows (packs, windows, answers of PPO) that a finished stage trained on in all its sessions; None for other stages."""
+    """Rows (packs, windows, answers of PPO) that a finished stage trained on in all its sessions; None for other
+    stages.
+    """
     args, steps = stage.final.get("args", {}), stage.metrics.get("steps")
     if not steps or "per_device_train_batch_size" not in args:
         return None

@@ -37,7 +37,8 @@ class Seen:
 
 
 def read(run: Path, running: bool | None = None) -> list[Seen]:
-    """The stages of a run's folder in the recipe's order. `running`: whether a run works there (None: look at its lock).
+    """The stages of a run's folder in the recipe's order. `running`: whether a run works there (None: look at its
+    lock).
 
     Raises `SetupError` for a folder in which no chain was started.
     """

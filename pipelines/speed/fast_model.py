@@ -72,8 +72,8 @@ def attention_for_any_device(config):
 def float32_head(model) -> None:
     """Let the `score` head of a sequence classifier compute in float32 outside of autocast, in place.
 
-    One number for an answer, rounded to three digits by bfloat16, would be no score: differences between good answers are
-    smaller. It costs nothing beside the model.
+    One number for an answer, rounded to three digits by bfloat16, would be no score: differences between good answers
+    are smaller. It costs nothing beside the model.
     """
     head = getattr(model, "score", None)
     if type(head) is torch.nn.Linear:

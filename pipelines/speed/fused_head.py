@@ -66,7 +66,9 @@ class _Chunk:
             self.scratch = torch.empty(self.piece, vocabulary, **wide)
 
     def pieces(self, hidden: torch.Tensor, temperature: float = 1.0):
-        """Compute the logits of hidden (n, h); yields (span, float32 logits of these rows), with bias and temperature."""
+        """Compute the logits of hidden (n, h); yields (span, float32 logits of these rows), with bias and
+        temperature.
+        """
         logits = self.logits[: hidden.size(0)]
         torch.mm(hidden, self.weight.T, out=logits)
         for start in range(0, hidden.size(0), self.piece):
@@ -91,7 +93,8 @@ UNDERFLOW = 1e-30
 
 
 def _before_softmax(logits: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What `_log_probability` needs of logits (n, v) that softmax is about to overwrite: `(logit at - largest, its place)`.
+    """What `_log_probability` needs of logits (n, v) that softmax is about to overwrite: `(logit at - largest, its
+    place)`.
 
     None on a CPU, which may look at the probabilities instead.
     """
@@ -211,9 +214,9 @@ def linear_cross_entropy(
     """`cross_entropy(linear(hidden, weight, bias), labels)` without the logits.
 
     Loss *and* gradients are computed chunk by chunk in the forward; backward only scales them, and runs once.
-    Rows whose label is `ignore_index` cost nothing, but on an accelerator that would have to be asked how many there are
-    (`targets` says it): there they are computed and weighed 0. Products run in autocast's dtype (or that of `hidden`),
-    softmax, loss and the sums over chunks in float32. Under `no_grad` only the loss is computed.
+    Rows whose label is `ignore_index` cost nothing, but on an accelerator that would have to be asked how many there
+    are (`targets` says it): there they are computed and weighed 0. Products run in autocast's dtype (or that of
+    `hidden`), softmax, loss and the sums over chunks in float32. Under `no_grad` only the loss is computed.
 
     Args:
         hidden: (..., h) last hidden states, already aligned with `labels` (shift before calling).

@@ -1,8 +1,8 @@
 """Attention within each sequence of a pack: no padding, no dense mask, exactly the losses of separate sequences.
 
-Everything but attention is token-wise and does not care for the seams of a pack; attention un-flattens the row into a few
-right-padded blocks of similar length and runs PyTorch's causal SDPA on each. That is exact (a causal query never sees the
-padding behind it), needs no flash-attn, and works on any device.
+Everything but attention is token-wise and does not care for the seams of a pack; attention un-flattens the row into a
+few right-padded blocks of similar length and runs PyTorch's causal SDPA on each. That is exact (a causal query never
+sees the padding behind it), needs no flash-attn, and works on any device.
 
     enable_packed_attention(model)                       # once
     loss = model(**PackedCollator()(rows)).loss          # each step
@@ -65,7 +65,9 @@ class PackedRows:
         return cls(blocks, slots, places, lengths, branches)
 
     def branch_mask(self, slot: int, count: int, length: int) -> torch.Tensor:
-        """Who sees whom in the block of `count` sequences that begins at `slot`: (count, 1, length, length), True attends."""
+        """Who sees whom in the block of `count` sequences that begins at `slot`: (count, 1, length, length), True
+        attends.
+        """
         if slot not in self.masks:
             own = self.branches[slot : slot + count * length].unflatten(0, (count, length))
             seen = (own[:, None, :] == 0) | (own[:, None, :] == own[:, :, None])
@@ -319,7 +321,9 @@ def _why_not_exact(backbone) -> str | None:
 
 
 def _exact(backbone) -> bool:
-    """Whether it computes in float32 throughout: a quantized base has float32 embeddings, and products in half precision."""
+    """Whether it computes in float32 throughout: a quantized base has float32 embeddings, and products in half
+    precision.
+    """
     weights = {weight.dtype for weight in backbone.parameters()}
     products = {getattr(module, "compute_dtype", None) for module in backbone.modules()} - {None}
     return weights | products <= {torch.float32, torch.float64}

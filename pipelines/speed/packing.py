@@ -17,7 +17,9 @@ from pipelines.errors import SetupError
 
 @dataclass(frozen=True)
 class OnHost:
-    """What the host knows of a packed batch, so that it need not ask, and wait for, the device that the batch goes to."""
+    """What the host knows of a packed batch, so that it need not ask, and wait for, the device that the batch
+    goes to.
+    """
 
     lengths: tuple[int, ...]  # tokens of each sequence
     targets: int  # labels that are learned
@@ -91,13 +93,13 @@ def pack_branches(groups: list[list[list[int]]], share: bool = True) -> dict[str
     """As `pack`, for groups of sequences that begin alike (answers to one prompt): the beginning is laid down once.
 
     A group becomes one sequence of the pack, its common beginning and then what follows it in each member. A token sees
-    the beginning and what precedes it in its own branch, at the position it would have alone, so every member is computed
-    as if it stood by itself (tests/test_packing.py). With `share` False each member is a sequence of its own.
+    the beginning and what precedes it in its own branch, at the position it would have alone, so every member is
+    computed as if it stood by itself (tests/test_packing.py). With `share` False each member is a sequence of its own.
 
     Returns:
-        `input_ids`, `position_ids`, `cu_seq_lens_*`, `max_length_*` and `on_host` as `pack`; `last` (members,) int64, the place of
-        each member's last token; and with `share` `branches` (tokens,) int64, 0 in the beginning of a group, 1, 2, … in
-        its members.
+        `input_ids`, `position_ids`, `cu_seq_lens_*`, `max_length_*` and `on_host` as `pack`; `last` (members,) int64,
+        the place of each member's last token; and with `share` `branches` (tokens,) int64, 0 in the beginning of a
+        group, 1, 2, … in its members.
     """
     groups = groups if share else [[ids] for group in groups for ids in group]
     ids, positions, branches, last, lengths = [], [], [], [], []

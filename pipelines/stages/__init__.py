@@ -1,1 +1,3 @@
-"""One module per kind of stage (the table is `pipelines.kinds`): `DEFAULTS`, `problems` and `run`, read top to bottom."""
+"""One module per kind of stage (the table is `pipelines.kinds`): `DEFAULTS`, `problems` and `run`, read top to
+bottom.
+"""

@@ -42,8 +42,17 @@ METRICS = {
     MULTI: ("f1_micro", "f1_macro", "subset_accuracy"),
     NUMBER: ("mse", "pearson", "spearman"),
 }
-USED = ("model_name_or_path", "model_revision", "tokenizer_name_or_path", "config", "dtype", "attn_implementation",
-        "trust_remote_code", "load_in_4bit", "load_in_8bit")  # fmt: skip
+USED = (
+    "model_name_or_path",
+    "model_revision",
+    "tokenizer_name_or_path",
+    "config",
+    "dtype",
+    "attn_implementation",
+    "trust_remote_code",
+    "load_in_4bit",
+    "load_in_8bit",
+)
 ADAPTERS = ("use_peft", "lora_", "use_rslora", "use_dora", "bnb_", "use_bnb_")
 
 

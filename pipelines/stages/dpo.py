@@ -3,13 +3,14 @@
     preferred:
       kind: dpo
       model: {model_name_or_path: stage:sft}                     # the policy, and as it is now the reference
-      data: {train: rankings.jsonl, validation: 0.05}            # prompt, completions, ranks; or prompt, chosen, rejected
+      data: {train: rankings.jsonl, validation: 0.05}            # prompt, completions, ranks; or prompt, chosen,
+      rejected
       args: {global_batch_size: 32, learning_rate: 1e-6, beta: 0.1, ranking_loss: plackett_luce}
 
-`args` is TRL's `DPOConfig`. A ranking of K answers is one element of a batch, in which the answers stand behind one copy of
-their prompt. With `ranking_loss: pairs` it is learned from as the pairs that it decides, under TRL's `loss_type`; with
-`plackett_luce` as a whole (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, appendix A.3). For two answers and
-`sigmoid` both are `trl.DPOTrainer`'s loss (tests/stages/test_stage_dpo.py).
+`args` is TRL's `DPOConfig`. A ranking of K answers is one element of a batch, in which the answers stand behind one
+copy of their prompt. With `ranking_loss: pairs` it is learned from as the pairs that it decides, under TRL's
+`loss_type`; with `plackett_luce` as a whole (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, appendix A.3). For
+two answers and `sigmoid` both are `trl.DPOTrainer`'s loss (tests/stages/test_stage_dpo.py).
 
 The reference is the model that the stage starts from: its log-probs are computed once, before the first step, and kept
 with the checkpoints; no second model is held in memory.
@@ -97,7 +98,9 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
 
 
 class RankingRows:
-    """Collates encoded rankings {"prompts", "answers", "ranks", "row"} to `answers` (see `collate_rankings`) and the rest."""
+    """Collates encoded rankings {"prompts", "answers", "ranks", "row"} to `answers` (see `collate_rankings`) and the
+    rest.
+    """
 
     def __init__(self, packed: bool, share: bool):
         self.packed, self.share = packed, share
@@ -172,7 +175,11 @@ class PreferenceTrainer(ChainTrainer, Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Loss, accuracy and margin of the implicit rewards, each ranking counted once at any world size."""
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items() if not isinstance(value, (list, dict))}  # fmt: skip
+        metrics = {
+            f"{metric_key_prefix}_{name}": value
+            for name, value in self.measure().items()
+            if not isinstance(value, (list, dict))
+        }
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -250,7 +257,9 @@ def run(stage) -> dict:
 
 
 def _packs(model) -> tuple[bool, bool]:
-    """Make the model read batches without padding where its architecture can: `(packed, answers share their prompt)`."""
+    """Make the model read batches without padding where its architecture can: `(packed, answers share their
+    prompt)`.
+    """
     try:
         packed_attention.enable_packed_attention(model)
     except CannotPack as error:
@@ -315,7 +324,9 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_lon
     mixing.report_length(stage, side, len(rows), used, long, f"{context} tokens", too_long, "cut at their beginning")
     if len(ranked) < len(rows):
         stage.report[side]["undecided"] = len(rows) - len(ranked)
-        logger.warning("%s: %d of %d rankings decide nothing (all ranks equal): left out", side, len(rows) - len(ranked), len(rows))  # fmt: skip
+        logger.warning(
+            "%s: %d of %d rankings decide nothing (all ranks equal): left out", side, len(rows) - len(ranked), len(rows)
+        )
     if not used:
         raise DataError(f"{side}: no ranking is left to learn from")
     return Dataset.from_dict(columns)

@@ -13,10 +13,12 @@
                                                       # `label: NAME`), or module:function
 
 Classifiers get a stage of their own, with `labelled: test.jsonl`: accuracy, macro F1, Matthews, confusion matrix. So do
-reward models (or policies of dpo), with `preferences: test.jsonl`: accuracy per pair and per ranking, margin, calibration.
+reward models (or policies of dpo), with `preferences: test.jsonl`: accuracy per pair and per ranking, margin,
+calibration.
 
 The figures stand in `stage.json` (metrics, figures: value, low and high of each), the values of single items in
-`values.json`; a table is printed. The work is done by `pipelines/evaluation`, which is also the verb `python -m pipelines evaluate`.
+`values.json`; a table is printed. The work is done by `pipelines/evaluation`, which is also the verb `python -m
+pipelines evaluate`.
 """
 
 from __future__ import annotations

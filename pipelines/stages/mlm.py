@@ -37,8 +37,15 @@ DEFAULTS = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
 }
-USED = ("model_name_or_path", "model_revision", "tokenizer_name_or_path", "config", "dtype", "attn_implementation",
-        "trust_remote_code")  # fmt: skip
+USED = (
+    "model_name_or_path",
+    "model_revision",
+    "tokenizer_name_or_path",
+    "config",
+    "dtype",
+    "attn_implementation",
+    "trust_remote_code",
+)
 
 
 def reported(stage) -> tuple[str, ...]:

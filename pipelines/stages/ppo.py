@@ -209,8 +209,9 @@ def run(stage) -> dict:
 def _critic_start(funcs: list, tokenizers: list, paths: list[str], tokenizer, section) -> str:
     """What the critic starts from where the recipe does not say: the first reward model, if it can be one.
 
-    A critic reads the policy's token ids and has a head over each position: an encoder has none, and a model with another
-    vocabulary would read the ids as other words. Then it starts from the policy's own model, and that is logged.
+    A critic reads the policy's token ids and has a head over each position: an encoder has none, and a model with
+    another vocabulary would read the ids as other words. Then it starts from the policy's own model, and that is
+    logged.
     """
     own = section.model_name_or_path
     if not paths:
@@ -246,7 +247,8 @@ def _critic(start: str, section, reward, policy, tokenizer):
     elif not _knows(loading.load_tokenizer(_of(section, start)), tokenizer):
         raise ModelError(
             f"reward.critic: the vocabulary of {start} is not the policy's, so it would read the policy's token ids as "
-            "other words. Leave reward.critic out (the critic then starts from the policy's model), or set it to `shared`."
+            "other words. Leave reward.critic out (the critic then starts from the policy's model), or set it to "
+            "`shared`."
         )
     else:
         critic = one_score(start, section, reward.label)
@@ -254,7 +256,8 @@ def _critic(start: str, section, reward, policy, tokenizer):
 
 
 def one_score(path: str, section, label: str | None = None, new_head: bool = False):
-    """A sequence classifier with one score of each position from `path`, for a critic; a missing (random) head is an error.
+    """A sequence classifier with one score of each position from `path`, for a critic; a missing (random) head is an
+    error.
 
     Of a classifier of two labels the score is the log-odds of `label`.
     """
@@ -271,7 +274,8 @@ def _on_base(path: str, section, policy):
     base = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path if folder.is_dir() else None
     if base != section.model_name_or_path:
         raise ModelError(
-            f"reward.share_base: {path} was trained {'from ' + base if base else 'without adapters'}, not as an adapter "
+            f"reward.share_base: {path} was trained {'from ' + base if base else 'without adapters'}, not as an "
+            "adapter "
             f"on the policy's {section.model_name_or_path}. Train it so (model.use_peft), or drop reward.share_base."
         )
     return from_adapter(policy, folder)
@@ -294,7 +298,9 @@ def _pretraining_text(stage, tokenizer, context: int):
 
 
 def _of(section, path: str):
-    """The `model:` section with another model: same dtype, attention and quantization, nothing that is the policy's own."""
+    """The `model:` section with another model: same dtype, attention and quantization, nothing that is the policy's
+    own.
+    """
 
     revision = section.model_revision if path == section.model_name_or_path else "main"
     return dataclasses.replace(
@@ -349,7 +355,8 @@ def _same_template(tokenizer, theirs, path: str) -> None:
         and tokenizer.chat_template != (chat_template.TEMPLATES / "plain.jinja").read_text()
     ):
         raise errors.TemplateError(
-            f"the reward model {path} has no chat template: it would read dialogues as plain text, the policy under its "
+            f"the reward model {path} has no chat template: it would read dialogues as plain text, the policy under "
+            "its "
             "template. Add the template it was trained with to its tokenizer, or set reward.allow_other_template: true."
         )
     if theirs.get_vocab() == tokenizer.get_vocab():
@@ -379,7 +386,8 @@ def _gate(path: str, minimum: float) -> float | None:
     logger.info("reward model %s: held-out accuracy %.3f (at least %.2f asked)", path, accuracy, minimum)
     if accuracy < minimum:
         raise ModelError(
-            f"the reward model in {path} has a held-out accuracy of {accuracy:.3f}, below reward.min_accuracy {minimum}. "
+            f"the reward model in {path} has a held-out accuracy of {accuracy:.3f}, below reward.min_accuracy "
+            f"{minimum}. "
             "Train it longer or on more data, or lower reward.min_accuracy if you know why."
         )
     return accuracy

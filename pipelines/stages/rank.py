@@ -118,7 +118,8 @@ def judged(stage, path: str, samples: list[dict]) -> list[dict]:
             f"{stage.name}: waiting for people: there is no {path}. Rank the answers, and write the rankings there:\n"
             f"    python -m pipelines rank {where}\n"
             f"    python -m pipelines rank {where} --export {path}\n"
-            f"Then run the same command again{f' (or drop rank.judgements: {labeller} then ranks)' if labeller else ''}."
+            f"Then run the same command "
+            f"again{f' (or drop rank.judgements: {labeller} then ranks)' if labeller else ''}."
         )
     known = {_key(sample): sample for sample in samples}
     rows, strange = [], 0

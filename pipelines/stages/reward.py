@@ -3,11 +3,12 @@
     reward:
       kind: reward
       model: {model_name_or_path: stage:sft}          # or any causal model or encoder; the score head is new
-      data: {train: rankings.jsonl, validation: 0.05}           # prompt, completions, ranks; or prompt, chosen, rejected
+      data: {train: rankings.jsonl, validation: 0.05}           # prompt, completions, ranks; or prompt, chosen,
+      rejected
       args: {global_batch_size: 32, learning_rate: 1e-5, num_train_epochs: 1, tags: [inappropriate, inaccurate]}
 
-A ranking of K answers is one element of a batch: the prompt and each answer are encoded once, and the loss is the mean of
--log sigmoid(r_better - r_worse) over the pairs that the ranking decides (Ouyang et al. 2022, section 3.4,
+A ranking of K answers is one element of a batch: the prompt and each answer are encoded once, and the loss is the mean
+of -log sigmoid(r_better - r_worse) over the pairs that the ranking decides (Ouyang et al. 2022, section 3.4,
 https://arxiv.org/abs/2203.02155). K may differ from row to row, equals share a rank, and K = 2 is TRL's own loss.
 
 Rows may have a `margin`, a number for each answer: a better answer must be better by the difference, -log sigmoid(r_b -

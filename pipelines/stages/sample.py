@@ -89,7 +89,13 @@ def run(stage) -> dict:
             done |= {(m, i): group for i, group in zip(some, found, strict=True)}
             if state.is_main_process:
                 files.append_rows(log, [{"model": m, "prompt": i, "answers": done[m, i]} for i in some])
-                logger.info("%s: %s answered %d of %d prompts", stage.name, path, len(fits) - len(todo) + start + len(some), len(fits))  # fmt: skip
+                logger.info(
+                    "%s: %s answered %d of %d prompts",
+                    stage.name,
+                    path,
+                    len(fits) - len(todo) + start + len(some),
+                    len(fits),
+                )
         del model
 
     long = [rows[i]["where"] for i in sorted(left_out)]

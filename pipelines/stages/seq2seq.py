@@ -44,8 +44,15 @@ DEFAULTS = {
 }
 METRICS = {"sacrebleu": ("sacrebleu",), "chrf": ("chrf",), "rouge": ("rouge1", "rouge2", "rougeL")}
 SAMPLES = 100  # rows of samples.jsonl
-USED = ("model_name_or_path", "model_revision", "tokenizer_name_or_path", "config", "dtype", "attn_implementation",
-        "trust_remote_code")  # fmt: skip
+USED = (
+    "model_name_or_path",
+    "model_revision",
+    "tokenizer_name_or_path",
+    "config",
+    "dtype",
+    "attn_implementation",
+    "trust_remote_code",
+)
 
 
 def reported(stage) -> tuple[str, ...]:
@@ -183,7 +190,9 @@ def load_tokenizer(stage, section):
 
 
 def own_tokenizer(stage, folder: Path):
-    """The tokenizer that `tokenizer.train` asks for, kept in `folder` and taken from there while the data is the same."""
+    """The tokenizer that `tokenizer.train` asks for, kept in `folder` and taken from there while the data is
+    the same.
+    """
     words, prefix = stage.section("tokenizer"), stage.section("task").prefix
     rows = mixing.stream(stage.data, "train", stage.spec.rows, stage.seed)
     sections = {name: stage.sections.get(name) for name in ("data", "task")}
@@ -265,7 +274,9 @@ def shown(stage, tokenizer, model) -> Iterator[dict]:
 
 
 def _encode(stage, side: str, rows: list[dict], tokenizer, limits: dict[str, int], too_long: str):
-    """`Dataset` of input_ids, attention_mask, labels, row, source, target, where; long rows are counted and recorded."""
+    """`Dataset` of input_ids, attention_mask, labels, row, source, target, where; long rows are counted and
+    recorded.
+    """
 
     sources, targets = [row["source"] for row in rows], [row["target"] for row in rows]
     encoded, labels = tokenizer(sources)["input_ids"], tokenizer(text_target=targets)["input_ids"]

@@ -225,7 +225,9 @@ def _example(row: dict, tokenizer, context: int, too_long: str) -> tuple[list[tu
 
 
 def _encoder(tokenizer, context: int, too_long: str):
-    """`encode` of a `streaming.Stream`: `_example` of each row, as arrays; raises `DataError` where `too_long` says so."""
+    """`encode` of a `streaming.Stream`: `_example` of each row, as arrays; raises `DataError` where `too_long`
+    says so.
+    """
 
     tokenizer = copy.deepcopy(tokenizer)  # it is used in a thread, while the Trainer may save its own
 
@@ -238,7 +240,8 @@ def _encoder(tokenizer, context: int, too_long: str):
             sequences, is_long, _ = _example(row, tokenizer, context, too_long)
             if is_long and too_long == "error":
                 raise errors.DataError(
-                    f"{row['where']}: longer than {context} tokens; set data.too_long to drop or truncate, or raise the length"
+                    f"{row['where']}: longer than {context} tokens; set data.too_long to drop or truncate, or raise "
+                    "the length"
                 )
             if is_long and not said:
                 said = True

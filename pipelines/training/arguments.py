@@ -54,8 +54,11 @@ def build_args(stage):
     if args.n_gpu > 1:  # the Trainer would make an `nn.DataParallel` of it, with as many times the batch
         logger.warning(
             "%s: one process uses one GPU, the other %d are idle. All of them: accelerate launch --config_file "
-            "accelerate_configs/ddp.yaml --num_processes %d -m pipelines RECIPE", stage.name, args.n_gpu - 1, args.n_gpu
-        )  # fmt: skip
+            "accelerate_configs/ddp.yaml --num_processes %d -m pipelines RECIPE",
+            stage.name,
+            args.n_gpu - 1,
+            args.n_gpu,
+        )
         args._n_gpu = 1
     args.mixed_precision = {"fp32": "no"}.get(precision(args), precision(args))  # else the launcher's would win unseen
     stage.resolved = {k: v for k, v in args.to_dict().items() if v is not None}
@@ -63,10 +66,17 @@ def build_args(stage):
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * state.num_processes
         logger.info(
             "%s: %s (%s) on %d x %s, %d %s per step (%d per device x %d accumulated x %d processes)",
-            stage.name, precision(args), why, state.num_processes, state.device.type, per_step,
+            stage.name,
+            precision(args),
+            why,
+            state.num_processes,
+            state.device.type,
+            per_step,
             "packs" if getattr(args, "packing", False) else "rows",
-            args.per_device_train_batch_size, args.gradient_accumulation_steps, state.num_processes,
-        )  # fmt: skip
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            state.num_processes,
+        )
     return args
 
 

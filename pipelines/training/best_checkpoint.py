@@ -31,7 +31,9 @@ def wanted(args: dict) -> bool:
 
 
 def defaults(args: dict, metrics: tuple[str, ...]) -> dict:
-    """Defaults for `training.build_args`: evaluate and save at the same steps; `metrics[0]` decides if nothing is named."""
+    """Defaults for `training.build_args`: evaluate and save at the same steps; `metrics[0]` decides if nothing is
+    named.
+    """
     metric = args.get("metric_for_best_model") or metrics[0]
     named = {"metric_for_best_model": metric, "greater_is_better": not metric.endswith(LOWER_IS_BETTER)}
     if not wanted(args):  # a schedule that waits for a plateau looks at the metric, too
@@ -52,8 +54,15 @@ def defaults(args: dict, metrics: tuple[str, ...]) -> dict:
 
 def problems(args: dict, has_validation: bool, metrics: tuple[str, ...]) -> Iterator[tuple[str, str, object]]:
     """`(key path, message, value)` of evaluation settings that cannot work; `metrics` are the names to choose from."""
-    for key in ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model", "eval_strategy",
-                "eval_on_start", "do_eval", "best_kl_cap"):  # fmt: skip
+    for key in (
+        "early_stopping_patience",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "eval_strategy",
+        "eval_on_start",
+        "do_eval",
+        "best_kl_cap",
+    ):
         if not has_validation and args.get(key) not in WITHOUT:
             yield f"args.{key}", "needs held-out rows: set data.validation", args[key]
     for key, values in (("save_strategy", ("best",)), ("lr_scheduler_type", PLATEAU)):

@@ -45,7 +45,9 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def seal(checkpoint: Path) -> None:
-    """Mark a checkpoint as whole: all its files are on disk, and listed with their checksums. Every process calls it."""
+    """Mark a checkpoint as whole: all its files are on disk, and listed with their checksums. Every process
+    calls it.
+    """
     state = PartialState()
     state.wait_for_everyone()
     if state.is_main_process:
@@ -177,7 +179,9 @@ def load_counts(trainer, checkpoint: Path) -> None:
 
 
 def bytes_to_save(trainer) -> int:
-    """About how many bytes the next checkpoint takes: weights, and the state of the optimizer (AdamW's before it has one)."""
+    """About how many bytes the next checkpoint takes: weights, and the state of the optimizer (AdamW's before it has
+    one).
+    """
     model = trainer.model
     trained = [p for p in model.parameters() if p.requires_grad]
     saved = trained if any(hasattr(m, "peft_config") for m in model.modules()) else list(model.parameters())

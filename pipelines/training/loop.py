@@ -1,4 +1,6 @@
-"""Running a trainer: from the last whole checkpoint to the end, with a clean stop on Ctrl-C and one line per log entry."""
+"""Running a trainer: from the last whole checkpoint to the end, with a clean stop on Ctrl-C and one line per
+log entry.
+"""
 
 from __future__ import annotations
 
@@ -71,10 +73,17 @@ class _Size(TrainerCallback):
         logger.info("%s: %d optimizer steps of %d %s each%s", self.stage.name, state.max_steps, per_step, what, each)
         if state.max_steps < self.FEW:
             logger.warning(
-                "%s: only %d optimizer steps of %d %s%s, which is little to learn from: lower args.global_batch_size%s or "
-                "raise args.%s", self.stage.name, state.max_steps, per_step, what, each,
-                ", set args.packing: false" if packs else "", "max_steps" if args.max_steps > 0 else "num_train_epochs",
-            )  # fmt: skip
+                "%s: only %d optimizer steps of %d %s%s, which is little to learn from: lower args.global_batch_size%s "
+                "or "
+                "raise args.%s",
+                self.stage.name,
+                state.max_steps,
+                per_step,
+                what,
+                each,
+                ", set args.packing: false" if packs else "",
+                "max_steps" if args.max_steps > 0 else "num_train_epochs",
+            )
 
 
 class _GoOn(TrainerCallback):
@@ -101,10 +110,26 @@ class Progress(TrainerCallback):
     """
 
     SHOWN = (
-        "loss", "accuracy", "masked_accuracy", "perplexity", "f1_macro", "matthews", "bleu", "chrf", "rougeL", "margin",
-        "score", "kl", "eos_rate", "length", "objective/scores", "objective/kl", "policy/clipfrac_avg", "grad_norm",
+        "loss",
+        "accuracy",
+        "masked_accuracy",
+        "perplexity",
+        "f1_macro",
+        "matthews",
+        "bleu",
+        "chrf",
+        "rougeL",
+        "margin",
+        "score",
+        "kl",
+        "eos_rate",
+        "length",
+        "objective/scores",
+        "objective/kl",
+        "policy/clipfrac_avg",
+        "grad_norm",
         "learning_rate",
-    )  # fmt: skip
+    )
 
     bar = None
 
@@ -172,8 +197,13 @@ def _warn_of_space(stage, trainer) -> None:
         logger.warning(
             "%s: its checkpoints need about %s more (%d of %s), but %s has %s free: make room, or lower "
             "args.save_total_limit",
-            stage.name, files.size(one * missing), missing, files.size(one), stage.folder, files.size(free),
-        )  # fmt: skip
+            stage.name,
+            files.size(one * missing),
+            missing,
+            files.size(one),
+            stage.folder,
+            files.size(free),
+        )
 
 
 def fit(stage, trainer) -> None:

@@ -112,7 +112,9 @@ def word_offsets(starts: torch.Tensor) -> np.ndarray:
 
 
 def stack(items: list[dict]) -> dict[str, torch.Tensor]:
-    """Items -> `{"input_ids", "labels"}` (rows, context), `hidden` (words,), where the labels are, and `row` (rows,): int64."""
+    """Items -> `{"input_ids", "labels"}` (rows, context), `hidden` (words,), where the labels are, and `row` (rows,):
+    int64.
+    """
     batch = {key: torch.stack([item[key] for item in items]) for key in ("input_ids", "labels")}
     return {**batch, "hidden": places(batch["labels"]), "row": torch.tensor([item["row"] for item in items])}
 

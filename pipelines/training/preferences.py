@@ -1,8 +1,9 @@
 """Rankings as a loss on the policy itself (DPO): answer log-probs behind one copy of a prompt, pairs or whole rankings.
 
 With r = beta (log pi(y|x) - log pi_ref(y|x)), the implicit reward of an answer (Rafailov et al. 2023,
-https://arxiv.org/abs/2305.18290), a ranking is learned from as all the pairs it decides, under any of the pair losses of
-`trl.DPOTrainer`, or as a whole under the Plackett-Luce model (appendix A.3 there). For two answers both are TRL's loss.
+https://arxiv.org/abs/2305.18290), a ranking is learned from as all the pairs it decides, under any of the pair losses
+of `trl.DPOTrainer`, or as a whole under the Plackett-Luce model (appendix A.3 there). For two answers both are TRL's
+loss.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pipelines.training.rankings import decided
 
 
 def collate_rankings(rankings: list[dict], packed: bool, share: bool) -> dict:
-    """One batch of rankings {"prompts": K lists of ids, "answers": K lists of ids}, all answers of the first, then the next.
+    """One batch of rankings {"prompts": K lists of ids, "answers": K lists of ids}, all answers of the first, then the
+    next.
 
     As `generation.logprobs.collate` (inputs, states, labels), and `lengths` (answers,): tokens of each answer. With
     `packed` and `share` the answers of a ranking stand behind one copy of what their prompts have in common.
@@ -54,8 +56,8 @@ def collate_rankings(rankings: list[dict], packed: bool, share: bool) -> dict:
 def enable_answer_logprobs(model) -> None:
     """Let `model(answers=batch)` give the summed log-prob (answers,) of each answer of a batch of `collate_rankings`.
 
-    The model's own forward does it, so that DDP, FSDP and autocast see a forward like any other; without `answers` it is
-    what it was.
+    The model's own forward does it, so that DDP, FSDP and autocast see a forward like any other; without `answers` it
+    is what it was.
     """
     model.forward_without_answers = model.forward  # an attribute, so that deepcopy binds it to the copy
 

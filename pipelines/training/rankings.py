@@ -1,7 +1,7 @@
 """Rankings as batches, their loss and their scores: what the reward model learns from.
 
-A ranking of K answers is one element of a batch: the prompt and each answer are encoded once, and the loss is the mean of
--log sigmoid(r_better - r_worse) over the pairs that the ranking decides (Ouyang et al. 2022, section 3.4,
+A ranking of K answers is one element of a batch: the prompt and each answer are encoded once, and the loss is the mean
+of -log sigmoid(r_better - r_worse) over the pairs that the ranking decides (Ouyang et al. 2022, section 3.4,
 https://arxiv.org/abs/2203.02155).
 """
 

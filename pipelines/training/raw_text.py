@@ -1,4 +1,6 @@
-"""Raw text of pretrain and mlm: its rows, the tokenizer trained on it, its files of token ids, its windows to look at."""
+"""Raw text of pretrain and mlm: its rows, the tokenizer trained on it, its files of token ids, its windows to
+look at.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def home(stage) -> Path:
 
 
 def own_tokenizer(stage, folder: Path):
-    """The tokenizer that `tokenizer.train` asks for, kept in `folder` and taken from there while the data is the same."""
+    """The tokenizer that `tokenizer.train` asks for, kept in `folder` and taken from there while the data is
+    the same.
+    """
     texts = (row["text"] for row in rows(stage, "train"))
     return train_tokenizer.trained_tokenizer(folder, stage.section("tokenizer"), texts, _key(stage))
 

@@ -1,7 +1,7 @@
 """A Trainer that loses nothing: the same data order and global batch at any world size, and whole checkpoints.
 
-`ChainTrainer` is mixed into transformers' and TRL's trainers. It adds what users of those miss: checkpoints that are whole
-or not used, evaluation losses that count every row once, and a stop on NaN that names the rows.
+`ChainTrainer` is mixed into transformers' and TRL's trainers. It adds what users of those miss: checkpoints that are
+whole or not used, evaluation losses that count every row once, and a stop on NaN that names the rows.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class ChainTrainer:
     def get_train_dataloader(self):
         if self.stream is None:
             return super().get_train_dataloader()
-        # As it is: prepared by Accelerate it would be sharded once more, and read one batch ahead of what is trained on.
+        # As it is: prepared by Accelerate it would be sharded once more, and read one batch ahead of what is trained
+        # on.
         return DataLoader(
             self.stream,
             batch_size=self.args.train_batch_size,

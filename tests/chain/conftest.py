@@ -16,10 +16,15 @@ def two(recipe, write, monkeypatch):
     data = write("a.jsonl", ROWS)
     path = recipe(
         {
-            "one": {"kind": "sft", "model": {"model_name_or_path": "gpt2"}, "data": {"train": data}, "args": {"learning_rate": 1e-3}},
+            "one": {
+                "kind": "sft",
+                "model": {"model_name_or_path": "gpt2"},
+                "data": {"train": data},
+                "args": {"learning_rate": 1e-3},
+            },
             "two": {"kind": "sft", "model": {"model_name_or_path": "stage:one"}, "data": {"train": data}},
         }
-    )  # fmt: skip
+    )
     runs = []
 
     def run(stage):

@@ -111,8 +111,13 @@ def test_damaged_records_are_named_everywhere_and_nothing_is_overwritten(two, ca
         chain.run(two.load())
     one, other = two.load()["one"].folder, two.load()["two"].folder
     files.append_rows(other / "checkpoints" / files.LOG, [{"step": 0, "max_steps": 4, "time": 1.0}])
-    path = {"stage.json": one, "started.json": other, "chain.json": one.parent, "history.jsonl": one,
-            "log.jsonl": other / "checkpoints"}[name] / name  # fmt: skip
+    path = {
+        "stage.json": one,
+        "started.json": other,
+        "chain.json": one.parent,
+        "history.jsonl": one,
+        "log.jsonl": other / "checkpoints",
+    }[name] / name
     broken = BROKEN[how] + (b"\n" if name.endswith("jsonl") and how != "empty" else b"")
     path.write_bytes(broken)
     capsys.readouterr()

@@ -13,11 +13,19 @@ from pipelines import files
 from pipelines.errors import RecordError
 
 STAGE = {
-    "stage": "one", "kind": "sft", "rows": {"train": 3}, "metrics": {"train_loss": 0.5}, "args": {}, "versions": {},
+    "stage": "one",
+    "kind": "sft",
+    "rows": {"train": 3},
+    "metrics": {"train_loss": 0.5},
+    "args": {},
+    "versions": {},
     "record": {"kind": "sft", "seed": 1, "sections": {"args": {}}, "data": {}, "parents": {"base": "abc"}},
-    "started": "2026", "finished": "2027", "seconds": 1.5, "world_size": 1,
+    "started": "2026",
+    "finished": "2027",
+    "seconds": 1.5,
+    "world_size": 1,
     "files": {"a": {"bytes": 1, "xxh3": "0"}},
-}  # fmt: skip
+}
 VALUES = {
     files.FINISHED: STAGE,
     files.STARTED: {"record": STAGE["record"], "started": "2026"},
@@ -33,8 +41,13 @@ def test_a_damaged_record_is_one_sentence_with_file_and_remedy(tmp_path, name, h
     files.write_json(path, VALUES[name])
     whole = path.read_bytes()
     assert files.read_record(path) == VALUES[name]
-    broken = {"truncated": whole[: len(whole) // 2], "empty": b"", "binary": b"\xff\xfe\x00" + whole, "list": b"[1]",
-              "deep": b"[" * 200_000}[how]  # fmt: skip
+    broken = {
+        "truncated": whole[: len(whole) // 2],
+        "empty": b"",
+        "binary": b"\xff\xfe\x00" + whole,
+        "list": b"[1]",
+        "deep": b"[" * 200_000,
+    }[how]
     path.write_bytes(broken)
     with pytest.raises(RecordError) as error:
         files.read_record(path)

@@ -27,8 +27,12 @@ def test_no_file_of_a_finished_stage_holds_a_secret_or_a_place(recipe, write, ti
     monkeypatch.setattr(socket, "gethostname", lambda: "machine-of-ada")
     args = {"global_batch_size": 4, "max_steps": 2, "max_length": 32, "report_to": ["tensorboard"]}
     peft = {"use_peft": True, "lora_r": 2} if lora else {}
-    first = {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain", **peft},
-             "data": {"train": write("rows.jsonl", ROWS), "validation": 0.2}, "args": args}  # fmt: skip
+    first = {
+        "kind": "sft",
+        "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain", **peft},
+        "data": {"train": write("rows.jsonl", ROWS), "validation": 0.2},
+        "args": args,
+    }
     loaded = load(recipe({"first": first}))
     run_and_report(loaded, [], [])
     folder = loaded["first"].folder

@@ -132,8 +132,20 @@ def test_sampling_follows_the_settings(sft):
 def test_commands(sft, capsys):
     out = io.StringIO()
     settings = Settings(max_new_tokens=4, seed=1)
-    typed = ["/regenerate", "the cat", "/regenerate", "/set temperature=0 max_new_tokens=3", "/set top_p=7", "/sett", "/system be kind",
-             "a dog", "/reset", "/help", "/quit", "never read"]  # fmt: skip
+    typed = [
+        "/regenerate",
+        "the cat",
+        "/regenerate",
+        "/set temperature=0 max_new_tokens=3",
+        "/set top_p=7",
+        "/sett",
+        "/system be kind",
+        "a dog",
+        "/reset",
+        "/help",
+        "/quit",
+        "never read",
+    ]
     dialogue.talk([sft], settings, typed, out)
     said = out.getvalue()
     assert "no prompt yet" in said and "temperature=0.0 top_p=0.95 top_k=0 max_new_tokens=3" in said
@@ -196,8 +208,17 @@ def test_what_a_translation_stage_puts_before_a_text_is_put_there(tmp_path, toke
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0,
-                      eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        d_kv=8,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     record = {"record": {"sections": {"task": {"prefix": "red "}}}, "finished": "2026"}

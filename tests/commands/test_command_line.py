@@ -26,8 +26,15 @@ def python(*words, cwd=ROOT, timeout=120):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("word, hint", [("chek", "did you mean check?"), ("plann", "did you mean plan?"),
-                                        ("stat", "no verb 'stat'"), ("demo", "no verb 'demo'")])  # fmt: skip
+@pytest.mark.parametrize(
+    "word, hint",
+    [
+        ("chek", "did you mean check?"),
+        ("plann", "did you mean plan?"),
+        ("stat", "no verb 'stat'"),
+        ("demo", "no verb 'demo'"),
+    ],
+)
 def test_a_word_that_is_neither_verb_nor_file_is_not_read_as_a_recipe(word, hint, capsys):
     assert __main__.main([word, "recipe.yaml"]) == 2
     assert hint in capsys.readouterr().err
@@ -81,15 +88,18 @@ def launcher(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("words, file, processes", [
-    ([], "ddp", 4),
-    (["--gpus", "2"], "ddp", 2),
-    (["--gpus", "1"], "single_gpu", 1),
-    (["--on", "fsdp2"], "fsdp2", 4),
-    (["--on", "zero3", "--gpus", "3"], "zero3", 3),
-    (["--on", "cpu_2"], "cpu_2", 2),
-    (["--on", "accelerate_configs/cpu.yaml"], "cpu", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, file, processes",
+    [
+        ([], "ddp", 4),
+        (["--gpus", "2"], "ddp", 2),
+        (["--gpus", "1"], "single_gpu", 1),
+        (["--on", "fsdp2"], "fsdp2", 4),
+        (["--on", "zero3", "--gpus", "3"], "zero3", 3),
+        (["--on", "cpu_2"], "cpu_2", 2),
+        (["--on", "accelerate_configs/cpu.yaml"], "cpu", 1),
+    ],
+)
 def test_on_names_a_configuration(launcher, words, file, processes):
     line = launcher(*words, "sft", "output_dir=x", "--redo", "sft")
     assert Path(line.config_file).stem == file and line.num_processes == processes
@@ -98,14 +108,17 @@ def test_on_names_a_configuration(launcher, words, file, processes):
     assert os.environ[launch.ASKED] == str(processes)  # a launcher that starts fewer is found out
 
 
-@pytest.mark.parametrize("words, hint", [
-    (["--on", "fsdp"], "did you mean fsdp2"),
-    (["--on", "accelerate_configs/zero33.yaml"], "did you mean accelerate_configs/zero3.yaml"),
-    (["--gpus", "8"], "4 GPUs are here"),
-    (["--gpus", "0"], "must be 1 or more"),
-    (["--on", "cpu_2", "--gpus", "2"], "runs on CPUs"),
-    (["--on", "ddp_multi"], "--machine_rank N"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        (["--on", "fsdp"], "did you mean fsdp2"),
+        (["--on", "accelerate_configs/zero33.yaml"], "did you mean accelerate_configs/zero3.yaml"),
+        (["--gpus", "8"], "4 GPUs are here"),
+        (["--gpus", "0"], "must be 1 or more"),
+        (["--on", "cpu_2", "--gpus", "2"], "runs on CPUs"),
+        (["--on", "ddp_multi"], "--machine_rank N"),
+    ],
+)
 def test_what_cannot_be_launched_is_said(launcher, capsys, words, hint):
     assert __main__.main(["run", "r.yaml", *words]) == 2
     assert hint in capsys.readouterr().err
@@ -182,8 +195,10 @@ def test_a_wheel_in_an_empty_folder(tmp_path):
         copy(ROOT / name, source / name)
     build = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path / "wheel"), str(source)],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert build.returncode == 0, build.stderr
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
@@ -192,8 +207,14 @@ def test_a_wheel_in_an_empty_folder(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(tmp_path / "site")}
 
     def pipelines(*words):
-        done = subprocess.run([sys.executable, "-m", "pipelines", *words], cwd=empty, env=environment,
-                              capture_output=True, text=True, timeout=300)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines", *words],
+            cwd=empty,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

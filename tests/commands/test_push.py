@@ -1,4 +1,6 @@
-"""Uploading to a stand-in of the hub on loopback: what is sent is the finished stage, in one commit, and nothing else."""
+"""Uploading to a stand-in of the hub on loopback: what is sent is the finished stage, in one commit, and
+nothing else.
+"""
 
 import base64
 import hashlib
@@ -64,9 +66,13 @@ class Hub(BaseHTTPRequestHandler):
             return self.reply({"url": f"{server.address}/{name}", "name": name, "id": "1"})
         if "/preupload/" in path:
             modes = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular", "shouldIgnore": False}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
                 for f in json.loads(body)["files"]
-            ]  # fmt: skip
+            ]
             return self.reply({"files": modes})
         if path.endswith("/info/lfs/objects/batch"):
             objects = [
@@ -118,9 +124,17 @@ def stage(tmp_path):
     (folder / "model.safetensors").write_bytes(WEIGHTS)
     for name in ("tokenizer.json", "config.json"):
         (folder / name).write_text("{}")
-    made_from = {"kind": "ppo", "seed": 1, "sections": sections, "parents": {"first": "1"}, "base": None,
-                 "data": {"owner/answers": {"hub": "owner/answers", "revision": None},
-                          "data/held out: 1.jsonl": {"sha256": "ab" * 32, "bytes": 7}}}  # fmt: skip
+    made_from = {
+        "kind": "ppo",
+        "seed": 1,
+        "sections": sections,
+        "parents": {"first": "1"},
+        "base": None,
+        "data": {
+            "owner/answers": {"hub": "owner/answers", "revision": None},
+            "data/held out: 1.jsonl": {"sha256": "ab" * 32, "bytes": 7},
+        },
+    }
     stage.report = {"prompts": {"train": 963, "validation": 100}}
     metrics = {
         "eval_score": 1.5,
@@ -141,8 +155,14 @@ def command(hub, *argv, token="hf_right"):
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    done = subprocess.run([sys.executable, "-m", "pipelines", "push", *map(str, argv)], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines", "push", *map(str, argv)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return done.returncode, done.stdout, done.stderr
 
 

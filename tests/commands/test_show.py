@@ -14,8 +14,14 @@ from pipelines.planning import unmade
 from pipelines.recipe.recipe import load
 
 GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
-BERT = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2,
-        "intermediate_size": 16, "max_position_embeddings": 32}  # fmt: skip
+BERT = {
+    "model_type": "bert",
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+}
 
 
 @pytest.fixture
@@ -32,26 +38,58 @@ def chain(recipe, write):
     labelled = write("labels.jsonl", [{"text": "a cat", "label": "good"}, {"text": "dog " * 40, "label": "bad"}] * 2)
     pairs = write("pairs.jsonl", [{"source": "the cat", "target": "a dog"}])
     stages = {
-        "base": {"kind": "pretrain", "model": {"config": GPT2}, "tokenizer": {"train": "bpe", "vocab_size": 300},
-                 "data": {"train": texts, "validation": 0.1}, "args": {"max_length": 16}},
-        "sft": {"kind": "sft", "model": {"model_name_or_path": "stage:base"},
-                "data": {"train": [write("sft.jsonl", answers), write("turns.jsonl", [{"messages": dialogue}])]},
-                "args": {"packing": True, "max_length": 64}},
-        "samples": {"kind": "sample", "sample": {"models": ["stage:sft"], "completions": 2, "response_length": 16},
-                    "data": {"train": prompts}},
-        "judge": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"},
-                  "data": {"train": write("ranked.jsonl", ranked)}, "args": {"tags": ["long"], "rank_margin": 0.5}},
-        "direct": {"kind": "dpo", "model": {"model_name_or_path": "stage:sft"},
-                   "data": {"train": write("ranked.jsonl", ranked)}},
-        "policy": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "reward": {"models": ["stage:judge"]},
-                   "data": {"train": prompts}, "args": {"response_length": 16}},
-        "encoder": {"kind": "mlm", "model": {"config": BERT}, "tokenizer": {"train": "wordpiece", "vocab_size": 200},
-                    "data": {"train": texts}, "args": {"max_length": 16}},
+        "base": {
+            "kind": "pretrain",
+            "model": {"config": GPT2},
+            "tokenizer": {"train": "bpe", "vocab_size": 300},
+            "data": {"train": texts, "validation": 0.1},
+            "args": {"max_length": 16},
+        },
+        "sft": {
+            "kind": "sft",
+            "model": {"model_name_or_path": "stage:base"},
+            "data": {"train": [write("sft.jsonl", answers), write("turns.jsonl", [{"messages": dialogue}])]},
+            "args": {"packing": True, "max_length": 64},
+        },
+        "samples": {
+            "kind": "sample",
+            "sample": {"models": ["stage:sft"], "completions": 2, "response_length": 16},
+            "data": {"train": prompts},
+        },
+        "judge": {
+            "kind": "reward",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": {"train": write("ranked.jsonl", ranked)},
+            "args": {"tags": ["long"], "rank_margin": 0.5},
+        },
+        "direct": {
+            "kind": "dpo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": {"train": write("ranked.jsonl", ranked)},
+        },
+        "policy": {
+            "kind": "ppo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "reward": {"models": ["stage:judge"]},
+            "data": {"train": prompts},
+            "args": {"response_length": 16},
+        },
+        "encoder": {
+            "kind": "mlm",
+            "model": {"config": BERT},
+            "tokenizer": {"train": "wordpiece", "vocab_size": 200},
+            "data": {"train": texts},
+            "args": {"max_length": 16},
+        },
         "reviews": {"kind": "classify", "model": {"model_name_or_path": "stage:encoder"}, "data": {"train": labelled}},
-        "translate": {"kind": "seq2seq", "model": {"config": {"model_type": "t5", "d_model": 16, "num_layers": 1}},
-                      "tokenizer": {"train": "bpe", "vocab_size": 300}, "task": {"prefix": "in red: "},
-                      "data": {"train": pairs}},
-    }  # fmt: skip
+        "translate": {
+            "kind": "seq2seq",
+            "model": {"config": {"model_type": "t5", "d_model": 16, "num_layers": 1}},
+            "tokenizer": {"train": "bpe", "vocab_size": 300},
+            "task": {"prefix": "in red: "},
+            "data": {"train": pairs},
+        },
+    }
     return recipe(stages)
 
 
@@ -178,9 +216,23 @@ def test_what_cannot_be_shown_is_said(chain, recipe, write, tiny_gpt2, capsys):
         assert main(["show", str(chain), *words]) == 2
         assert hint in capsys.readouterr().err
     folder = tiny_gpt2
-    stages = {"samples": {"kind": "sample", "sample": {"models": [str(folder)]}, "data": {"train": write("p.jsonl", [{"prompt": "a"}])}},
-              "people": {"kind": "rank", "rank": {"labeller": "data.bay.labeller:script_labeller"}, "data": {"train": "stage:samples/samples.jsonl"}},
-              "sft": {"kind": "sft", "model": {"model_name_or_path": str(folder)}, "data": {"train": write("bad.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": 1}\n')}}}  # fmt: skip
+    stages = {
+        "samples": {
+            "kind": "sample",
+            "sample": {"models": [str(folder)]},
+            "data": {"train": write("p.jsonl", [{"prompt": "a"}])},
+        },
+        "people": {
+            "kind": "rank",
+            "rank": {"labeller": "data.bay.labeller:script_labeller"},
+            "data": {"train": "stage:samples/samples.jsonl"},
+        },
+        "sft": {
+            "kind": "sft",
+            "model": {"model_name_or_path": str(folder)},
+            "data": {"train": write("bad.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": 1}\n')},
+        },
+    }
     path = recipe(stages, name="other.yaml")
     assert main(["show", str(path), "people"]) == 2 and "no rows of its own" in capsys.readouterr().err
     assert main(["show", str(path), "sft"]) == 2 and "bad.jsonl:2" in capsys.readouterr().err
@@ -209,13 +261,27 @@ def test_the_tokenizer_is_the_one_that_training_dresses(tiny_gpt2, tokenizer, re
 def test_rows_that_an_earlier_stage_will_write_are_left_out_and_named(tiny_gpt2, recipe, write, capsys):
     rows = write("rows.jsonl", [{"prompt": "the cat", "chosen": "sees", "rejected": "eats"}] * 3)
     stages = {
-        "samples": {"kind": "sample", "sample": {"models": [str(tiny_gpt2)]}, "data": {"train": write("p.jsonl", [{"prompt": "a"}])}},
-        "people": {"kind": "rank", "rank": {"judgements": "judged.jsonl"}, "data": {"train": "stage:samples/samples.jsonl"}},
-        "judge": {"kind": "reward", "model": {"model_name_or_path": str(tiny_gpt2)},
-                  "data": {"train": [rows, "stage:people/rankings.jsonl"], "validation": "stage:people/rankings.jsonl"}},
-        "late": {"kind": "reward", "model": {"model_name_or_path": str(tiny_gpt2)},
-                 "data": {"train": "stage:people/rankings.jsonl"}},
-    }  # fmt: skip
+        "samples": {
+            "kind": "sample",
+            "sample": {"models": [str(tiny_gpt2)]},
+            "data": {"train": write("p.jsonl", [{"prompt": "a"}])},
+        },
+        "people": {
+            "kind": "rank",
+            "rank": {"judgements": "judged.jsonl"},
+            "data": {"train": "stage:samples/samples.jsonl"},
+        },
+        "judge": {
+            "kind": "reward",
+            "model": {"model_name_or_path": str(tiny_gpt2)},
+            "data": {"train": [rows, "stage:people/rankings.jsonl"], "validation": "stage:people/rankings.jsonl"},
+        },
+        "late": {
+            "kind": "reward",
+            "model": {"model_name_or_path": str(tiny_gpt2)},
+            "data": {"train": "stage:people/rankings.jsonl"},
+        },
+    }
     path = str(recipe(stages))
     assert main(["show", path, "judge", "--json", "--rows", "9"]) == 0
     told = capsys.readouterr()

@@ -23,8 +23,9 @@ def errors(section, kind="sft", task=None):
 def test_sft_shapes_come_out_alike():
     assert normalise({"prompt": "p", "completion": "c", "extra": 1}, "sft") == {"prompt": "p", "completion": "c"}
     assert normalise({"instruction": "do", "input": "this", "output": "done"}, "sft") == {
-        "prompt": "do\n\nthis", "completion": "done",
-    }  # fmt: skip
+        "prompt": "do\n\nthis",
+        "completion": "done",
+    }
     assert normalise({"instruction": "do", "input": "", "output": "done"}, "sft")["prompt"] == "do"
     share = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
     assert normalise(share, "sft")["messages"][1] == {"role": "assistant", "content": "ho"}

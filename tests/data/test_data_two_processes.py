@@ -16,9 +16,23 @@ import torch
 import yaml
 
 ROOT = Path(__file__).parents[2]
-TEXT = [f"the {a} is {c} and the {a} likes {n} fish" for a in ("cat", "dog", "bird") for c in ("red", "blue") for n in range(20)]  # fmt: skip
-ARGS = {"global_batch_size": 8, "per_device_train_batch_size": 2, "max_steps": 10, "save_steps": 1, "save_total_limit": 1,
-        "logging_steps": 1, "report_to": [], "learning_rate": 1e-3, "warmup_steps": 0}  # fmt: skip
+TEXT = [
+    f"the {a} is {c} and the {a} likes {n} fish"
+    for a in ("cat", "dog", "bird")
+    for c in ("red", "blue")
+    for n in range(20)
+]
+ARGS = {
+    "global_batch_size": 8,
+    "per_device_train_batch_size": 2,
+    "max_steps": 10,
+    "save_steps": 1,
+    "save_total_limit": 1,
+    "logging_steps": 1,
+    "report_to": [],
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+}
 pytestmark = pytest.mark.slow
 
 
@@ -41,8 +55,13 @@ def start(folder, stages, processes, name, config="cpu_2", script="watched"):
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "WATCHED": str(watched)}
     return subprocess.Popen(
-        command, env={**clean, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )  # fmt: skip
+        command,
+        env={**clean, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def launch(*args, **settings):
@@ -65,7 +84,9 @@ def noted(folder, name, kind, empty=False):
 def weights(folder):
     from safetensors.torch import load_file
 
-    return {f"{p.parent.name}/{k}": v for p in sorted(folder.glob("*/model.safetensors")) for k, v in load_file(p).items()}  # fmt: skip
+    return {
+        f"{p.parent.name}/{k}": v for p in sorted(folder.glob("*/model.safetensors")) for k, v in load_file(p).items()
+    }
 
 
 def losses(folder, stage):
@@ -85,16 +106,33 @@ def files(tmp_path_factory, tiny_gpt2):
     for name, own in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     gpt2 = {"model_name_or_path": str(tiny_gpt2)}
-    bert = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64,
-            "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+    bert = {
+        "model_type": "bert",
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
     part = lambda name, size: {"train": str(folder / f"{name}.jsonl"), "streaming": True, "buffer_size": size}
     streams = {
         "base": {"kind": "pretrain", "model": gpt2, "data": part("text", 24), "args": {**ARGS, "max_length": 16}},
-        "words": {"kind": "mlm", "model": {"config": bert}, "data": part("text", 24), "args": {**ARGS, "max_length": 16},
-                  "tokenizer": {"train": "wordpiece", "vocab_size": 200, "max_documents": 40}},
-        "answers": {"kind": "sft", "model": gpt2, "data": part("answers", 50),
-                    "args": {**ARGS, "packing": True, "max_length": 64}},
-    }  # fmt: skip
+        "words": {
+            "kind": "mlm",
+            "model": {"config": bert},
+            "data": part("text", 24),
+            "args": {**ARGS, "max_length": 16},
+            "tokenizer": {"train": "wordpiece", "vocab_size": 200, "max_documents": 40},
+        },
+        "answers": {
+            "kind": "sft",
+            "model": gpt2,
+            "data": part("answers", 50),
+            "args": {**ARGS, "packing": True, "max_length": 64},
+        },
+    }
     return folder, streams
 
 
@@ -102,9 +140,13 @@ def test_rows_are_encoded_by_one_process_and_once(files):
     folder, streams = files
     stages = {
         "answers": {**streams["answers"], "data": {"train": str(folder / "answers.jsonl")}},
-        "reward": {"kind": "reward", "model": streams["answers"]["model"], "data": {"train": str(folder / "pairs.jsonl")},
-                   "args": {**ARGS, "max_steps": 2}},
-    }  # fmt: skip
+        "reward": {
+            "kind": "reward",
+            "model": streams["answers"]["model"],
+            "data": {"train": str(folder / "pairs.jsonl")},
+            "args": {**ARGS, "max_steps": 2},
+        },
+    }
     both = sorted(TEXT + TEXT + ["not " + text for text in TEXT])
     launch(folder, stages, 2, "once")
     assert {rank: sorted(texts) for rank, texts in noted(folder, "once", "encoded", empty=True).items()} == {0: both}

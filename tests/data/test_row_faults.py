@@ -29,33 +29,96 @@ GOOD = {
         {"instruction": "do", "input": "this", "output": "done", "system": "s", "history": [["a", "b"]]},
         {"messages": TURNS, "tools": [{"name": "t"}]},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 1}], "system": "s"},
-        {"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
-                      {"role": "tool", "content": "1", "name": "f"}, TURNS[1]]},
+        {
+            "messages": [
+                TURNS[0],
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+                {"role": "tool", "content": "1", "name": "f"},
+                TURNS[1],
+            ]
+        },
     ],
     "rankings": [
         {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 1.0},
-        {"prompt": TURNS[:1], "completions": ["a", "b", "c"], "ranks": [1, 2, 2], "tags": [[], ["x"], []], "models": ["m", "n", "o"]},
+        {
+            "prompt": TURNS[:1],
+            "completions": ["a", "b", "c"],
+            "ranks": [1, 2, 2],
+            "tags": [[], ["x"], []],
+            "models": ["m", "n", "o"],
+        },
         {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "b"}]},
         {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
     ],
     "prompts": [{"prompt": "p", "answer": "4"}, {"prompt": TURNS[:1], "tools": "[]"}],
     "samples": [{"prompt": "p", "completions": ["a", "b"], "models": ["m", "n"], "ended": [True, False]}],
-    "labelled": [{"text": "t", "label": "good"}, {"text": "t", "text_pair": "u", "label": 1}, {"text": "t", "label": [0, 1]}],
+    "labelled": [
+        {"text": "t", "label": "good"},
+        {"text": "t", "text_pair": "u", "label": 1},
+        {"text": "t", "label": [0, 1]},
+    ],
     "seq2seq": [{"source": "s", "target": "t"}],
-}  # fmt: skip
+}
 
 words = st.sampled_from(
-    ["", " ", "a", "²", "--1", "-1", "1", "nan", "inf", "1_0", "[1, 2]", "[{'role': 'user'}]", '{"a": 1}', "\0", "\ufeff",
-     "\n\nHuman: a\n\nAssistant: b", "\n\nHuman:", "user", "assistant", "tool", "function", "9" * 5000, "😀"]
-)  # fmt: skip
+    [
+        "",
+        " ",
+        "a",
+        "²",
+        "--1",
+        "-1",
+        "1",
+        "nan",
+        "inf",
+        "1_0",
+        "[1, 2]",
+        "[{'role': 'user'}]",
+        '{"a": 1}',
+        "\0",
+        "\ufeff",
+        "\n\nHuman: a\n\nAssistant: b",
+        "\n\nHuman:",
+        "user",
+        "assistant",
+        "tool",
+        "function",
+        "9" * 5000,
+        "😀",
+    ]
+)
 keys = st.sampled_from(
-    ["role", "content", "from", "value", "type", "text", "name", "function", "arguments", "tool_calls", "weight", "loss",
-     "train_detail", "reasoning_content", "thinking", "id", "tool_call_id", "x", "images"]
-)  # fmt: skip
+    [
+        "role",
+        "content",
+        "from",
+        "value",
+        "type",
+        "text",
+        "name",
+        "function",
+        "arguments",
+        "tool_calls",
+        "weight",
+        "loss",
+        "train_detail",
+        "reasoning_content",
+        "thinking",
+        "id",
+        "tool_call_id",
+        "x",
+        "images",
+    ]
+)
 scalars = (
-    st.none() | st.booleans() | words | st.text(max_size=4)
-    | st.integers() | st.sampled_from([10**400, -(10**30), 2**53]) | st.floats()
-)  # fmt: skip
+    st.none()
+    | st.booleans()
+    | words
+    | st.text(max_size=4)
+    | st.integers()
+    | st.sampled_from([10**400, -(10**30), 2**53])
+    | st.floats()
+)
 values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(keys, v, max_size=4), max_leaves=8)
 
 
@@ -178,7 +241,12 @@ def problems(section, kind="sft", task=None):
         ("l.jsonl", '{"conversations": ["hello"]}', "sft", "l.jsonl:1: conversations: message 1 must be an object"),
         ("h.jsonl", '{"prompt": "p", "completion": "ok \\ud83d"}', "sft", "h.jsonl:1: completion, character 4: half"),
         ("t.jsonl", '{"text": "x \\udc00"}', "text", "t.jsonl:1: text, character 3: half"),
-        ("n.jsonl", '{"messages": [{"role": "user", "content": "\\uD83D"}]}', "sft", "n.jsonl:1: messages, character 1"),
+        (
+            "n.jsonl",
+            '{"messages": [{"role": "user", "content": "\\uD83D"}]}',
+            "sft",
+            "n.jsonl:1: messages, character 1",
+        ),
         ("d.jsonl", '{"text": "a", "text": "b"}', "text", "d.jsonl:1: the key 'text' is there twice"),
         ("d.json", '[{"text": "a"},\n{"text": "a", "text": "b"}]', "text", "d.json:2: the key 'text' is there twice"),
         ("deep.jsonl", '{"text": ' + "[" * 9999 + "]" * 9999 + "}", "text", "deep.jsonl:1: nested too deeply"),
@@ -190,22 +258,42 @@ def problems(section, kind="sft", task=None):
         ("s.csv", "text;label\na;1\n", "labelled", "s.csv:1: the columns are separated by ';'"),
         ("b.csv", "text,label\na,\n", "labelled", "b.csv:2: label is empty"),
         ("m.csv", "messages\n\"[{'role': 'user', 'content': 'a'}]\"\n", "sft", "list written into a cell"),
-        ("p.csv", "prompt,completion\n\"[{'role': 'user', 'content': 'a'}]\",b\n", "sft", "prompt is text that holds a list"),
+        (
+            "p.csv",
+            "prompt,completion\n\"[{'role': 'user', 'content': 'a'}]\",b\n",
+            "sft",
+            "prompt is text that holds a list",
+        ),
         ("ll.csv", 'text,label\na,"[0, 1]"\n', "labelled", "is a list written as text"),
-        ("keys.json", '{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "text", "several lists of rows, under train, test"),
+        (
+            "keys.json",
+            '{"train": [{"text": "a"}], "test": [{"text": "b"}]}',
+            "text",
+            "several lists of rows, under train, test",
+        ),
         ("cols.json", '{"text": ["a", "b"], "label": [0, 1]}', "labelled", "one list for each column"),
         ("pandas.json", '{"text": {"0": "a", "1": "b"}}', "text", "holds columns, not rows"),
         ("e.jsonl", '{"prompt": "p"\n{"prompt": "p", "completion": "c"}', "sft", "e.jsonl:1: not JSON"),
         ("square.jsonl", '{"text": "a", "label": "\u00b2"}\n{"text": "a", "label": "--1"}\n', "labelled", ""),
         ("bool.jsonl", '{"text": "a", "label": true}', "labelled", "class id or name, not True"),
-        ("ties.jsonl", '{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 1]}', "rankings", "train: all 1 rankings are ties"),
-        ("inf.jsonl", '{"prompt": "p", "completions": ["a", "b"], "ranks": [1, Infinity]}', "rankings", "ranks must be numbers"),
+        (
+            "ties.jsonl",
+            '{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 1]}',
+            "rankings",
+            "train: all 1 rankings are ties",
+        ),
+        (
+            "inf.jsonl",
+            '{"prompt": "p", "completions": ["a", "b"], "ranks": [1, Infinity]}',
+            "rankings",
+            "ranks must be numbers",
+        ),
         ("nan.jsonl", '{"prompt": "p", "chosen": "a", "rejected": "b", "margin": NaN}', "rankings", "margin must be"),
         ("huge.jsonl", '{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 1e300]}', "rankings", "ranks must be"),
         ("one.jsonl", '{"text": "a", "label": "x"}\n' * 3, "labelled", "train: all rows have the same label 'x'"),
         ("same.jsonl", '{"chosen": [], "rejected": []}', "rankings", "no column prompt"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said_with_its_place(name, content, kind, words, tmp_path):
     (tmp_path / name).write_text(content)
     found = problems({"train": str(tmp_path / name)}, kind)

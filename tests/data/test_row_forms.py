@@ -112,8 +112,12 @@ def test_marks_that_cannot_be_honoured_are_errors():
 def test_the_order_of_messages():
     again = [USER, USER, ANSWER, OTHER]
     assert sft(messages=again)["messages"] == again  # the template decides
-    for bad, words in [([USER], "end with a message of the assistant"), ([USER, {**ANSWER, "content": " "}], "is empty"),
-                       ([{"role": "tool", "content": "x"}, ANSWER], "does not follow"), ([], "no message")]:  # fmt: skip
+    for bad, words in [
+        ([USER], "end with a message of the assistant"),
+        ([USER, {**ANSWER, "content": " "}], "is empty"),
+        ([{"role": "tool", "content": "x"}, ANSWER], "does not follow"),
+        ([], "no message"),
+    ]:
         with pytest.raises(DataError, match=words):
             sft(messages=bad)
 
@@ -129,7 +133,10 @@ def test_preferences_as_the_best_known_sets_have_them():
         {"prompt": [USER], "chosen": ANSWER, "rejected": [OTHER]},
     ):
         assert normalise(row, "rankings") == pair, row
-    longer = normalise({"chosen": hh.format("q", "a") + hh.format("r", "c"), "rejected": hh.format("q", "a") + hh.format("r", "d")}, "rankings")  # fmt: skip
+    longer = normalise(
+        {"chosen": hh.format("q", "a") + hh.format("r", "c"), "rejected": hh.format("q", "a") + hh.format("r", "d")},
+        "rankings",
+    )
     assert [m["content"] for m in longer["prompt"]] == ["q", "a", "r"] and longer["completions"] == ["c", "d"]
     for row, words in [
         ({"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, OTHER, USER, ANSWER]}, "part at message 2"),

@@ -21,7 +21,12 @@ from pipelines.recipe import data_checks, problems
 from pipelines.recipe.recipe import load
 from pipelines.training import trainer
 
-TEXT = [f"the {a} is {c} and the {a} likes {n} fish" for a in ("cat", "dog", "bird") for c in ("red", "blue") for n in range(20)]  # fmt: skip
+TEXT = [
+    f"the {a} is {c} and the {a} likes {n} fish"
+    for a in ("cat", "dog", "bird")
+    for c in ("red", "blue")
+    for n in range(20)
+]
 
 
 # --- places
@@ -76,7 +81,9 @@ def test_what_lies_before_the_place_is_not_read(tmp_path):
     list(itertools.islice(data_sources.read({"path": str(path)}, place), 1500))
     content = path.read_bytes()
     path.write_bytes(b"\xff" * place["byte"] + content[place["byte"] :])  # whoever reads it is told "not UTF-8"
-    assert [row["text"] for _, row in data_sources.read({"path": str(path)}, place)] == [f"number {i:06}" for i in range(1500, 2000)]  # fmt: skip
+    assert [row["text"] for _, row in data_sources.read({"path": str(path)}, place)] == [
+        f"number {i:06}" for i in range(1500, 2000)
+    ]
 
 
 def test_sources_are_mixed_by_weight_and_begin_again_in_another_order(tmp_path, write):
@@ -195,7 +202,15 @@ def test_packs_hold_whole_examples_and_count_what_they_leave_out():
 
 
 GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32, "resid_pdrop": 0.1}
-ARGS = {"global_batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 1, "max_steps": 12, "save_steps": 4, "logging_steps": 1, "report_to": []}  # fmt: skip
+ARGS = {
+    "global_batch_size": 8,
+    "learning_rate": 1e-2,
+    "warmup_steps": 1,
+    "max_steps": 12,
+    "save_steps": 4,
+    "logging_steps": 1,
+    "report_to": [],
+}
 
 
 def stage_of(kind, write, tiny_gpt2):
@@ -212,7 +227,9 @@ def stage_of(kind, write, tiny_gpt2):
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
-def test_a_stopped_stage_goes_on_bit_for_bit_without_reading_from_the_beginning(kind, recipe, write, tiny_gpt2, tmp_path, monkeypatch):  # fmt: skip
+def test_a_stopped_stage_goes_on_bit_for_bit_without_reading_from_the_beginning(
+    kind, recipe, write, tiny_gpt2, tmp_path, monkeypatch
+):
     from safetensors.torch import load_file
 
     loaded = lambda name: load(
@@ -249,7 +266,10 @@ def test_a_stopped_stage_goes_on_bit_for_bit_without_reading_from_the_beginning(
     losses = [[(e["step"], e["loss"], round(e["epoch"], 9)) for e in history if "loss" in e] for history in histories]
     assert losses[0] == losses[1] and len(losses[0]) == 12 and losses[0][-1][1] < losses[0][0][1]
     records = [json.loads((tmp_path / name / "s/stage.json").read_text()) for name in ("whole", "stopped")]
-    assert records[0]["rows"] == records[1]["rows"] and records[0]["metrics"]["eval_loss"] == records[1]["metrics"]["eval_loss"]  # fmt: skip
+    assert (
+        records[0]["rows"] == records[1]["rows"]
+        and records[0]["metrics"]["eval_loss"] == records[1]["metrics"]["eval_loss"]
+    )
     assert records[0]["rows"]["train"]["passes"] in (1, 2)
 
 
@@ -273,18 +293,29 @@ def test_check_says_what_does_not_go_with_streaming(recipe, write, tiny_gpt2):
     stage["tokenizer"].pop("max_documents")
     stage["args"] = {"num_train_epochs": 3, "dataloader_num_workers": 2, "save_strategy": "epoch"}
     labelled = {
-        "kind": "classify", "model": {"model_name_or_path": str(tiny_gpt2)},
+        "kind": "classify",
+        "model": {"model_name_or_path": str(tiny_gpt2)},
         "data": {"train": write("l.jsonl", [{"text": "a", "label": i} for i in (0, 1)]), "streaming": True},
-    }  # fmt: skip
-    buffered = {"kind": "sft", "model": labelled["model"], "data": {"train": write("p.jsonl", [{"prompt": "a", "completion": "b"}]), "buffer_size": 5}}  # fmt: skip
+    }
+    buffered = {
+        "kind": "sft",
+        "model": labelled["model"],
+        "data": {"train": write("p.jsonl", [{"prompt": "a", "completion": "b"}]), "buffer_size": 5},
+    }
     with pytest.raises(problems.RecipeError) as error:
         load(recipe({"s": stage, "c": labelled, "b": buffered}))
     said = {problem.path: problem.message for problem in error.value.problems}
     assert said.keys() == {
-        "stages.s.args.max_steps", "stages.s.data.validation", "stages.s.data.buffer_size", "stages.s.tokenizer.max_documents",
-        "stages.s.args.num_train_epochs", "stages.s.args.dataloader_num_workers", "stages.s.args.save_strategy",
-        "stages.c.data.streaming", "stages.b.data.buffer_size",
-    }  # fmt: skip
+        "stages.s.args.max_steps",
+        "stages.s.data.validation",
+        "stages.s.data.buffer_size",
+        "stages.s.tokenizer.max_documents",
+        "stages.s.args.num_train_epochs",
+        "stages.s.args.dataloader_num_workers",
+        "stages.s.args.save_strategy",
+        "stages.c.data.streaming",
+        "stages.b.data.buffer_size",
+    }
     assert "nobody knows how long a stream is" in said["stages.s.args.max_steps"]
     assert "pretrain, mlm, sft" in said["stages.c.data.streaming"]
 
@@ -304,6 +335,8 @@ def test_plan_reads_a_sample_of_a_stream(recipe, write, tiny_gpt2, monkeypatch):
 
     monkeypatch.setattr(job, "SAMPLE", 7)
     loaded = load(recipe({"s": stage_of("sft", write, tiny_gpt2)}), read_data=False)
-    Path(loaded["s"].data["train"]).write_text("".join(Path(loaded["s"].data["train"]).read_text().splitlines(True)[:7]) + "{")  # fmt: skip
+    Path(loaded["s"].data["train"]).write_text(
+        "".join(Path(loaded["s"].data["train"]).read_text().splitlines(True)[:7]) + "{"
+    )
     rows, count, *_ = job._texts(loaded["s"], [])
     assert len(rows) == 7 and count is None

@@ -1,4 +1,6 @@
-"""What models are worth: figures against closed forms, intervals that cover, pairs that are paired; stage and verb alike."""
+"""What models are worth: figures against closed forms, intervals that cover, pairs that are paired; stage and verb
+alike.
+"""
 
 import json
 import math
@@ -47,7 +49,9 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
 
 
 def test_pairs_are_compared_item_by_item():
-    """Two models that differ by the same small amount on items of very different worth: pairing sees it, means do not."""
+    """Two models that differ by the same small amount on items of very different worth: pairing sees it, means
+    do not.
+    """
     worth = list(np.random.default_rng(0).normal(size=50))
     found = figures({"sft": {"score": worth}, "policy": {"score": [w + 0.1 for w in worth]}})
     assert found["policy over sft/win_rate"] == (1.0, 1.0, 1.0)
@@ -109,8 +113,16 @@ def test_stage_and_verb_say_the_same(recipe, write, tiny_gpt2, task, tmp_path, c
         "max_length": 32,
     }
     row = {"prompt": "a", "completion": "it is red"}
-    sft = {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"}, "data": {"train": write("s.jsonl", [row] * 8)}, "args": {"max_steps": 1, "global_batch_size": 8, "max_length": 64, "learning_rate": 1e-2}}  # fmt: skip
-    path = recipe({"sft": sft, "scores": {"kind": "evaluate", "evaluate": {"models": [str(tiny_gpt2), "stage:sft"], **settings}}}, seed=3)  # fmt: skip
+    sft = {
+        "kind": "sft",
+        "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"},
+        "data": {"train": write("s.jsonl", [row] * 8)},
+        "args": {"max_steps": 1, "global_batch_size": 8, "max_length": 64, "learning_rate": 1e-2},
+    }
+    path = recipe(
+        {"sft": sft, "scores": {"kind": "evaluate", "evaluate": {"models": [str(tiny_gpt2), "stage:sft"], **settings}}},
+        seed=3,
+    )
     loaded = load(path)
     chain.run(loaded)
     metrics = json.loads((loaded["scores"].folder / "stage.json").read_text())["metrics"]["figures"]
@@ -129,9 +141,12 @@ def test_stage_and_verb_say_the_same(recipe, write, tiny_gpt2, task, tmp_path, c
     per_byte = per_token * len(ids) / sum(len(t) for t in texts)
     per_word = per_token * len(ids) / sum(len(t.split()) for t in texts)
     for measure, value in {
-        "loss_per_token": per_token, "perplexity": math.exp(per_token), "bits_per_byte": per_byte / math.log(2),
-        "perplexity_per_byte": math.exp(per_byte), "perplexity_per_word": math.exp(per_word),
-    }.items():  # fmt: skip
+        "loss_per_token": per_token,
+        "perplexity": math.exp(per_token),
+        "bits_per_byte": per_byte / math.log(2),
+        "perplexity_per_byte": math.exp(per_byte),
+        "perplexity_per_word": math.exp(per_word),
+    }.items():
         figure = metrics[f"sft/{measure}"]
         assert figure["value"] == pytest.approx(value, rel=1e-4) and figure["low"] < value < figure["high"]
     assert metrics["sft/tiny/acc"]["value"] == 1.0
@@ -166,18 +181,32 @@ def test_a_reward_model_as_judge_scores_what_ppo_would_score(tiny_gpt2, tmp_path
 
 
 def test_mistakes_are_found_before_anything_runs(recipe, write, tiny_gpt2):
-    reward = {"kind": "reward", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": {"train": write("r.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])}}  # fmt: skip
+    reward = {
+        "kind": "reward",
+        "model": {"model_name_or_path": str(tiny_gpt2)},
+        "data": {"train": write("r.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])},
+    }
     stages = {
         "reward": reward,
         "a": {"kind": "evaluate", "evaluate": {"models": ["stage:reward"], "text": "nowhere.txt"}},
         "b": {"kind": "evaluate", "evaluate": {"models": [str(tiny_gpt2)]}},
-        "c": {"kind": "evaluate", "evaluate": {"models": [str(tiny_gpt2)], "prompts": write("p.jsonl", PROMPTS), "samples": 0}},
+        "c": {
+            "kind": "evaluate",
+            "evaluate": {"models": [str(tiny_gpt2)], "prompts": write("p.jsonl", PROMPTS), "samples": 0},
+        },
         "d": {"kind": "evaluate", "evaluate": {"tasks": ["nowhere.yaml"]}},
-    }  # fmt: skip
+    }
     with pytest.raises(RecipeError) as error:
         load(recipe(stages))
     text = str(error.value)
-    for words in ["this stage is of kind reward", "no such file", "nothing to measure", "goes with prompts", "must be at least 1", "at least one language model"]:  # fmt: skip
+    for words in [
+        "this stage is of kind reward",
+        "no such file",
+        "nothing to measure",
+        "goes with prompts",
+        "must be at least 1",
+        "at least one language model",
+    ]:
         assert words in text
     with pytest.raises(SetupError, match="nothing to measure"):
         evaluate.main([str(tiny_gpt2)])
@@ -196,7 +225,12 @@ def test_what_a_model_cannot_do_is_refused(recipe, write, tiny_gpt2, tiny_t5, cl
     }
     with pytest.raises(RecipeError) as error:
         load(recipe(stages))
-    for words in ["must be a classifier (classify), this stage is of kind sft", "must be a language model (pretrain, sft,", "must be at least 0", "measure them apart"]:  # fmt: skip
+    for words in [
+        "must be a classifier (classify), this stage is of kind sft",
+        "must be a language model (pretrain, sft,",
+        "must be at least 0",
+        "measure them apart",
+    ]:
         assert words in str(error.value)
     for model, what, needed in [
         (tiny_gpt2, ["--labelled", labelled], "labelled needs a sequence classifier, and this is a GPT2LMHeadModel"),
@@ -223,10 +257,17 @@ def classifiers(tmp_path_factory):
     for seed, name in enumerate(["one", "two"]):
         torch.manual_seed(seed)
         config = BertConfig(
-            vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-            max_position_embeddings=16, initializer_range=0.5, id2label={0: "bad", 1: "middling", 2: "good"},
-            label2id={"bad": 0, "middling": 1, "good": 2}, pad_token_id=0,
-        )  # fmt: skip
+            vocab_size=len(words),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=16,
+            initializer_range=0.5,
+            id2label={0: "bad", 1: "middling", 2: "good"},
+            label2id={"bad": 0, "middling": 1, "good": 2},
+            pad_token_id=0,
+        )
         BertForSequenceClassification(config).save_pretrained(folder / name)
         BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder / name)
     return {name: str(folder / name) for name in ("one", "two")}
@@ -240,10 +281,17 @@ def tiny_t5(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("t5")
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, initializer_factor=2.0,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        initializer_factor=2.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     made = {"record": {"sections": {"task": {"prefix": "is it "}}}}
@@ -266,9 +314,15 @@ def test_classification_is_scikit_learns_on_the_models_own_classes(recipe, write
     metrics = json.loads((loaded["scores"].folder / "stage.json").read_text())["metrics"]
     found, by_hand = metrics["figures"], {}
     for path in classifiers.values():
-        model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)  # fmt: skip
+        model, tokenizer = (
+            AutoModelForSequenceClassification.from_pretrained(path).eval(),
+            AutoTokenizer.from_pretrained(path),
+        )
         with torch.no_grad():
-            guesses = [model(**tokenizer(t, truncation=True, max_length=16, return_tensors="pt")).logits.argmax().item() for t in texts]  # fmt: skip
+            guesses = [
+                model(**tokenizer(t, truncation=True, max_length=16, return_tensors="pt")).logits.argmax().item()
+                for t in texts
+            ]
         assert len(set(guesses)) > 1
         by_hand[path] = {
             "accuracy": sklearn.metrics.accuracy_score(labels, guesses),
@@ -281,7 +335,9 @@ def test_classification_is_scikit_learns_on_the_models_own_classes(recipe, write
         right = [float(a == b) for a, b in zip(labels, guesses)]
         assert tuple(found[f"{path}/labelled/accuracy"].values()) == pytest.approx(interval(right))
         matrix = metrics["confusion_matrices"][path]
-        expected = sklearn.metrics.confusion_matrix([names[i] for i in labels], [names[i] for i in guesses], labels=matrix["labels"])  # fmt: skip
+        expected = sklearn.metrics.confusion_matrix(
+            [names[i] for i in labels], [names[i] for i in guesses], labels=matrix["labels"]
+        )
         assert matrix["counts"] == expected.tolist() and sorted(matrix["labels"]) == sorted(names)
     one, two = classifiers.values()
     for measure, value in by_hand[two].items():
@@ -320,9 +376,13 @@ def check_generation(name, path, file, texts, references):
     of = evaluation_measure.measure({name: path}, settings, 3)[name]
     assert of["pairs/sacrebleu"] == pytest.approx([sacrebleu.corpus_bleu(texts, [references]).score])
     assert of["pairs/chrf"] == pytest.approx([sacrebleu.corpus_chrf(texts, [references]).score])
-    assert of["pairs/sentence_chrf"] == pytest.approx([sacrebleu.sentence_chrf(t, [r]).score for t, r in zip(texts, references)])  # fmt: skip
+    assert of["pairs/sentence_chrf"] == pytest.approx(
+        [sacrebleu.sentence_chrf(t, [r]).score for t, r in zip(texts, references)]
+    )
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    assert of["pairs/rougeL"] == pytest.approx([100 * scorer.score(r, t)["rougeL"].fmeasure for t, r in zip(texts, references)])  # fmt: skip
+    assert of["pairs/rougeL"] == pytest.approx(
+        [100 * scorer.score(r, t)["rougeL"].fmeasure for t, r in zip(texts, references)]
+    )
     assert of["pairs/chrf"][0] > 1 and 100 in of["pairs/sentence_chrf"] and min(of["pairs/sentence_chrf"]) < 90
     found = figures({name: of, "worse": {**of, "pairs/sentence_chrf": [v - 1 for v in of["pairs/sentence_chrf"]]}})
     assert found[f"worse over {name}/pairs/sentence_chrf"] == pytest.approx((-1, -1, -1))
@@ -366,9 +426,11 @@ def test_generation_of_an_encoder_decoder_with_its_prefix(write, tiny_t5):
     rows = [{"source": s, "target": r} for s, r in zip(SOURCES, references)]
     check_generation("t5", str(tiny_t5), write("p.jsonl", rows), texts, references)
     one, all_ = (
-        translations(model, tokenizer, ids, [(3, i) for i in range(8)], response_length=6, temperature=1.0, batch_size=size)
+        translations(
+            model, tokenizer, ids, [(3, i) for i in range(8)], response_length=6, temperature=1.0, batch_size=size
+        )
         for size in (1, 8)
-    )  # fmt: skip
+    )
     assert one == all_  # a text does not depend on those beside it
 
 
@@ -419,7 +481,9 @@ def test_texts_are_cut_where_training_cut_them(write, classifiers, tmp_path, cap
     chance = np.random.default_rng(5)
     rows = [{"text": " ".join(chance.choice(WORDS, size=14)), "label": 0} for _ in range(30)]
     file = write("l.jsonl", rows)
-    guesses = lambda **more: evaluation_measure.measure({"m": str(folder)}, EvaluateSection(labelled=file, **more), 0)["m"]["labelled/guess"]  # fmt: skip
+    guesses = lambda **more: evaluation_measure.measure({"m": str(folder)}, EvaluateSection(labelled=file, **more), 0)[
+        "m"
+    ]["labelled/guess"]
     whole = guesses()
     assert "are cut" not in caplog.text
     (folder / "stage.json").write_text(json.dumps({"record": {"sections": {"args": {"max_length": 6}}}}))

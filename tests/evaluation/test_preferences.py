@@ -28,7 +28,12 @@ def test_figures_of_pairs_are_those_of_the_reward_stage():
     rows = [{"completions": ["x" * n, "y" * 10], "ranks": [1, 2]} for n in chance.integers(1, 20, 150)]
     scores = chance.normal(size=(150, 2)) + [0.5, 0]
     found, stage = of_pairs(rows, scores.tolist()), preference_metrics(scores[:, 0], scores[:, 1])
-    for ours, theirs in (("accuracy_per_pair", "accuracy"), ("margin", "margin"), ("loss", "loss"), ("calibration_error", "calibration_error")):  # fmt: skip
+    for ours, theirs in (
+        ("accuracy_per_pair", "accuracy"),
+        ("margin", "margin"),
+        ("loss", "loss"),
+        ("calibration_error", "calibration_error"),
+    ):
         value, low, high = found[ours]
         assert value == pytest.approx(stage[theirs]) and low <= value <= high and low < high
     assert found["accuracy_per_ranking"] == pytest.approx(found["accuracy_per_pair"])
@@ -65,13 +70,20 @@ def reward(tmp_path_factory, tiny_gpt2):
 
 
 ROWS = [
-    {"prompt": " ".join(WORDS[n : n + 2]), "chosen": " ".join(WORDS[: 2 + n]), "rejected": " ".join(WORDS[5 : 7 + 2 * n])}
+    {
+        "prompt": " ".join(WORDS[n : n + 2]),
+        "chosen": " ".join(WORDS[: 2 + n]),
+        "rejected": " ".join(WORDS[5 : 7 + 2 * n]),
+    }
     for n in range(8)
 ] + [
     {"prompt": "what colour", "completions": ["red", "blue bird", "not"], "ranks": [1, 2, 2]},
-    {"chosen": [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "it is"}], "rejected": [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "no"}]},
+    {
+        "chosen": [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "it is"}],
+        "rejected": [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "no"}],
+    },
     {"prompt": "all the same", "completions": ["a", "the"], "ranks": [1, 1]},
-]  # fmt: skip
+]
 
 
 def test_the_command_scores_as_the_stage_does(write, reward, tmp_path, caplog, capsys):
@@ -81,7 +93,10 @@ def test_the_command_scores_as_the_stage_does(write, reward, tmp_path, caplog, c
     file = write("p.jsonl", ROWS)
     assert evaluate.main([str(reward), "--preferences", file, "--json", str(target), "--batch-size", "3"]) == 0
     found = {name.split("/")[-1]: figure["value"] for name, figure in json.loads(target.read_text()).items()}
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(reward).eval(), AutoTokenizer.from_pretrained(reward)  # fmt: skip
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(reward).eval(),
+        AutoTokenizer.from_pretrained(reward),
+    )
     margins = []
 
     def score(prompt, answer):
@@ -121,11 +136,15 @@ def test_what_is_no_reward_model_is_refused(write, tiny_gpt2, recipe, tmp_path):
     with pytest.raises(DataError, match="no ranking decides anything"):
         evaluate.main([_one(tiny_gpt2, tmp_path), "--preferences", equal])
     stages = {
-        "sft": {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": {"train": write("s.jsonl", [{"prompt": "a", "completion": "b"}])}},
+        "sft": {
+            "kind": "sft",
+            "model": {"model_name_or_path": str(tiny_gpt2)},
+            "data": {"train": write("s.jsonl", [{"prompt": "a", "completion": "b"}])},
+        },
         "a": {"kind": "evaluate", "evaluate": {"models": ["stage:sft"], "preferences": file}},
         "b": {"kind": "evaluate", "evaluate": {"models": [str(tiny_gpt2)], "preferences": file, "labelled": file}},
         "c": {"kind": "evaluate", "evaluate": {"models": [str(tiny_gpt2)], "pairs": file, "running_text": True}},
-    }  # fmt: skip
+    }
     with pytest.raises(RecipeError) as error:
         load(recipe(stages))
     for words in [
@@ -145,14 +164,23 @@ def test_a_classifier_is_judged_by_the_log_odds_of_a_label(write, tiny_gpt2, tmp
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, initializer_range=0.5, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1},
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        id2label={0: "bad", 1: "good"},
+        label2id={"bad": 0, "good": 1},
+    )
     model = BertForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path / "bert")
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
     tokenizer.save_pretrained(tmp_path / "bert")
-    of = lambda label: figures(measure({"m": str(tmp_path / "bert")}, EvaluateSection(preferences=write("p.jsonl", ROWS[:6]), label=label), 0))  # fmt: skip
+    of = lambda label: figures(
+        measure({"m": str(tmp_path / "bert")}, EvaluateSection(preferences=write("p.jsonl", ROWS[:6]), label=label), 0)
+    )
 
     def score(text):
         with torch.no_grad():

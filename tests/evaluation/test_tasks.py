@@ -63,9 +63,14 @@ metric_list:
 def tasks(write, tmp_path, monkeypatch):
     """Paths of a task of every kind, and the name of a group of two, in a folder that lm-eval knows."""
     rows = [
-        {"q": " ".join(WORDS[i : i + 3]), "w": " ".join(WORDS[i : i + 1 + i % 3]), "c": ["a a", WORDS[i], "not red"], "y": i % 2}
+        {
+            "q": " ".join(WORDS[i : i + 3]),
+            "w": " ".join(WORDS[i : i + 1 + i % 3]),
+            "c": ["a a", WORDS[i], "not red"],
+            "y": i % 2,
+        }
         for i in range(12)
-    ]  # fmt: skip
+    ]
     data = write("rows.jsonl", rows)
     paths = [write(f"{name}.yaml", HEAD.format(name=name, data=data) + text) for name, text in KINDS.items()]
     for name, count in (("first", 12), ("second", 5)):

@@ -1,4 +1,6 @@
-"""Loss per token, per word and per byte: against loops by hand, with EOS where it is documented to be, and as one text."""
+"""Loss per token, per word and per byte: against loops by hand, with EOS where it is documented to be, and as
+one text.
+"""
 
 import math
 from types import SimpleNamespace
@@ -39,7 +41,11 @@ def test_text_by_rows_and_as_one(write, tiny_gpt2, as_one, caplog):
         of = measure({"m": str(tiny_gpt2)}, EvaluateSection(text=path, running_text=as_one, max_length=16), 0)["m"]
     rows = [line for line in LINES if line.strip()]
     text = content if as_one else "".join(rows)
-    ids = tokenizer(content)["input_ids"] if as_one else [t for r in rows for t in [*tokenizer(r)["input_ids"], tokenizer.eos_token_id]]  # fmt: skip
+    ids = (
+        tokenizer(content)["input_ids"]
+        if as_one
+        else [t for r in rows for t in [*tokenizer(r)["input_ids"], tokenizer.eos_token_id]]
+    )
     loss = by_hand(model, ids, 16)
     found = {name: value for name, (value, _, _) in figures({"m": of}).items()}
     assert found["m/loss_per_token"] == pytest.approx(loss, rel=1e-5)

@@ -1,4 +1,6 @@
-"""Who gets which prompt: everybody everything, or a share for everybody and the rest once; nobody waits, nothing is left."""
+"""Who gets which prompt: everybody everything, or a share for everybody and the rest once; nobody waits, nothing is
+left.
+"""
 
 import numpy as np
 import pytest
@@ -84,9 +86,15 @@ def test_the_overlap_is_a_share(capsys):
 def judgement(item, ranks, labeller="Ann", seconds=20.0, tags=None, prompt="which?"):
     answers = [f"answer {n} " + "x" * 50 for n in range(3)]
     return {
-        "item": item, "labeller": labeller, "ranks": ranks, "tags": tags or [[], [], []], "seconds": seconds, "ideal": "",
-        "prompt": prompt, "completions": answers,
-    }  # fmt: skip
+        "item": item,
+        "labeller": labeller,
+        "ranks": ranks,
+        "tags": tags or [[], [], []],
+        "seconds": seconds,
+        "ideal": "",
+        "prompt": prompt,
+        "completions": answers,
+    }
 
 
 def test_the_quality_of_each_labeller():
@@ -121,16 +129,18 @@ def test_prompts_worth_a_second_look_come_with_reasons():
     key = [f"{n:020x}" for n in range(7)]
     found = results.summary(
         [
-            judgement(key[0], [1, 2, 3]), judgement(key[0], [3, 2, 1], "Ben"),
+            judgement(key[0], [1, 2, 3]),
+            judgement(key[0], [3, 2, 1], "Ben"),
             judgement(key[1], [1, 2, 3], tags=[["inaccurate"], [], []]),
             judgement(key[2], [1, 1, 1]),
             judgement(key[3], [1, 2, 3], seconds=0.2),
-            judgement(key[4], None), judgement(key[4], [1, 2, 3], "Ben"),
+            judgement(key[4], None),
+            judgement(key[4], [1, 2, 3], "Ben"),
             judgement(key[5], None, prompt=[{"role": "user", "content": "long " * 100}]),
             judgement(key[6], [1, 2, 3], tags=[[], [], ["inaccurate"]]),
         ],
         [],
-    )["second_look"]  # fmt: skip
+    )["second_look"]
     reasons = {look["item"]: look["reasons"] for look in found}
     assert reasons == {
         key[0]: ["Ann and Ben put the answers in different orders (τ −1.00)"],

@@ -22,9 +22,13 @@ from pipelines.recipe import data_checks
 
 ROWS = [
     {"prompt": "1 + 1?", "completions": ["2", "two, silly", "3"], "models": ["policy", "sft", "sft"], "id": "sum"},
-    {"prompt": [{"role": "user", "content": "Hi"}], "completions": ["Hello", "No", "Hello"], "models": ["sft", "base", "policy"]},
+    {
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "completions": ["Hello", "No", "Hello"],
+        "models": ["sft", "base", "policy"],
+    },
     {"prompt": "Bye", "completions": ["Bye", "Never"]},
-]  # fmt: skip
+]
 
 
 def judged(item, number=1, labeller="Ann", **more):
@@ -100,9 +104,15 @@ def test_exports_are_what_reward_and_sft_read(store, tmp_path, capsys):
     assert "1 rankings" in capsys.readouterr().out
     (row,) = [json.loads(line) for line in open(tmp_path / "r.jsonl")]
     assert row == {
-        "prompt": "1 + 1?", "completions": ["2", "two, silly", "3"], "ranks": [1, 2, 3], "labeller": "Ann",
-        "tags": [[], ["inappropriate"], ["inaccurate"]], "note": "easy", "models": ["policy", "sft", "sft"], "id": "sum",
-    }  # fmt: skip
+        "prompt": "1 + 1?",
+        "completions": ["2", "two, silly", "3"],
+        "ranks": [1, 2, 3],
+        "labeller": "Ann",
+        "tags": [[], ["inappropriate"], ["inaccurate"]],
+        "note": "easy",
+        "models": ["policy", "sft", "sft"],
+        "id": "sum",
+    }
     for name, kind in (("r.jsonl", "rankings"), ("r.ideal.jsonl", "sft")):
         section = {"train": str(tmp_path / name)}
         assert not list(data_checks.problems(section, kind, None, read_rows=True))
@@ -122,14 +132,26 @@ def test_gaps_are_closed():
 
 
 def test_broken_rows_are_named(write):
-    path = write("x.jsonl", [
-        ROWS[0], {"prompt": "a"}, {"prompt": "a", "completions": ["x", "x"]}, {"prompt": "a", "completions": ["x", " "]},
-        {"prompt": "a", "completions": ["x", "y"], "models": ["m"]}, {"prompt": "a", "completions": list("0123456789")},
-    ])  # fmt: skip
+    path = write(
+        "x.jsonl",
+        [
+            ROWS[0],
+            {"prompt": "a"},
+            {"prompt": "a", "completions": ["x", "x"]},
+            {"prompt": "a", "completions": ["x", " "]},
+            {"prompt": "a", "completions": ["x", "y"], "models": ["m"]},
+            {"prompt": "a", "completions": list("0123456789")},
+        ],
+    )
     with pytest.raises(SetupError) as error:
         read_rows([path])
-    for part in (":2: no list `completions`", ":3: all completions are the same", ":4: completions is empty",
-                 ":5: models must be a list of 2", ":6: 10 completions"):  # fmt: skip
+    for part in (
+        ":2: no list `completions`",
+        ":3: all completions are the same",
+        ":4: completions is empty",
+        ":5: models must be a list of 2",
+        ":6: 10 completions",
+    ):
         assert part in str(error.value)
 
 
@@ -196,9 +218,13 @@ def test_ranks_and_tags_come_back_to_the_answers_they_were_given(client, store):
         shown = ask(client, labeller=f"labeller {n}", item=store.add(ROWS)[0])
         rank_of, tag_of = {"2": 1, "two, silly": 2, "3": 2}, {"2": [], "two, silly": ["too_long"], "3": ["inaccurate"]}
         reply = send(
-            client, shown["item"], n, f"labeller {n}",
-            ranks=[rank_of[a] for a in shown["answers"]], tags=[tag_of[a] for a in shown["answers"]],
-        )  # fmt: skip
+            client,
+            shown["item"],
+            n,
+            f"labeller {n}",
+            ranks=[rank_of[a] for a in shown["answers"]],
+            tags=[tag_of[a] for a in shown["answers"]],
+        )
         assert reply.status_code == 200, reply.text
         again = ask(client, labeller=f"labeller {n}", item=shown["item"])["judgement"]
         assert again["ranks"] == [rank_of[a] for a in again_order(client, n, shown["item"])]
@@ -250,9 +276,16 @@ def test_two_tabs_of_a_labeller_get_different_prompts(client, store):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"ranks": [1, 2]}, {"ranks": [0, 1, 2]}, {"tags": [["nonsense"], [], []]}, {"tags": [[]]}, {"surprise": 1},
-     {"labeller": " "}, {"note": "x" * 100_001}],
-)  # fmt: skip
+    [
+        {"ranks": [1, 2]},
+        {"ranks": [0, 1, 2]},
+        {"tags": [["nonsense"], [], []]},
+        {"tags": [[]]},
+        {"surprise": 1},
+        {"labeller": " "},
+        {"note": "x" * 100_001},
+    ],
+)
 def test_what_makes_no_sense_is_refused(client, store, wrong):
     assert send(client, store.add(ROWS)[0], **wrong).status_code == 422
     assert not list(store.judgements())
@@ -262,10 +295,12 @@ def test_what_makes_no_sense_is_refused(client, store, wrong):
     "headers",
     [
         {"Host": "evil.example:8765"},  # a name rebound to this machine
-        {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://127.0.0.1:9999"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:9999"},
         {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
     ],
-)  # fmt: skip
+)
 def test_other_sites_are_refused(client, headers):
     assert client.get("api/session", headers=headers).status_code == 403
     assert client.post("api/judgement", json={}, headers=headers).status_code == 403

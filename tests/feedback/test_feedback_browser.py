@@ -1,4 +1,6 @@
-"""The ranking page in a real Chromium: keys, dragging, ties, tags, corrections, tabs, lost replies and a killed server."""
+"""The ranking page in a real Chromium: keys, dragging, ties, tags, corrections, tabs, lost replies and a
+killed server.
+"""
 
 import json
 import shutil
@@ -26,9 +28,13 @@ expect.set_options(timeout=20_000)  # a busy machine
 
 ATTACK = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 ROWS = [
-    {"prompt": f"Question {n}: <b>which</b>?", "completions": ["good", "fair", f"{ATTACK} {n}", "bad"], "models": ["policy", "sft", "sft", "base"]}
+    {
+        "prompt": f"Question {n}: <b>which</b>?",
+        "completions": ["good", "fair", f"{ATTACK} {n}", "bad"],
+        "models": ["policy", "sft", "sft", "base"],
+    }
     for n in range(4)
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""The ranking page under attack: nothing sent to it gives 500, what it accepts can be read back, the store is never lost."""
+"""The ranking page under attack: nothing sent to it gives 500, what it accepts can be read back, the store is never
+lost.
+"""
 
 import contextlib
 import json
@@ -25,8 +27,12 @@ from starlette.testclient import TestClient  # noqa: E402
 HALF = "\ud83d"
 ROWS = [
     {"prompt": "1 + 1?", "completions": ["2", "two, silly", "3"], "models": ["policy", "sft", "sft"], "id": "sum"},
-    {"prompt": f"half {HALF}", "completions": ["a\x00b", f"c{HALF}", "\u2028d\x85"], "models": [f"m{HALF}", "sft", "sft"]},
-]  # fmt: skip
+    {
+        "prompt": f"half {HALF}",
+        "completions": ["a\x00b", f"c{HALF}", "\u2028d\x85"],
+        "models": [f"m{HALF}", "sft", "sft"],
+    },
+]
 quick = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
@@ -84,11 +90,15 @@ ids = st.text(string.ascii_letters + string.digits + "-", min_size=8, max_size=6
 def test_no_judgement_gives_500_and_what_is_accepted_can_be_read_back(page, data):
     client, judgements, keys = page
     good = {
-        "id": data.draw(ids), "item": data.draw(st.sampled_from(keys)), "labeller": data.draw(st.just("Ann") | text),
+        "id": data.draw(ids),
+        "item": data.draw(st.sampled_from(keys)),
+        "labeller": data.draw(st.just("Ann") | text),
         "ranks": data.draw(st.none() | st.lists(st.integers(1, 9), min_size=3, max_size=3)),
         "tags": data.draw(st.lists(st.lists(st.sampled_from(store.TAGS)), min_size=3, max_size=3)),
-        "note": data.draw(text), "ideal": data.draw(text), "seconds": data.draw(st.floats(0, 1e7)),
-    }  # fmt: skip
+        "note": data.draw(text),
+        "ideal": data.draw(text),
+        "seconds": data.draw(st.floats(0, 1e7)),
+    }
     for field in data.draw(st.lists(st.sampled_from([*good, "replaces", "more"]), max_size=2)):
         good[field] = data.draw(anything)
     before = len(list(judgements.judgements()))
@@ -116,7 +126,9 @@ def test_no_question_gives_500(page, query):
         assert page[0].get("api/item", params=query).status_code < 500
 
 
-@pytest.mark.parametrize("host", ["[::1", "[", "]", "a]b", "127.0.0.1:x", "[::g]", "", "\xff", "127.0.0.1@evil.example", "//x"])  # fmt: skip
+@pytest.mark.parametrize(
+    "host", ["[::1", "[", "]", "a]b", "127.0.0.1:x", "[::g]", "", "\xff", "127.0.0.1@evil.example", "//x"]
+)
 @pytest.mark.parametrize("header", ["Host", "Origin"])
 def test_a_malformed_address_is_refused(page, header, host):
     reply = page[0].get("api/session", headers={header: host.encode("latin-1")})
@@ -131,8 +143,17 @@ def test_no_path_gives_500(page, path):
     sent, app = [], page[0].app
 
     async def call():
-        scope = {"type": "http", "method": "GET", "path": path, "raw_path": b"/", "query_string": b"", "root_path": "",
-                 "headers": [(b"host", b"127.0.0.1")], "http_version": "1.1", "scheme": "http"}  # fmt: skip
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "raw_path": b"/",
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"host", b"127.0.0.1")],
+            "http_version": "1.1",
+            "scheme": "http",
+        }
 
         async def receive():
             return {"type": "http.request", "body": b"", "more_body": False}
@@ -152,7 +173,20 @@ def test_seconds_are_a_length_of_time(page, wrong):
     assert post(client, body(keys[0], seconds=wrong)).status_code == 422
 
 
-@pytest.mark.parametrize("wrong", [{"ranks": [True, 2, 3]}, {"ranks": ["1", 2, 3]}, {"ranks": [1, 2, 10]}, {"note": 1}, {"labeller": "A\nB"}, {"labeller": HALF}, {"note": HALF}, {"item": "x" * 20}, {"ranks": [1.5, 2, 3]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ranks": [True, 2, 3]},
+        {"ranks": ["1", 2, 3]},
+        {"ranks": [1, 2, 10]},
+        {"note": 1},
+        {"labeller": "A\nB"},
+        {"labeller": HALF},
+        {"note": HALF},
+        {"item": "x" * 20},
+        {"ranks": [1.5, 2, 3]},
+    ],
+)
 def test_types_are_not_stretched(page, wrong):
     client, _, keys = page
     assert post(client, body(keys[0], **wrong)).status_code == 422
@@ -222,9 +256,13 @@ def torn(path):
 
 
 HARM = {
-    gone: "is gone", emptied: r"is empty \(0 bytes\)", a_text: "not a database",
-    of_something_else: r"something else \(it holds photos\)", another_store: "another store", torn: "",
-}  # fmt: skip
+    gone: "is gone",
+    emptied: r"is empty \(0 bytes\)",
+    a_text: "not a database",
+    of_something_else: r"something else \(it holds photos\)",
+    another_store: "another store",
+    torn: "",
+}
 
 
 @pytest.mark.parametrize("harm", HARM)
@@ -237,7 +275,12 @@ def test_a_store_that_is_not_what_it_was_is_reported_and_nothing_is_lost(tmp_pat
             late = post(client, body(keys[1], 2))
             assert late.status_code == 503
         assert re.search(HARM[harm], late.json()["detail"]) and str(path) in late.json()["detail"]
-        for address in ("api/session", "api/results", "export/rankings.jsonl", f"api/item?labeller=Ann&tab=tab-tab-1&item={keys[0]}"):  # fmt: skip
+        for address in (
+            "api/session",
+            "api/results",
+            "export/rankings.jsonl",
+            f"api/item?labeller=Ann&tab=tab-tab-1&item={keys[0]}",
+        ):
             assert client.get(address).status_code == 503
         assert client.get("").status_code == 200  # the page itself
         assert sum(str(path) in record.getMessage() for record in caplog.records) <= 2  # once, not at every try

@@ -17,18 +17,25 @@ DEFAULT_SYSTEM = (
 )
 # Thoughts are taken from earlier turns and always there in the last one, as Qwen3's.
 THINK = (
-    "{% if tools %}{{ '<|im_start|>system\\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}"
-    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% if tools %}{{ '<|im_start|>system\\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\\n' "
+    "}}{% endif %}"
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 "
+    "%}{% endif %}{% endfor %}"
     + TURNS
     + "{% if m.role in ('user', 'system') %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
-    "{% elif m.role == 'tool' %}{{ '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' }}"
+    "{% elif m.role == 'tool' %}{{ '<|im_start|>user\\n<tool_response>\\n' + m.content + "
+    "'\\n</tool_response><|im_end|>\\n' }}"
     "{% elif m.role == 'assistant' %}{% set text = m.content %}{% set thought = m.reasoning_content or '' %}"
-    "{% if not thought and '</think>' in text %}{% set thought = text.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
+    "{% if not thought and '</think>' in text %}{% set thought = "
+    "text.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
     "{% set text = text.split('</think>')[-1].lstrip('\\n') %}{% endif %}{{ '<|im_start|>assistant\\n' }}"
-    "{% if loop.index0 > ns.last and (loop.last or thought) %}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' + text.lstrip('\\n') }}"
-    "{% else %}{{ text }}{% endif %}{% for call in m.tool_calls or [] %}{{ '\\n<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{% endfor %}"
+    "{% if loop.index0 > ns.last and (loop.last or thought) %}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' + "
+    "text.lstrip('\\n') }}"
+    "{% else %}{{ text }}{% endif %}{% for call in m.tool_calls or [] %}{{ '\\n<tool_call>\\n' + (call.function | "
+    "tojson) + '\\n</tool_call>' }}{% endfor %}"
     "{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif "
+    "%}"
 )
 # The prompt opens a thought, answers are written without theirs, as DeepSeek-R1's.
 OPEN_THOUGHT = (
@@ -44,7 +51,8 @@ TRIMMED = (
     + TURNS
     + "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim + "
+    "'<end_of_turn>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
 HEADERS = (
@@ -55,7 +63,8 @@ HEADERS = (
 )
 INST = TURNS + (
     "{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
-    "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% else %}{{ m.content }}{% endif "
+    "%}{% endfor %}"
 )
 # Markers that swallow the white space behind them and are put together from roles, as Phi-3's.
 ROLES = TURNS + (
@@ -64,7 +73,8 @@ ROLES = TURNS + (
 )
 # Nothing closes an answer but the next turn, as GLM's.
 OBSERVED = TURNS + (
-    "{{ '<|' + m.role + '|>\\n' + m.content }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    "{{ '<|' + m.role + '|>\\n' + m.content }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% "
+    "endif %}"
 )
 PLAIN = None
 
@@ -83,7 +93,9 @@ def byte_level():
 
 
 def sentencepiece(prefix: str):
-    """BPE with bytes to fall back to; `prefix`: "always" a space before a text and behind a special token, "first", "never"."""
+    """BPE with bytes to fall back to; `prefix`: "always" a space before a text and behind a special token, "first",
+    "never".
+    """
     pieces = [f"<0x{i:02X}>" for i in range(256)] + ["▁", *LETTERS, *("".join(m) for m in MERGES), "▁t", "▁▁"]
     vocab = {t: i for i, t in enumerate(["<unk>", *pieces])}
     merges = [*MERGES, ("▁", "t"), ("▁", "▁")]
@@ -122,19 +134,65 @@ FAMILIES = {  # name: (vocabulary, special tokens, other added tokens, template,
     "chatml": (byte_level, [*IM, "<pad>"], [], CHATML, {"eos_token": IM[1]}),
     "default system": (byte_level, [*IM, "<pad>"], [], DEFAULT_SYSTEM, {"eos_token": IM[1], "bos_token": IM[0]}),
     "ordinary markers": (byte_level, ["<pad>", "</s>"], IM, CHATML, {"eos_token": "</s>"}),
-    "thoughts": (byte_level, [*IM, "<pad>"], ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"], THINK, {"eos_token": IM[1]}),
-    "open thought": (byte_level, ["<s>", "</s>", "<|user|>", "<|assistant|>", "<pad>"], ["<think>", "</think>"], OPEN_THOUGHT, {"bos_token": "<s>", "eos_token": "</s>"}),
-    "headers": (byte_level, ["<|begin|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<pad>"], [], HEADERS, {"bos_token": "<|begin|>", "eos_token": "<|end_of_text|>"}),
-    "observed": (byte_level, ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<pad>"], [], OBSERVED, {"eos_token": "<|endoftext|>"}),
+    "thoughts": (
+        byte_level,
+        [*IM, "<pad>"],
+        ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"],
+        THINK,
+        {"eos_token": IM[1]},
+    ),
+    "open thought": (
+        byte_level,
+        ["<s>", "</s>", "<|user|>", "<|assistant|>", "<pad>"],
+        ["<think>", "</think>"],
+        OPEN_THOUGHT,
+        {"bos_token": "<s>", "eos_token": "</s>"},
+    ),
+    "headers": (
+        byte_level,
+        ["<|begin|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<pad>"],
+        [],
+        HEADERS,
+        {"bos_token": "<|begin|>", "eos_token": "<|end_of_text|>"},
+    ),
+    "observed": (
+        byte_level,
+        ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<pad>"],
+        [],
+        OBSERVED,
+        {"eos_token": "<|endoftext|>"},
+    ),
     "plain bytes": (byte_level, ["<|endoftext|>", "<pad>"], [], PLAIN, {"eos_token": "<|endoftext|>"}),
     "inst": (lambda: sentencepiece("always"), ["<s>", "</s>", "<pad>"], [], INST, S),
     "inst, first": (lambda: sentencepiece("first"), ["<s>", "</s>", "<pad>"], [], INST, S),
     "plain pieces": (lambda: sentencepiece("always"), ["<s>", "</s>", "<pad>"], [], PLAIN, S),
-    "trimmed": (lambda: sentencepiece("never"), ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<pad>"], ["\n\n"], TRIMMED, {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}),
-    "roles": (lambda: sentencepiece("first"), ["</s>", *(AddedToken(f"<|{r}|>", special=True, rstrip=True) for r in ("system", "user", "assistant", "end")), "<pad>"], [], ROLES, {"eos_token": "</s>", "unk_token": "<unk>"}),
+    "trimmed": (
+        lambda: sentencepiece("never"),
+        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<pad>"],
+        ["\n\n"],
+        TRIMMED,
+        {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"},
+    ),
+    "roles": (
+        lambda: sentencepiece("first"),
+        [
+            "</s>",
+            *(AddedToken(f"<|{r}|>", special=True, rstrip=True) for r in ("system", "user", "assistant", "end")),
+            "<pad>",
+        ],
+        [],
+        ROLES,
+        {"eos_token": "</s>", "unk_token": "<unk>"},
+    ),
     "unigram": (unigram, ["<s>", "</s>", "<pad>"], [], PLAIN, S),
-    "word pieces": (word_piece, ["[CLS]", "[SEP]"], [], PLAIN, {"eos_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}),
-}  # fmt: skip
+    "word pieces": (
+        word_piece,
+        ["[CLS]", "[SEP]"],
+        [],
+        PLAIN,
+        {"eos_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"},
+    ),
+}
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:

@@ -1,4 +1,6 @@
-"""A folder that holds an adapter alone is loaded as its base with the adapter merged into it, in every kind, or refused."""
+"""A folder that holds an adapter alone is loaded as its base with the adapter merged into it, in every kind, or
+refused.
+"""
 
 import json
 import shutil

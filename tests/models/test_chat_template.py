@@ -92,7 +92,8 @@ def test_templates_that_cannot_be_trained_on_are_refused(model, tok):
 def test_a_template_from_a_file(model, tok, tmp_path):
     path = tmp_path / "t.jinja"
     path.write_text(
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt "
+        "%}[assistant]{% endif %}"
     )
     tokenizer_setup.install_template(model, tok, str(path))
     prompt, answer = chat_template.encode_answer(tok, "hi", "ho")

@@ -170,7 +170,8 @@ def test_reasoning_is_learned_as_part_of_the_answer_where_it_stood(families):
     keyed = copy.deepcopy(families["thoughts"])
     keyed.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
-        "{{ '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{% endif %}{{ m.content.lstrip('\\n') + '<|im_end|>\\n' }}"
+        "{{ '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{% endif %}{{ m.content.lstrip('\\n') + "
+        "'<|im_end|>\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
     )
     for message in (assistant("four", reasoning_content="2+2"), assistant("<think>\n2+2\n</think>\n\nfour")):

@@ -28,75 +28,186 @@ TURNS = "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.ro
 BASE = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
 LLAMA = {**BASE, "num_key_value_heads": 2, "max_position_embeddings": 96}
 GPT = {"words": "bpe", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "special": ["<|endoftext|>"]}
-QWEN = {"words": "bpe", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "template": CHATML,
-        "special": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "spare": 50}  # fmt: skip
-SENTENCE = {"words": "unigram", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "begin": "<s>",
-            "special": ["<unk>", "<s>", "</s>"], "template": INST}  # fmt: skip
-GEMMA = {"words": "unigram", "pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>",
-         "begin": "<bos>", "template": TURNS, "ends": "<end_of_turn>",
-         "special": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]}  # fmt: skip
+QWEN = {
+    "words": "bpe",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "template": CHATML,
+    "special": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "spare": 50,
+}
+SENTENCE = {
+    "words": "unigram",
+    "unk_token": "<unk>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "begin": "<s>",
+    "special": ["<unk>", "<s>", "</s>"],
+    "template": INST,
+}
+GEMMA = {
+    "words": "unigram",
+    "pad_token": "<pad>",
+    "eos_token": "<eos>",
+    "bos_token": "<bos>",
+    "unk_token": "<unk>",
+    "begin": "<bos>",
+    "template": TURNS,
+    "ends": "<end_of_turn>",
+    "special": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"],
+}
 
 # What is particular about each family, its config, its tokenizer.
 CAUSAL = {
     "gpt2": ("tied, no PAD, no template", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}, GPT),
-    "gpt_neox": ("Pythia: untied, spare rows, no PAD, no template",
-                 {**BASE, "max_position_embeddings": 96, "tie_word_embeddings": False}, {**GPT, "spare": 50}),
-    "opt": ("positions from 2, BOS = EOS, begins with it, no template",
-            {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64,
-             "word_embed_proj_dim": 32, "max_position_embeddings": 96},
-            {"words": "bpe", "eos_token": "</s>", "bos_token": "</s>", "pad_token": "<pad>", "begin": "</s>",
-             "special": ["<s>", "<pad>", "</s>"]}),
+    "gpt_neox": (
+        "Pythia: untied, spare rows, no PAD, no template",
+        {**BASE, "max_position_embeddings": 96, "tie_word_embeddings": False},
+        {**GPT, "spare": 50},
+    ),
+    "opt": (
+        "positions from 2, BOS = EOS, begins with it, no template",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_dim": 64,
+            "word_embed_proj_dim": 32,
+            "max_position_embeddings": 96,
+        },
+        {
+            "words": "bpe",
+            "eos_token": "</s>",
+            "bos_token": "</s>",
+            "pad_token": "<pad>",
+            "begin": "</s>",
+            "special": ["<s>", "<pad>", "</s>"],
+        },
+    ),
     "llama": ("untied, SentencePiece, BOS in the template, no PAD", {**LLAMA, "tie_word_embeddings": False}, SENTENCE),
-    "smollm": ("Llama's architecture, tied, PAD = EOS", {**LLAMA, "model_type": "llama", "tie_word_embeddings": True},
-               {**QWEN, "pad_token": "<|im_end|>"}),
-    "mistral": ("sliding window, SentencePiece, no PAD",
-                {**LLAMA, "sliding_window": 8, "tie_word_embeddings": False}, SENTENCE),
+    "smollm": (
+        "Llama's architecture, tied, PAD = EOS",
+        {**LLAMA, "model_type": "llama", "tie_word_embeddings": True},
+        {**QWEN, "pad_token": "<|im_end|>"},
+    ),
+    "mistral": (
+        "sliding window, SentencePiece, no PAD",
+        {**LLAMA, "sliding_window": 8, "tie_word_embeddings": False},
+        SENTENCE,
+    ),
     "qwen2": ("biased projections, spare rows, own PAD and template", {**LLAMA, "tie_word_embeddings": True}, QWEN),
     "qwen3": ("normed queries and keys, spare rows", {**LLAMA, "head_dim": 8, "tie_word_embeddings": True}, QWEN),
     "gemma": ("scaled embeddings, template ends with a token that is not EOS", {**LLAMA, "head_dim": 8}, GEMMA),
-    "gemma2": ("capped attention and logits, every other layer a sliding window",
-               {**LLAMA, "head_dim": 8, "sliding_window": 8}, GEMMA),
-    "gemma3_text": ("two rotary bases, sliding windows",
-                    {**LLAMA, "head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-                    GEMMA),
-    "phi": ("parallel blocks, partial rotary, head with a bias, no PAD, no template",
-            {**BASE, "max_position_embeddings": 96, "tie_word_embeddings": False}, GPT),
-    "bloom": ("positions by ALiBi: no limit, attention of its own, no template",
-              {"hidden_size": 32, "n_layer": 2, "n_head": 4}, GPT),
-}  # fmt: skip
-WORDPIECE = {"words": "wordpiece", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
-             "pad_token": "[PAD]", "mask_token": "[MASK]", "special": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
-             "segments": True}  # fmt: skip
-ROBERTA = {"words": "bpe", "bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>",
-           "pad_token": "<pad>", "mask_token": "<mask>", "unk_token": "<unk>",
-           "special": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]}  # fmt: skip
+    "gemma2": (
+        "capped attention and logits, every other layer a sliding window",
+        {**LLAMA, "head_dim": 8, "sliding_window": 8},
+        GEMMA,
+    ),
+    "gemma3_text": (
+        "two rotary bases, sliding windows",
+        {**LLAMA, "head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        GEMMA,
+    ),
+    "phi": (
+        "parallel blocks, partial rotary, head with a bias, no PAD, no template",
+        {**BASE, "max_position_embeddings": 96, "tie_word_embeddings": False},
+        GPT,
+    ),
+    "bloom": (
+        "positions by ALiBi: no limit, attention of its own, no template",
+        {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+        GPT,
+    ),
+}
+WORDPIECE = {
+    "words": "wordpiece",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "mask_token": "[MASK]",
+    "special": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+    "segments": True,
+}
+ROBERTA = {
+    "words": "bpe",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+    "unk_token": "<unk>",
+    "special": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+}
 ENCODERS = {
     "bert": ("segments, pooler that masked words do not train", {**BASE, "max_position_embeddings": 64}, WORDPIECE),
-    "roberta": ("positions from PAD + 1, one segment",
-                {**BASE, "max_position_embeddings": 66, "type_vocab_size": 1, "pad_token_id": 1}, ROBERTA),
-    "distilbert": ("no segments", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64,
-                                   "max_position_embeddings": 64}, {**WORDPIECE, "segments": False}),
-    "deberta-v2": ("v3: relative positions, SentencePiece",
-                   {**BASE, "max_position_embeddings": 64, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
-                    "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
-                    "position_biased_input": False, "type_vocab_size": 0}, {**WORDPIECE, "words": "unigram"}),
-    "modernbert": ("rotary, local and global attention, no segments",
-                   {**BASE, "max_position_embeddings": 64, "local_attention": 8},
-                   {**WORDPIECE, "words": "bpe", "segments": False}),
-    "albert": ("layers share weights, factorised embeddings, SentencePiece",
-               {**BASE, "embedding_size": 16, "max_position_embeddings": 64}, {**WORDPIECE, "words": "unigram"}),
-}  # fmt: skip
+    "roberta": (
+        "positions from PAD + 1, one segment",
+        {**BASE, "max_position_embeddings": 66, "type_vocab_size": 1, "pad_token_id": 1},
+        ROBERTA,
+    ),
+    "distilbert": (
+        "no segments",
+        {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64},
+        {**WORDPIECE, "segments": False},
+    ),
+    "deberta-v2": (
+        "v3: relative positions, SentencePiece",
+        {
+            **BASE,
+            "max_position_embeddings": 64,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 8,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+        },
+        {**WORDPIECE, "words": "unigram"},
+    ),
+    "modernbert": (
+        "rotary, local and global attention, no segments",
+        {**BASE, "max_position_embeddings": 64, "local_attention": 8},
+        {**WORDPIECE, "words": "bpe", "segments": False},
+    ),
+    "albert": (
+        "layers share weights, factorised embeddings, SentencePiece",
+        {**BASE, "embedding_size": 16, "max_position_embeddings": 64},
+        {**WORDPIECE, "words": "unigram"},
+    ),
+}
 SEQ2SEQ = {
-    "t5": ("relative positions, SentencePiece, starts with PAD",
-           {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
-           {"words": "unigram", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "end": "</s>",
-            "special": ["<pad>", "</s>", "<unk>"]}),
-    "bart": ("learned positions from 2, starts with EOS",
-             {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-              "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
-              "max_position_embeddings": 64, "decoder_start_token_id": 2, "forced_eos_token_id": 2},
-             {**ROBERTA, "begin": "<s>", "end": "</s>"}),
-}  # fmt: skip
+    "t5": (
+        "relative positions, SentencePiece, starts with PAD",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        {
+            "words": "unigram",
+            "pad_token": "<pad>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "end": "</s>",
+            "special": ["<pad>", "</s>", "<unk>"],
+        },
+    ),
+    "bart": (
+        "learned positions from 2, starts with EOS",
+        {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+            "max_position_embeddings": 64,
+            "decoder_start_token_id": 2,
+            "forced_eos_token_id": 2,
+        },
+        {**ROBERTA, "begin": "<s>", "end": "</s>"},
+    ),
+}
 QUICK = ("gpt_neox", "gemma", "roberta", "t5")  # the others are slow together
 
 
@@ -169,10 +280,12 @@ def table():
     found = {}
     yield lambda section, row: found.setdefault(section, []).append(row)
     text = "\n\n".join(
-        "\n".join([f"| {' | '.join(rows[0])} |", f"|{' --- |' * len(rows[0])}"]
-                  + [f"| {' | '.join(map(str, row.values()))} |" for row in rows])
+        "\n".join(
+            [f"| {' | '.join(rows[0])} |", f"|{' --- |' * len(rows[0])}"]
+            + [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
+        )
         for rows in found.values()
-    )  # fmt: skip
+    )
     print("\n" + text)
     target = os.environ.get("FAMILIES_TABLE")
     if target and sum(map(len, found.values())) == len(CAUSAL) + len(ENCODERS) + len(SEQ2SEQ):  # all of them passed
@@ -239,11 +352,21 @@ def falling(folder) -> bool:
     return bool(found.isfinite().all() and found[-3:].min() < found[0])
 
 
-ROWS = [{"prompt": f"what colour is the {a}", "completion": f"the {a} is {c}"}
-        for a, c in (("cat", "red"), ("dog", "green"), ("bird", "blue"), ("fish", "small"))]  # fmt: skip
+ROWS = [
+    {"prompt": f"what colour is the {a}", "completion": f"the {a} is {c}"}
+    for a, c in (("cat", "red"), ("dog", "green"), ("bird", "blue"), ("fish", "small"))
+]
 PAIRS = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "the tree sees"} for r in ROWS]
-STEPS = {"per_device_train_batch_size": 4, "learning_rate": 3e-3, "max_steps": 5, "logging_steps": 1,
-         "save_strategy": "no", "warmup_steps": 0, "lr_scheduler_type": "constant", "report_to": []}  # fmt: skip
+STEPS = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 3e-3,
+    "max_steps": 5,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "warmup_steps": 0,
+    "lr_scheduler_type": "constant",
+    "report_to": [],
+}
 
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"]}
@@ -255,18 +378,40 @@ def test_causal_models_through_sft_reward_and_ppo(family, tmp_path, recipe, writ
     base = make(tmp_path / "base", family, config, words, "AutoModelForCausalLM")
     packed, fused, added = sft_loss_is_the_models_own(base)
     stages = {
-        "sft": {"kind": "sft", "model": {"model_name_or_path": str(base)}, "data": {"train": write("a.jsonl", ROWS)},
-                "args": {**STEPS, "packing": packed}},
-        "lora": {"kind": "sft", "model": {"model_name_or_path": str(base), **LORA}, "data": {"train": write("a.jsonl", ROWS)},
-                 "args": STEPS},
-        "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"},
-                   "data": {"train": write("b.jsonl", PAIRS)}, "args": STEPS},
-        "policy": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"},
-                   "reward": {"models": ["stage:reward"], "min_accuracy": 0},
-                   "data": {"train": write("c.jsonl", [{"prompt": r["prompt"]} for r in ROWS])},
-                   "args": {**STEPS, "max_steps": 2, "response_length": 6, "num_ppo_epochs": 1, "num_mini_batches": 1,
-                            "allow_no_eos": True, "allow_constant_scores": True}},
-    }  # fmt: skip
+        "sft": {
+            "kind": "sft",
+            "model": {"model_name_or_path": str(base)},
+            "data": {"train": write("a.jsonl", ROWS)},
+            "args": {**STEPS, "packing": packed},
+        },
+        "lora": {
+            "kind": "sft",
+            "model": {"model_name_or_path": str(base), **LORA},
+            "data": {"train": write("a.jsonl", ROWS)},
+            "args": STEPS,
+        },
+        "reward": {
+            "kind": "reward",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": {"train": write("b.jsonl", PAIRS)},
+            "args": STEPS,
+        },
+        "policy": {
+            "kind": "ppo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "reward": {"models": ["stage:reward"], "min_accuracy": 0},
+            "data": {"train": write("c.jsonl", [{"prompt": r["prompt"]} for r in ROWS])},
+            "args": {
+                **STEPS,
+                "max_steps": 2,
+                "response_length": 6,
+                "num_ppo_epochs": 1,
+                "num_mini_batches": 1,
+                "allow_no_eos": True,
+                "allow_constant_scores": True,
+            },
+        },
+    }
     if packed:
         stages["sft"]["args"]["per_device_train_batch_size"] = 1  # a pack of all four rows
     loaded = load(recipe(stages))
@@ -282,15 +427,23 @@ def test_causal_models_through_sft_reward_and_ppo(family, tmp_path, recipe, writ
     for place in ("reward", "policy/critic"):
         same_when_loaded(kept, out / place, "AutoModelForSequenceClassification")
     lean = rollouts_have_the_plain_log_probs(out / "policy")
-    table("causal", {
-        "family": f"`{family}`", "what is particular": about, "tokens added": " ".join(f"`{t}`" for t in added).replace("|", "\\|") or "–",
-        "batches": "packed" if packed else "padded", "loss": "fused" if fused else "its own",
-        "decoding": "lean" if lean else "generate",
-    })  # fmt: skip
+    table(
+        "causal",
+        {
+            "family": f"`{family}`",
+            "what is particular": about,
+            "tokens added": " ".join(f"`{t}`" for t in added).replace("|", "\\|") or "–",
+            "batches": "packed" if packed else "padded",
+            "loss": "fused" if fused else "its own",
+            "decoding": "lean" if lean else "generate",
+        },
+    )
 
 
 def new_rows_moved(base, folder, added) -> bool:
-    """Whether each token that the template brought was learned under LoRA: its input row, and an output row of its own."""
+    """Whether each token that the template brought was learned under LoRA: its input row, and an output row of
+    its own.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, ids = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -366,8 +519,12 @@ def rollouts_have_the_plain_log_probs(folder) -> bool:
     return can_decode_lean(ready)
 
 
-REVIEWS = [{"text": f"the {a} {v} the {b}", "label": "yes" if v == "likes" else "no"}
-           for a in ("cat", "dog", "bird", "fish") for b in ("tree", "cat") for v in ("likes", "sees")]  # fmt: skip
+REVIEWS = [
+    {"text": f"the {a} {v} the {b}", "label": "yes" if v == "likes" else "no"}
+    for a in ("cat", "dog", "bird", "fish")
+    for b in ("tree", "cat")
+    for v in ("likes", "sees")
+]
 LONG = {"text": " ".join(WORDS * 3), "label": "no"}
 
 
@@ -378,17 +535,31 @@ def test_encoders_through_masked_words_and_classification(family, tmp_path, reci
     texts = write("t.jsonl", [{"text": t} for t in TEXT * 2])
     stages = {
         "words": {"kind": "mlm", "model": {"model_name_or_path": str(base)}, "data": {"train": texts}, "args": STEPS},
-        "labels": {"kind": "classify", "model": {"model_name_or_path": "stage:words"},
-                   "data": {"train": write("r.jsonl", [*REVIEWS, LONG]), "validation": write("v.jsonl", [*REVIEWS, LONG])},
-                   "args": {**STEPS, "per_device_train_batch_size": 17, "max_steps": 8, "eval_strategy": "no",
-                            "learning_rate": 3e-4}},
-        "lora": {"kind": "classify", "model": {"model_name_or_path": "stage:words", **LORA},
-                 "data": {"train": write("l.jsonl", REVIEWS)},
-                 "args": {**STEPS, "per_device_train_batch_size": 16, "max_steps": 8, "learning_rate": 1e-3}},
-        "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:words"},
-                   "data": {"train": write("p.jsonl", [{k: v[:12] for k, v in row.items()} for row in PAIRS])},
-                   "args": {**STEPS, "max_length": 64}},
-    }  # fmt: skip
+        "labels": {
+            "kind": "classify",
+            "model": {"model_name_or_path": "stage:words"},
+            "data": {"train": write("r.jsonl", [*REVIEWS, LONG]), "validation": write("v.jsonl", [*REVIEWS, LONG])},
+            "args": {
+                **STEPS,
+                "per_device_train_batch_size": 17,
+                "max_steps": 8,
+                "eval_strategy": "no",
+                "learning_rate": 3e-4,
+            },
+        },
+        "lora": {
+            "kind": "classify",
+            "model": {"model_name_or_path": "stage:words", **LORA},
+            "data": {"train": write("l.jsonl", REVIEWS)},
+            "args": {**STEPS, "per_device_train_batch_size": 16, "max_steps": 8, "learning_rate": 1e-3},
+        },
+        "reward": {
+            "kind": "reward",
+            "model": {"model_name_or_path": "stage:words"},
+            "data": {"train": write("p.jsonl", [{k: v[:12] for k, v in row.items()} for row in PAIRS])},
+            "args": {**STEPS, "max_length": 64},
+        },
+    }
     loaded = load(recipe(stages))
     chain.run(loaded)
     out = loaded.output_dir
@@ -405,10 +576,16 @@ def test_encoders_through_masked_words_and_classification(family, tmp_path, reci
         same_when_loaded(kept, out / place, "AutoModelForSequenceClassification")
     from transformers import AutoModel
 
-    table("encoders", {"family": f"`{family}`", "what is particular": about,
-                       "longest text": f"{loading.positions(AutoModel.from_pretrained(base))} of "
-                                       f"{config['max_position_embeddings']}",
-                       "head": ", ".join(f"`{h}`" for h in heads_of(out / "labels"))})  # fmt: skip
+    table(
+        "encoders",
+        {
+            "family": f"`{family}`",
+            "what is particular": about,
+            "longest text": f"{loading.positions(AutoModel.from_pretrained(base))} of "
+            f"{config['max_position_embeddings']}",
+            "head": ", ".join(f"`{h}`" for h in heads_of(out / "labels")),
+        },
+    )
 
 
 def heads_of(folder):
@@ -422,9 +599,12 @@ def test_encoder_decoders_through_translation(family, tmp_path, recipe, write, k
     about, config, words = SEQ2SEQ[family]
     base = make(tmp_path / "base", family, config, words, "AutoModelForSeq2SeqLM")
     rows = [{"source": r["text"], "target": " ".join(reversed(r["text"].split()))} for r in REVIEWS]
-    stage = {"kind": "seq2seq", "model": {"model_name_or_path": str(base)},
-             "data": {"train": write("a.jsonl", rows), "validation": write("b.jsonl", rows[:3])},
-             "args": {**STEPS, "max_source_length": 32, "max_target_length": 32, "eval_strategy": "no"}}  # fmt: skip
+    stage = {
+        "kind": "seq2seq",
+        "model": {"model_name_or_path": str(base)},
+        "data": {"train": write("a.jsonl", rows), "validation": write("b.jsonl", rows[:3])},
+        "args": {**STEPS, "max_source_length": 32, "max_target_length": 32, "eval_strategy": "no"},
+    }
     loaded = load(recipe({"s": stage}))
     chain.run(loaded)
     out = loaded.output_dir / "s"

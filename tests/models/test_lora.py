@@ -69,10 +69,17 @@ def run(tmp_path_factory, tiny_gpt2):
             "model": {"model_name_or_path": "stage:sft", **LORA},
             "reward": {"models": ["stage:reward"], "min_accuracy": 0},
             "data": {"train": write("prompts.jsonl", [{"prompt": row["prompt"]} for row in ROWS])},
-            "args": {"global_batch_size": 8, "max_steps": 2, "response_length": 8, "learning_rate": 1e-2, "num_ppo_epochs": 1,
-                     "num_mini_batches": 1, "missing_eos_penalty": 1.0},
+            "args": {
+                "global_batch_size": 8,
+                "max_steps": 2,
+                "response_length": 8,
+                "learning_rate": 1e-2,
+                "num_ppo_epochs": 1,
+                "num_mini_batches": 1,
+                "missing_eos_penalty": 1.0,
+            },
         },
-    }  # fmt: skip
+    }
     stages["policy"]["args"]["logging_steps"] = 1
     stages["one_base"] = json.loads(json.dumps(stages["policy"]))
     stages["one_base"]["reward"]["share_base"] = True
@@ -199,8 +206,17 @@ def train(models_, out, folder, resume=None, callbacks=(), **settings):
     from transformers import AutoTokenizer
 
     policy, critic, reward = models_
-    how = {"per_device_train_batch_size": 8, "max_steps": 4, "response_length": 8, "learning_rate": 1e-2, "save_steps": 2,
-           "num_ppo_epochs": 2, "temperature": 1.0, "allow_no_eos": True, "num_sample_generations": 0}  # fmt: skip
+    how = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 4,
+        "response_length": 8,
+        "learning_rate": 1e-2,
+        "save_steps": 2,
+        "num_ppo_epochs": 2,
+        "temperature": 1.0,
+        "allow_no_eos": True,
+        "num_sample_generations": 0,
+    }
     trainer = PPOTrainer(
         model=policy,
         value_model=critic,
@@ -449,7 +465,9 @@ BITS4 = {"load_in_4bit": True, "lora_target_modules": ["all-linear"]}
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What a stage trained: `seen["first"]`, `seen["last"]` (quantized weights), `seen["logits"]` of the model as saved."""
+    """What a stage trained: `seen["first"]`, `seen["last"]` (quantized weights), `seen["logits"]` of the model as
+    saved.
+    """
 
     found, fit, save = {}, loop.fit, saving.save
 
@@ -504,9 +522,18 @@ def test_qlora_trains_and_is_merged_at_full_precision(bits, tiny_gpt2, recipe, w
     from transformers import AutoModelForCausalLM
 
     model = {"model_name_or_path": str(tiny_gpt2), **LORA, "lora_target_modules": ["all-linear"], bits: True}
-    stage = {"kind": "sft", "model": model, "data": {"train": write("a.jsonl", ROWS)},
-             "args": {"global_batch_size": 6, "max_steps": 12, "learning_rate": 1e-2, "logging_steps": 1,
-                      "optim": "adamw_bnb_8bit"}}  # fmt: skip
+    stage = {
+        "kind": "sft",
+        "model": model,
+        "data": {"train": write("a.jsonl", ROWS)},
+        "args": {
+            "global_batch_size": 6,
+            "max_steps": 12,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "optim": "adamw_bnb_8bit",
+        },
+    }
     loaded = recipe_recipe.load(recipe({"sft": stage}))
     chain.run(loaded)
     folder = loaded["sft"].folder
@@ -538,14 +565,28 @@ def test_qlora_through_reward_ppo_and_classification(run, tiny_gpt2, recipe, wri
     labels = [{"text": f"the cat {v} {i}", "label": v} for i in range(8) for v in ("likes", "sees")]
     stages = {
         "reward": {"kind": "reward", "model": sft, "data": {"train": write("b.jsonl", PAIRS)}, "args": steps},
-        "policy": {"kind": "ppo", "model": sft, "reward": {"models": ["stage:reward"], "min_accuracy": 0},
-                   "data": {"train": write("c.jsonl", [{"prompt": r["prompt"]} for r in ROWS])},
-                   "args": {**steps, "max_steps": 2, "response_length": 8, "allow_no_eos": True, "num_mini_batches": 1,
-                            "missing_eos_penalty": 1.0}},
+        "policy": {
+            "kind": "ppo",
+            "model": sft,
+            "reward": {"models": ["stage:reward"], "min_accuracy": 0},
+            "data": {"train": write("c.jsonl", [{"prompt": r["prompt"]} for r in ROWS])},
+            "args": {
+                **steps,
+                "max_steps": 2,
+                "response_length": 8,
+                "allow_no_eos": True,
+                "num_mini_batches": 1,
+                "missing_eos_penalty": 1.0,
+            },
+        },
         "one_base": None,
-        "labels": {"kind": "classify", "model": {**LORA, **BITS4, "model_name_or_path": str(out / "sft")},
-                   "data": {"train": write("d.jsonl", labels)}, "args": steps},
-    }  # fmt: skip
+        "labels": {
+            "kind": "classify",
+            "model": {**LORA, **BITS4, "model_name_or_path": str(out / "sft")},
+            "data": {"train": write("d.jsonl", labels)},
+            "args": steps,
+        },
+    }
     stages["one_base"] = {**stages["policy"], "reward": {**stages["policy"]["reward"], "share_base": True}}
     loaded = recipe_recipe.load(recipe(stages))
     for name, auto in (
@@ -566,8 +607,11 @@ def test_qlora_through_reward_ppo_and_classification(run, tiny_gpt2, recipe, wri
 
 
 def test_check_says_what_merges_into_what_and_refuses_bits_without_adapters(tiny_gpt2, recipe, write, capsys):
-    stage = {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2), **LORA, **BITS4},
-             "data": {"train": write("a.jsonl", ROWS)}}  # fmt: skip
+    stage = {
+        "kind": "sft",
+        "model": {"model_name_or_path": str(tiny_gpt2), **LORA, **BITS4},
+        "data": {"train": write("a.jsonl", ROWS)},
+    }
     path = str(recipe({"sft": stage}))
     pytest.importorskip("bitsandbytes")
     assert main(["check", path]) == 0

@@ -1,4 +1,5 @@
-"""What is odd about a public model or its tokenizer, one tiny model each: what is done about it, without a library's warning.
+"""What is odd about a public model or its tokenizer, one tiny model each: what is done about it, without a library's
+warning.
 
 `ODDITIES_TABLE=docs/models.md python -m pytest tests/models/test_oddities.py` writes the table of docs/models.md.
 """
@@ -17,7 +18,8 @@ from pipelines.generation import answers
 from pipelines.models import chat_template, loading, tokenizer_setup
 from pipelines.models.config import ModelSection
 
-ODDITIES = {  # name: (what is done about it, changes of the config, rows of embeddings beyond the tokenizer, of the tokenizer)
+# name: (what is done about it, changes of the config, rows of embeddings beyond the tokenizer, of the tokenizer)
+ODDITIES = {
     "tied embeddings": ("new tokens get one row", {"tie_word_embeddings": True}, 0, {}),
     "untied embeddings": ("new tokens get a row on both sides", {"tie_word_embeddings": False}, 0, {}),
     "more embeddings than tokens": ("spare rows are used first, none is cut", {}, 61, {}),

@@ -1,4 +1,6 @@
-"""A classifier's score of an answer is that of transformers on the text as its training put it: every family, label and shape."""
+"""A classifier's score of an answer is that of transformers on the text as its training put it: every family, label and
+shape.
+"""
 
 import json
 
@@ -13,8 +15,15 @@ from pipelines.models.config import ModelSection
 from pipelines.models.scorers import Classifier, load_scorer, trained_reading
 
 AUTO = "AutoModelForSequenceClassification"
-PROMPTS = ["the cat", [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a tree"},
-                       {"role": "user", "content": "which colour"}], "a dog sees"]  # fmt: skip
+PROMPTS = [
+    "the cat",
+    [
+        {"role": "user", "content": "what is it"},
+        {"role": "assistant", "content": "a tree"},
+        {"role": "user", "content": "which colour"},
+    ],
+    "a dog sees",
+]
 ANSWERS = [" likes the tree", "it is green and big", " " + " ".join(WORDS * 2)]
 
 
@@ -37,7 +46,9 @@ def scores_of(folder, label, prompts, answers, continued):
 
 
 def logits_of(folder, *texts, tokens):
-    """What transformers itself gives for text, or text and text_pair: the tokenizer's own marks, segments and cutting."""
+    """What transformers itself gives for text, or text and text_pair: the tokenizer's own marks, segments and
+    cutting.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder)

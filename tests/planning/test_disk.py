@@ -13,9 +13,13 @@ def test_check_warns_of_a_disk_that_is_too_small(recipe, write, tiny_gpt2, monke
     path = recipe(
         {
             "base": {"kind": "pretrain", "model": {k: v for k, v in tokenizer.items() if v}, "data": {"train": text}},
-            "sft": {"kind": "sft", "model": {"model_name_or_path": "stage:base", "chat_template": "plain"}, "data": {"train": rows}},
+            "sft": {
+                "kind": "sft",
+                "model": {"model_name_or_path": "stage:base", "chat_template": "plain"},
+                "data": {"train": rows},
+            },
         }
-    )  # fmt: skip
+    )
     assert check.main([str(path)]) == 0
     assert "warning" not in capsys.readouterr().out
     monkeypatch.setattr(files, "free_bytes", lambda path: 2_000_000)

@@ -23,12 +23,55 @@ from pipelines.training.rankings import RankingCollator
 
 SMALL = {
     "gpt2": ("AutoModelForCausalLM", {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 100}),
-    "llama": ("AutoModelForCausalLM", {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 100}),
-    "gpt_neox": ("AutoModelForCausalLM", {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}),
-    "qwen3": ("AutoModelForSequenceClassification", {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "vocab_size": 100, "num_labels": 1}),
-    "bert": ("AutoModelForMaskedLM", {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}),
-    "t5": ("AutoModelForSeq2SeqLM", {"num_layers": 2, "d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "vocab_size": 100}),
-}  # fmt: skip
+    "llama": (
+        "AutoModelForCausalLM",
+        {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 48,
+            "vocab_size": 100,
+        },
+    ),
+    "gpt_neox": (
+        "AutoModelForCausalLM",
+        {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "vocab_size": 100,
+        },
+    ),
+    "qwen3": (
+        "AutoModelForSequenceClassification",
+        {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "intermediate_size": 48,
+            "vocab_size": 100,
+            "num_labels": 1,
+        },
+    ),
+    "bert": (
+        "AutoModelForMaskedLM",
+        {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "vocab_size": 100,
+        },
+    ),
+    "t5": (
+        "AutoModelForSeq2SeqLM",
+        {"num_layers": 2, "d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "vocab_size": 100},
+    ),
+}
 
 
 def config(kind):
@@ -101,19 +144,29 @@ def test_activations_of_answers_behind_one_copy_of_their_prompt():
     assert found == pytest.approx(sum(t.untyped_storage().nbytes() for t in kept.values()), rel=0.03)
 
 
-@pytest.mark.parametrize("auto, kind, layout", [
-    ("AutoModelForCausalLM", "llama", "packed"),
-    ("AutoModelForSequenceClassification", "llama", "shared"),
-    ("AutoModelForSequenceClassification", "bert", "padded"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "auto, kind, layout",
+    [
+        ("AutoModelForCausalLM", "llama", "packed"),
+        ("AutoModelForSequenceClassification", "llama", "shared"),
+        ("AutoModelForSequenceClassification", "bert", "padded"),
+    ],
+)
 def test_layout_is_that_of_our_trainers(auto, kind, layout):
     assert anatomy.layout(config(kind), auto) == layout
 
 
 def test_rankings_share_their_prompt_as_the_collator_lays_them(tiny_gpt2, recipe, write):
-    rows = [{"prompt": "the cat sees " * n, "completions": ["a dog", "a big dog " * n, "a bird"], "ranks": [1, 2, 3]} for n in (2, 3, 30)]  # fmt: skip
-    stage = {"kind": "reward", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": {"train": write("r.jsonl", rows)},
-             "args": {"per_device_train_batch_size": 2}}  # fmt: skip
+    rows = [
+        {"prompt": "the cat sees " * n, "completions": ["a dog", "a big dog " * n, "a bird"], "ranks": [1, 2, 3]}
+        for n in (2, 3, 30)
+    ]
+    stage = {
+        "kind": "reward",
+        "model": {"model_name_or_path": str(tiny_gpt2)},
+        "data": {"train": write("r.jsonl", rows)},
+        "args": {"per_device_train_batch_size": 2},
+    }
     loaded = load(recipe({"judge": stage}))
     found = describe(loaded.stages[0])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_gpt2)
@@ -240,13 +293,16 @@ def test_what_ppo_decodes_at_once_is_made_smaller():
     assert words == "args.local_rollout_forward_batch_size=16" and memory.kv_cache == planner.cache(asked) / 4
 
 
-@pytest.mark.parametrize("words, gpu, world", [
-    (["--config_file", "accelerate_configs/fsdp2.yaml"], "h100", 8),
-    (["--config_file", "accelerate_configs/fsdp2.yaml", "--gpu", "a100", "--gpus", "4"], "a100", 4),
-    (["--config_file", "accelerate_configs/fsdp2.yaml", "--processes", "2"], None, 2),
-    (["--config_file", "accelerate_configs/cpu_2.yaml"], None, 2),
-    ([], None, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, gpu, world",
+    [
+        (["--config_file", "accelerate_configs/fsdp2.yaml"], "h100", 8),
+        (["--config_file", "accelerate_configs/fsdp2.yaml", "--gpu", "a100", "--gpus", "4"], "a100", 4),
+        (["--config_file", "accelerate_configs/fsdp2.yaml", "--processes", "2"], None, 2),
+        (["--config_file", "accelerate_configs/cpu_2.yaml"], None, 2),
+        ([], None, 1),
+    ],
+)
 def test_where_a_stage_runs(words, gpu, world):
     setup = setups.setup_of(a_job(per_device_train_batch_size=8), plan.parser().parse_args(["recipe", *words]))
     assert (setup.gpu, setup.world, setup.bf16) == (gpu, world, gpu is not None)
@@ -354,13 +410,22 @@ def test_a_whole_chain_is_planned_before_any_of_it_exists(recipe, write, capsys,
 def test_rows_that_an_earlier_stage_will_write_are_left_out_and_said(tiny_gpt2, recipe, write):
     rows = [{"prompt": "the cat", "chosen": "sees a dog", "rejected": "a bird"}] * 12
     stages = {
-        "samples": {"kind": "sample", "sample": {"models": [str(tiny_gpt2)]},
-                    "data": {"train": write("prompts.jsonl", [{"prompt": "the cat"}] * 4)}},
-        "rankings": {"kind": "rank", "rank": {"labeller": "data.bay.labeller:script_labeller"},
-                     "data": {"train": "stage:samples/samples.jsonl"}},
-        "judge": {"kind": "reward", "model": {"model_name_or_path": str(tiny_gpt2)},
-                  "data": {"train": [write("rows.jsonl", rows), "stage:rankings/rankings.jsonl"]}},
-    }  # fmt: skip
+        "samples": {
+            "kind": "sample",
+            "sample": {"models": [str(tiny_gpt2)]},
+            "data": {"train": write("prompts.jsonl", [{"prompt": "the cat"}] * 4)},
+        },
+        "rankings": {
+            "kind": "rank",
+            "rank": {"labeller": "data.bay.labeller:script_labeller"},
+            "data": {"train": "stage:samples/samples.jsonl"},
+        },
+        "judge": {
+            "kind": "reward",
+            "model": {"model_name_or_path": str(tiny_gpt2)},
+            "data": {"train": [write("rows.jsonl", rows), "stage:rankings/rankings.jsonl"]},
+        },
+    }
 
     loaded = load(recipe(stages), read_data=False)
     found = describe(loaded["judge"])
@@ -374,8 +439,15 @@ def test_a_folder_is_planned_from_its_config_alone(tiny_gpt2, recipe, write, tmp
     for file in tiny_gpt2.iterdir():
         if file.suffix != ".safetensors":
             (folder / file.name).write_bytes(file.read_bytes())
-    path = recipe({"sft": {"kind": "sft", "model": {"model_name_or_path": str(folder)}, "data": {
-        "train": write("rows.jsonl", [{"prompt": "the cat", "completion": "sees a dog"}] * 32)}}})  # fmt: skip
+    path = recipe(
+        {
+            "sft": {
+                "kind": "sft",
+                "model": {"model_name_or_path": str(folder)},
+                "data": {"train": write("rows.jsonl", [{"prompt": "the cat", "completion": "sees a dog"}] * 32)},
+            }
+        }
+    )
 
     assert main(["plan", str(path)]) == 0
     said = capsys.readouterr().out
@@ -384,8 +456,15 @@ def test_a_folder_is_planned_from_its_config_alone(tiny_gpt2, recipe, write, tmp
 
 
 def test_wrong_names_are_told_with_the_right_ones(recipe, write, capsys):
-    path = recipe({"sft": {"kind": "sft", "model": {"model_name_or_path": "gpt2"}, "data": {
-        "train": write("rows.jsonl", [{"prompt": "a", "completion": "b"}])}}})  # fmt: skip
+    path = recipe(
+        {
+            "sft": {
+                "kind": "sft",
+                "model": {"model_name_or_path": "gpt2"},
+                "data": {"train": write("rows.jsonl", [{"prompt": "a", "completion": "b"}])},
+            }
+        }
+    )
     for words, hint in (
         (["--gpu", "h10"], "did you mean h100"),
         (["stf"], "did you mean sft"),

@@ -60,11 +60,23 @@ def test_kill_in_each_phase_changes_nothing(tmp_path, write, recipe, tiny_gpt2):
             "reward": {"functions": ["tests.ppo.test_ppo_kill:count_of_the"]},
             "data": {"train": write("p.jsonl", PROMPTS), "validation": 0.2, "ptx": write("t.jsonl", TEXTS)},
             "args": {
-                "global_batch_size": 8, "max_steps": 12, "response_length": 8, "learning_rate": 1e-3, "save_steps": 2,
-                "eval_steps": 4, "num_ppo_epochs": 2, "num_mini_batches": 2, "kl_target": 0.5, "kl_horizon": 100,
-                "normalize_scores": True, "ptx_coef": 0.5, "ptx_length": 8, "allow_no_eos": True, "logging_steps": 3,
+                "global_batch_size": 8,
+                "max_steps": 12,
+                "response_length": 8,
+                "learning_rate": 1e-3,
+                "save_steps": 2,
+                "eval_steps": 4,
+                "num_ppo_epochs": 2,
+                "num_mini_batches": 2,
+                "kl_target": 0.5,
+                "kl_horizon": 100,
+                "normalize_scores": True,
+                "ptx_coef": 0.5,
+                "ptx_length": 8,
+                "allow_no_eos": True,
+                "logging_steps": 3,
             },
-        }  # fmt: skip
+        }
         return recipe({"policy": stage}, name=f"{name}.yaml", output_dir=str(tmp_path / name)), tmp_path / name
 
     def launch(path, phase):

@@ -37,8 +37,10 @@ STATS = {  # TRL's name: ours
 def reference():
     """`reference("full/k1/rewards")` is that array as a tensor; float32, or int64."""
     with np.load(FIXTURE, allow_pickle=False) as file:
-        arrays = {name: torch.from_numpy(file[name].astype(np.int64 if file[name].dtype == np.int16 else np.float32))
-                  for name in file.files}  # fmt: skip
+        arrays = {
+            name: torch.from_numpy(file[name].astype(np.int64 if file[name].dtype == np.int16 else np.float32))
+            for name in file.files
+        }
     return arrays.__getitem__
 
 

@@ -148,10 +148,12 @@ def test_score_normalizer_does_not_care_how_scores_were_batched(parts, rng):
 
 FAMILIES = [(tiny_gpt2, GPT2ForSequenceClassification), (tiny_llama, LlamaForSequenceClassification)]
 answers = st.lists(
-    st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.lists(st.integers(0, 10), min_size=1, max_size=8)),
+    st.tuples(
+        st.lists(st.integers(0, 9), min_size=1, max_size=8), st.lists(st.integers(0, 10), min_size=1, max_size=8)
+    ),
     min_size=1,
     max_size=6,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("build, kind", FAMILIES)

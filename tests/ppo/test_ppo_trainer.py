@@ -523,7 +523,9 @@ def test_ptx_gradient_is_that_of_the_language_model_loss(tmp_path):
     value = critic()
     with torch.no_grad():
         value.score.weight.zero_()
-    settings = dict(optim="sgd", learning_rate=0.1, num_ppo_epochs=1, num_mini_batches=1, max_steps=1, max_grad_norm=0.0)  # fmt: skip
+    settings = dict(
+        optim="sgd", learning_rate=0.1, num_ppo_epochs=1, num_mini_batches=1, max_steps=1, max_grad_norm=0.0
+    )
     settings |= dict(ptx_coef=2.0, ptx_batch_size=40, ptx=text(), lr_scheduler_type="constant") | NO_REWARD
     reference = gpt2().eval()  # without dropout, as PPO
     loss = lm_loss(reference, text())
@@ -657,8 +659,16 @@ def test_samples_are_shown_with_their_scores(tmp_path, caplog):
 @pytest.mark.parametrize("eval_on_start", [True, False])
 def test_held_out_answers_of_the_first_and_the_last_policy_are_kept_side_by_side(tmp_path, eval_on_start):
     data, held_out = prompts(), prompts(150)
-    trainer = make(tmp_path, data=data, eval_data=held_out, eval_on_start=eval_on_start, max_steps=2,
-                   learning_rate=1e-2, eval_strategy="steps", eval_steps=1)  # fmt: skip
+    trainer = make(
+        tmp_path,
+        data=data,
+        eval_data=held_out,
+        eval_on_start=eval_on_start,
+        max_steps=2,
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
     trainer.train()
     trainer.evaluate()  # as the stage does at the end
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]

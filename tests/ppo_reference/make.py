@@ -35,11 +35,29 @@ FIXTURE = Path(__file__).with_name("trl_1_12.npz")
 VOCABULARY, NEVER, EOS, PAD = 32, 29, 30, 31
 END = {"full": NEVER, "eos": EOS}  # what ends an answer: a token that is never sampled, or one that often is
 SETTINGS = dict(  # the same names in TRL's PPOConfig and in ours
-    per_device_train_batch_size=16, gradient_accumulation_steps=1, num_ppo_epochs=2, num_mini_batches=2,
-    response_length=10, temperature=0.7, learning_rate=1e-3, adam_epsilon=1e-5, kl_coef=0.2, vf_coef=0.3,
-    cliprange=0.05, cliprange_value=0.05, gamma=0.97, lam=0.9, total_episodes=16, num_sample_generations=0,
-    use_cpu=True, bf16=False, save_strategy="no", report_to="none", disable_tqdm=True, seed=1,
-)  # fmt: skip
+    per_device_train_batch_size=16,
+    gradient_accumulation_steps=1,
+    num_ppo_epochs=2,
+    num_mini_batches=2,
+    response_length=10,
+    temperature=0.7,
+    learning_rate=1e-3,
+    adam_epsilon=1e-5,
+    kl_coef=0.2,
+    vf_coef=0.3,
+    cliprange=0.05,
+    cliprange_value=0.05,
+    gamma=0.97,
+    lam=0.9,
+    total_episodes=16,
+    num_sample_generations=0,
+    use_cpu=True,
+    bf16=False,
+    save_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+    seed=1,
+)
 CASES = {
     "-".join([kl, *(["whiten"] if white else []), *(["penalty"] if penalty else [])]): dict(
         kl_estimator=kl, whiten_rewards=white, missing_eos_penalty=penalty
@@ -51,9 +69,17 @@ CASES = {
 def model(kind) -> torch.nn.Module:
     """A GPT-2 of about 2,300 parameters with weights large enough that nothing is near uniform."""
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=24, n_embd=8, n_layer=2, n_head=2, initializer_range=0.3, num_labels=1,
-        bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        n_positions=24,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        num_labels=1,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
     return kind(config).eval()
 
 

@@ -67,11 +67,22 @@ def test_all_problems_of_all_stages_at_once_with_lines(tmp_path, write):
     )
     text = messages(path)
     for expected in [
-        "seeds", "did you mean seed?", "n_layers = 2", "did you mean n_layer?", "needs a tokenizer",
-        "`stage:bas` names no earlier stage (did you mean base?)", "nowhere.jsonl", "no such file",
-        "line 12", "did you mean learning_rate?", "'three'", "must be a number", "top-level `output_dir`",
-        "use eval_strategy", "did you mean ppo?",
-    ]:  # fmt: skip
+        "seeds",
+        "did you mean seed?",
+        "n_layers = 2",
+        "did you mean n_layer?",
+        "needs a tokenizer",
+        "`stage:bas` names no earlier stage (did you mean base?)",
+        "nowhere.jsonl",
+        "no such file",
+        "line 12",
+        "did you mean learning_rate?",
+        "'three'",
+        "must be a number",
+        "top-level `output_dir`",
+        "use eval_strategy",
+        "did you mean ppo?",
+    ]:
         assert expected in text, expected
     assert len(text.splitlines()) > 18
 
@@ -173,7 +184,8 @@ def test_an_override_does_not_reach_a_stage_that_shares_the_section_by_an_alias(
     data = write("a.jsonl", ROWS)
     path = tmp_path / "r.yaml"
     path.write_text(
-        f"stages:\n  a: {{kind: sft, model: {{model_name_or_path: gpt2}}, data: &d {{train: {data}}}, args: &args {{max_steps: 3}}}}\n"
+        f"stages:\n  a: {{kind: sft, model: {{model_name_or_path: gpt2}}, data: &d {{train: {data}}}, args: &args "
+        f"{{max_steps: 3}}}}\n"
         "  b: {kind: sft, model: {model_name_or_path: gpt2}, data: *d, args: *args}\n"
     )
     loaded = load(path, "stages.a.args.max_steps=5")

@@ -1,6 +1,7 @@
 """Wrong recipes by the hundred, made from right ones: none is accepted, none ends in a traceback or hangs.
 
-A new key, kind or range is covered when it is there: the numbers come from the table of ranges, the keys from the sections.
+A new key, kind or range is covered when it is there: the numbers come from the table of ranges, the keys from the
+sections.
 """
 
 import copy
@@ -51,7 +52,8 @@ def files(tmp_path_factory, tiny_gpt2):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "functions.py").write_text(
         "value = 3\ndef reward(prompts, completions, **columns): return [0.0 for _ in prompts]\n"
-        "def short(prompts): return []\ndef judge(prompt, completion): return 1.0\ndef rank(prompt, completions): return [1, 2], [[], []]\n"
+        "def short(prompts): return []\ndef judge(prompt, completion): return 1.0\ndef rank(prompt, completions): "
+        "return [1, 2], [[], []]\n"
     )
     (folder / "labels_only.jsonl").write_text('{"label": 1}\n')
     (folder / "broken.jinja").write_text("{% for m in messages %}{{ m.content }")
@@ -94,26 +96,62 @@ def stages(files, monkeypatch):
         return {"train": files[shape], **more}
 
     return {
-        "base": {"kind": "pretrain", "model": {"config": new}, "tokenizer": {"train": "bpe", "vocab_size": 400},
-                 "data": data("text", validation=0.2), "args": {**short, "max_length": 16}},
-        "encoder": {"kind": "mlm", "model": {"config": bert}, "tokenizer": {"train": "wordpiece", "vocab_size": 300},
-                    "data": data("text", validation=0.2), "args": {**short, "max_length": 16}},
-        "sft": {"kind": "sft", "model": {"model_name_or_path": files["gpt2"]}, "data": data("sft", validation=0.2),
-                "args": dict(short)},
-        "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"},
-                   "data": data("rankings", validation=0.2), "args": dict(short)},
-        "policy": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "reward": {"models": ["stage:reward"]},
-                   "data": data("prompts", validation=0.2), "args": {**short, "response_length": 8}},
-        "preferred": {"kind": "dpo", "model": {"model_name_or_path": "stage:sft"},
-                      "data": data("rankings", validation=0.2), "args": dict(short)},
-        "labels": {"kind": "classify", "model": {"model_name_or_path": "stage:encoder"},
-                   "data": data("labelled", validation=0.2), "args": dict(short)},
-        "translate": {"kind": "seq2seq", "model": {"config": t5}, "tokenizer": {"train": "bpe", "vocab_size": 400},
-                      "data": data("seq2seq", validation=0.2), "args": dict(short)},
+        "base": {
+            "kind": "pretrain",
+            "model": {"config": new},
+            "tokenizer": {"train": "bpe", "vocab_size": 400},
+            "data": data("text", validation=0.2),
+            "args": {**short, "max_length": 16},
+        },
+        "encoder": {
+            "kind": "mlm",
+            "model": {"config": bert},
+            "tokenizer": {"train": "wordpiece", "vocab_size": 300},
+            "data": data("text", validation=0.2),
+            "args": {**short, "max_length": 16},
+        },
+        "sft": {
+            "kind": "sft",
+            "model": {"model_name_or_path": files["gpt2"]},
+            "data": data("sft", validation=0.2),
+            "args": dict(short),
+        },
+        "reward": {
+            "kind": "reward",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": data("rankings", validation=0.2),
+            "args": dict(short),
+        },
+        "policy": {
+            "kind": "ppo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "reward": {"models": ["stage:reward"]},
+            "data": data("prompts", validation=0.2),
+            "args": {**short, "response_length": 8},
+        },
+        "preferred": {
+            "kind": "dpo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": data("rankings", validation=0.2),
+            "args": dict(short),
+        },
+        "labels": {
+            "kind": "classify",
+            "model": {"model_name_or_path": "stage:encoder"},
+            "data": data("labelled", validation=0.2),
+            "args": dict(short),
+        },
+        "translate": {
+            "kind": "seq2seq",
+            "model": {"config": t5},
+            "tokenizer": {"train": "bpe", "vocab_size": 400},
+            "data": data("seq2seq", validation=0.2),
+            "args": dict(short),
+        },
         "samples": {"kind": "sample", "sample": {"models": ["stage:sft"]}, "data": data("prompts")},
         "ranks": {"kind": "rank", "rank": {"labeller": "functions:rank"}, "data": data("samples")},
         "scores": {"kind": "evaluate", "evaluate": {"models": ["stage:sft"], "text": files["text"]}},
-    }  # fmt: skip
+    }
 
 
 def verdict(path, text: str) -> str:
@@ -162,8 +200,17 @@ def numbers(field) -> bool:
 def outside(known: ranges.Range, whole: bool) -> list:
     """Numbers that a range does not hold."""
     step = 1 if whole else 0.5
-    tried = [-10**6, known.low - step, known.high + step, known.low if known.over else None,
-             known.high if known.under else None, float("nan"), float("inf"), -float("inf"), 10**400]  # fmt: skip
+    tried = [
+        -(10**6),
+        known.low - step,
+        known.high + step,
+        known.low if known.over else None,
+        known.high if known.under else None,
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        10**400,
+    ]
     finite = [int(n) if whole and n not in (None, float("inf"), -float("inf")) and n == n else n for n in tried]
     return [
         n for n in dict.fromkeys(finite) if n is not None and (isinstance(n, int) and n > 10**300 or n not in known)
@@ -256,19 +303,43 @@ CONTRADICTIONS = [
     ("encoder", {"max_length": 5}),
     ("sft", {"global_batch_size": 64}),  # more than there are rows
     ("reward", {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8}),
-]  # fmt: skip
+]
 WITHOUT_VALIDATION = [
-    {"eval_strategy": "steps"}, {"load_best_model_at_end": True}, {"metric_for_best_model": "loss"},
-    {"eval_on_start": True}, {"do_eval": True}, {"save_strategy": "best"}, {"lr_scheduler_type": "reduce_lr_on_plateau"},
-]  # fmt: skip
+    {"eval_strategy": "steps"},
+    {"load_best_model_at_end": True},
+    {"metric_for_best_model": "loss"},
+    {"eval_on_start": True},
+    {"do_eval": True},
+    {"save_strategy": "best"},
+    {"lr_scheduler_type": "reduce_lr_on_plateau"},
+]
 
 
 def references(files: dict):
     """Models, functions, files and stages that are not there, or are of the wrong kind."""
     model = ("model", "model_name_or_path")
-    for path in ("stage:none", "stage:", "stage:labels", "stage:samples", "stage:reward", "./none", "/no/such", "~/none", "",
-                 "a b", files["empty"], files["no_weights"], files["unknown"], files["bad_json"], files["scorer"], files["bert"],
-                 files["t5"], files["sft"], 7, ["gpt2"]):  # fmt: skip
+    for path in (
+        "stage:none",
+        "stage:",
+        "stage:labels",
+        "stage:samples",
+        "stage:reward",
+        "./none",
+        "/no/such",
+        "~/none",
+        "",
+        "a b",
+        files["empty"],
+        files["no_weights"],
+        files["unknown"],
+        files["bad_json"],
+        files["scorer"],
+        files["bert"],
+        files["t5"],
+        files["sft"],
+        7,
+        ["gpt2"],
+    ):
         yield "sft", model, path
     for path in ("stage:sft", files["gpt2"], files["t5"], files["unknown"]):
         yield "encoder", model, path
@@ -289,36 +360,92 @@ def references(files: dict):
         yield "policy", ("reward", "models"), models
     for critic in ("stage:none", files["gpt2"], files["empty"], "./none", "stage:samples"):
         yield "policy", ("reward", "critic"), critic
-    for function in ("functions", "functions:none", "functions:value", "functions:short", "broken:f", "no_such_module:f",
-                     "pipelines.none:f", "functions.py:reward", ":", "a:b:c", ""):  # fmt: skip
+    for function in (
+        "functions",
+        "functions:none",
+        "functions:value",
+        "functions:short",
+        "broken:f",
+        "no_such_module:f",
+        "pipelines.none:f",
+        "functions.py:reward",
+        ":",
+        "a:b:c",
+        "",
+    ):
         yield "policy", ("reward", "functions"), [function]
         yield "ranks", ("rank", "labeller"), function or ":"
     yield "scores", ("evaluate", "judge"), "functions:judge"  # without prompts
     for section, name in (("sample", "samples"), ("evaluate", "scores")):
-        for models in (["stage:reward"], ["stage:samples"], ["./none"], [files["empty"]], [files["scorer"]], [files["bert"]], [],
-                       ["stage:sft", "stage:sft"], None):  # fmt: skip
+        for models in (
+            ["stage:reward"],
+            ["stage:samples"],
+            ["./none"],
+            [files["empty"]],
+            [files["scorer"]],
+            [files["bert"]],
+            [],
+            ["stage:sft", "stage:sft"],
+            None,
+        ):
             yield name, (section, "models"), models
     yield "policy", ("reward", "weights"), [1.0, 2.0]
     yield "policy", ("reward", "tag_penalties"), {"rude": 1.0}
     yield "policy", ("reward", "share_base"), True
     yield "policy", ("reward", "label"), 5
-    for value in ("none.jsonl", "", 5, True, [], [5], [[1]], {"name": "x"}, {"path": 5}, {"path": files["sft"], "weight": 0},
-                  {"path": files["sft"], "weight": 1e9}, {"path": files["sft"], "rows": 0}, {"path": files["sft"], "row": 1},
-                  {"path": files["sft"], "columns": {"prompt": "none"}}, {"path": files["sft"], "sample_by": "page"}, files["text"],
-                  "~/none.jsonl", "none/*.jsonl", "a b c", None, "0.5", {"path": files["sft"], "columns": [1]}):  # fmt: skip
+    for value in (
+        "none.jsonl",
+        "",
+        5,
+        True,
+        [],
+        [5],
+        [[1]],
+        {"name": "x"},
+        {"path": 5},
+        {"path": files["sft"], "weight": 0},
+        {"path": files["sft"], "weight": 1e9},
+        {"path": files["sft"], "rows": 0},
+        {"path": files["sft"], "row": 1},
+        {"path": files["sft"], "columns": {"prompt": "none"}},
+        {"path": files["sft"], "sample_by": "page"},
+        files["text"],
+        "~/none.jsonl",
+        "none/*.jsonl",
+        "a b c",
+        None,
+        "0.5",
+        {"path": files["sft"], "columns": [1]},
+    ):
         yield "sft", ("data", "train"), value
     for value in (0.001, 0, 1, -0.5, 1.5, True, "0.05", "none.jsonl", [], {}, float("nan")):
         yield "sft", ("data", "validation"), value
-    for key, value in (("too_long", "cut"), ("streaming", "yes please"), ("columns", 5), ("columns", {"prompt": 5}),
-                       ("buffer_size", 5), ("streaming", True)):  # fmt: skip
+    for key, value in (
+        ("too_long", "cut"),
+        ("streaming", "yes please"),
+        ("columns", 5),
+        ("columns", {"prompt": 5}),
+        ("buffer_size", 5),
+        ("streaming", True),
+    ):
         yield "labels", ("data", key), value
     for key in ("text", "labelled", "pairs", "prompts", "rankings"):
         yield "scores", ("evaluate", key), "none.jsonl"
     yield "scores", ("evaluate", "text"), files["labels_only"]
     yield "scores", ("evaluate", "tasks"), ["none.yaml"]
-    for key, value in (("chat_template", "chatlm"), ("chat_template", "no/such.jinja"), ("chat_template", f"{files['folder']}/broken.jinja"), ("dtype", "fp8"), ("lora_r", 8),
-                       ("load_in_4bit", True), ("bnb_4bit_quant_type", "nf4"), ("tokenizer_name_or_path", "./none"),
-                       ("tokenizer_name_or_path", files["empty"]), ("config", 5), ("attn_implementation", "flash_attention_3")):  # fmt: skip
+    for key, value in (
+        ("chat_template", "chatlm"),
+        ("chat_template", "no/such.jinja"),
+        ("chat_template", f"{files['folder']}/broken.jinja"),
+        ("dtype", "fp8"),
+        ("lora_r", 8),
+        ("load_in_4bit", True),
+        ("bnb_4bit_quant_type", "nf4"),
+        ("tokenizer_name_or_path", "./none"),
+        ("tokenizer_name_or_path", files["empty"]),
+        ("config", 5),
+        ("attn_implementation", "flash_attention_3"),
+    ):
         yield "sft", ("model", key), value
     for key, value in (("train", "bp"), ("train", None), ("train", "wordpiece"), ("vocab_size", 250)):
         yield "base", ("tokenizer", key), value
@@ -336,29 +463,115 @@ def references(files: dict):
 
 
 NEW_MODELS = [
-    {"n_layer": 0}, {"n_layer": -1}, {"n_head": 3}, {"n_head": 0}, {"n_embd": 0}, {"n_embd": -32}, {"n_embd": 31}, {"n_positions": 0},
-    {"vocab_size": -1}, {"vocab_size": 0}, {"resid_pdrop": 2}, {"attn_pdrop": -0.1}, {"embd_pdrop": 1}, {"layer_norm_epsilon": 0},
-    {"initializer_range": -1}, {"n_layers": 2}, {"activation_function": "none"}, {"n_embd": "wide"}, {"n_layer": 1.5},
-    {"model_type": "gtp2"}, {"model_type": None}, {"model_type": ["gpt2"]}, {"model_type": "bert"}, {"model_type": "t5"},
-    {"n_embd": float("nan")}, {"n_inner": -4}, {"num_hidden_layers": 0}, {"hidden_size": 0},
-]  # fmt: skip
-LLAMA = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64,
-         "max_position_embeddings": 64}  # fmt: skip
-NEW_LLAMAS = [{"num_key_value_heads": 3}, {"num_attention_heads": 5}, {"hidden_act": "none"}, {"num_hidden_layers": 0},
-              {"intermediate_size": 0}, {"num_key_value_heads": 0}, {"rms_norm_eps": 0}, {"attention_dropout": 3}]  # fmt: skip
+    {"n_layer": 0},
+    {"n_layer": -1},
+    {"n_head": 3},
+    {"n_head": 0},
+    {"n_embd": 0},
+    {"n_embd": -32},
+    {"n_embd": 31},
+    {"n_positions": 0},
+    {"vocab_size": -1},
+    {"vocab_size": 0},
+    {"resid_pdrop": 2},
+    {"attn_pdrop": -0.1},
+    {"embd_pdrop": 1},
+    {"layer_norm_epsilon": 0},
+    {"initializer_range": -1},
+    {"n_layers": 2},
+    {"activation_function": "none"},
+    {"n_embd": "wide"},
+    {"n_layer": 1.5},
+    {"model_type": "gtp2"},
+    {"model_type": None},
+    {"model_type": ["gpt2"]},
+    {"model_type": "bert"},
+    {"model_type": "t5"},
+    {"n_embd": float("nan")},
+    {"n_inner": -4},
+    {"num_hidden_layers": 0},
+    {"hidden_size": 0},
+]
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+NEW_LLAMAS = [
+    {"num_key_value_heads": 3},
+    {"num_attention_heads": 5},
+    {"hidden_act": "none"},
+    {"num_hidden_layers": 0},
+    {"intermediate_size": 0},
+    {"num_key_value_heads": 0},
+    {"rms_norm_eps": 0},
+    {"attention_dropout": 3},
+]
 
 TEXTS = [
-    "", "a: [", "- 1\n", "stages", "stages: 5", "stages: []", "stages: {}", "stages: {a: 5}", "stages: {a: }", "stages: {a: []}",
-    "stages: {1: {kind: sft}}", "stages: {no: {kind: sft}}", "stages: {a b: {kind: sft}}", "stages: {../a: {kind: sft}}",
-    "stages: {a: {kind: sft}, a: {kind: sft}}", "? [a]\n: b", "? {a: b}\n: c", "null: 1", "a: &a [*a]", "stages: &a {b: *a}",
-    "stages: " + "[" * 5000, "stages: " + "{a: " * 60 + "}" * 60, "a: 2024-13-45", "a: !!int x", "a: !!python/object:os.system x",
-    "a: !!bool maybe", "a: *none", "a: 1\n---\nb: 2", "a: \x00", 'output_dir: "a\\0b"', "x: {<<: 5}", "a: " + "9" * 5000, "\ta: 1",
-    "a: b: c", "a: !foo x", "output_dir: ''", "output_dir: '  '", "output_dir: 5", "output_dir: ~", "output_dir: [a]", "seed: x",
-    "seed: -1", "seed: 1.5", "seed: true", "seed: 4294967296", "seed: 1e400", "seeds: 1", "stages: {a: {kind: sft, kind: ppo}}",
-    "stages: {a: {kind: sft, args: {<<: {max_steps: 0}}}}", "stages: {a: {}}", "!!set {a, b}", "stages: !!set {a, b}", "7", "''",
-    "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)),
-    "output_dir: https://me:pass-word@host/x", "x: ghp_" + "a" * 36, "stages: {a: {kind: sft, token: abc}}",
-]  # fmt: skip
+    "",
+    "a: [",
+    "- 1\n",
+    "stages",
+    "stages: 5",
+    "stages: []",
+    "stages: {}",
+    "stages: {a: 5}",
+    "stages: {a: }",
+    "stages: {a: []}",
+    "stages: {1: {kind: sft}}",
+    "stages: {no: {kind: sft}}",
+    "stages: {a b: {kind: sft}}",
+    "stages: {../a: {kind: sft}}",
+    "stages: {a: {kind: sft}, a: {kind: sft}}",
+    "? [a]\n: b",
+    "? {a: b}\n: c",
+    "null: 1",
+    "a: &a [*a]",
+    "stages: &a {b: *a}",
+    "stages: " + "[" * 5000,
+    "stages: " + "{a: " * 60 + "}" * 60,
+    "a: 2024-13-45",
+    "a: !!int x",
+    "a: !!python/object:os.system x",
+    "a: !!bool maybe",
+    "a: *none",
+    "a: 1\n---\nb: 2",
+    "a: \x00",
+    'output_dir: "a\\0b"',
+    "x: {<<: 5}",
+    "a: " + "9" * 5000,
+    "\ta: 1",
+    "a: b: c",
+    "a: !foo x",
+    "output_dir: ''",
+    "output_dir: '  '",
+    "output_dir: 5",
+    "output_dir: ~",
+    "output_dir: [a]",
+    "seed: x",
+    "seed: -1",
+    "seed: 1.5",
+    "seed: true",
+    "seed: 4294967296",
+    "seed: 1e400",
+    "seeds: 1",
+    "stages: {a: {kind: sft, kind: ppo}}",
+    "stages: {a: {kind: sft, args: {<<: {max_steps: 0}}}}",
+    "stages: {a: {}}",
+    "!!set {a, b}",
+    "stages: !!set {a, b}",
+    "7",
+    "''",
+    "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)),
+    "output_dir: https://me:pass-word@host/x",
+    "x: ghp_" + "a" * 36,
+    "stages: {a: {kind: sft, token: abc}}",
+]
 
 
 def recipes(stages: dict, files: dict):
@@ -401,7 +614,9 @@ def test_the_recipe_that_wrong_ones_are_made_from_is_right(stages, tmp_path):
 
 
 def test_every_number_has_a_range():
-    """A numeric key of any section, new ones of TRL and transformers included, is in the table of ranges or set by the chain."""
+    """A numeric key of any section, new ones of TRL and transformers included, is in the table of ranges or set by the
+    chain.
+    """
     fields = [
         f for kind in KINDS.values() for t in kind.sections.values() for f in schema.fields(section_class(t)).values()
     ]

@@ -1,4 +1,6 @@
-"""The report shows what the chain's files say, for finished, running, stopped and coming stages, and nothing can break out."""
+"""The report shows what the chain's files say, for finished, running, stopped and coming stages, and nothing can break
+out.
+"""
 
 import fcntl
 import json
@@ -30,13 +32,30 @@ def lines(path, rows):
 
 def finished(folder, kind, metrics, rows=None, history=(), samples=None, parents=None, **more):
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"kind": kind, "seed": 1, "sections": {"data": {"train": f"data/{folder.name}.jsonl"}, "args": {}},
-              "data": {f"data/{folder.name}.jsonl": {"sha256": "ab" * 32, "bytes": 12}}, "parents": parents or {}}  # fmt: skip
+    record = {
+        "kind": kind,
+        "seed": 1,
+        "sections": {"data": {"train": f"data/{folder.name}.jsonl"}, "args": {}},
+        "data": {f"data/{folder.name}.jsonl": {"sha256": "ab" * 32, "bytes": 12}},
+        "parents": parents or {},
+    }
     final = {
-        "stage": folder.name, "kind": kind, "recipe": "r.yaml", "record": record, "rows": rows or {}, "metrics": metrics,
-        "args": {"use_cpu": True}, "seed": 1, "world_size": 2, "started": f"2026-01-0{len(list(folder.parent.iterdir()))}",
-        "finished": "2026-01-09T00:00:00", "seconds": 100.0, "git_commit": "abc", "versions": {"torch": "2"}, **more,
-    }  # fmt: skip
+        "stage": folder.name,
+        "kind": kind,
+        "recipe": "r.yaml",
+        "record": record,
+        "rows": rows or {},
+        "metrics": metrics,
+        "args": {"use_cpu": True},
+        "seed": 1,
+        "world_size": 2,
+        "started": f"2026-01-0{len(list(folder.parent.iterdir()))}",
+        "finished": "2026-01-09T00:00:00",
+        "seconds": 100.0,
+        "git_commit": "abc",
+        "versions": {"torch": "2"},
+        **more,
+    }
     files.write_json(folder / files.FINISHED, final)
     lines(folder / files.HISTORY, history)
     if samples:
@@ -55,16 +74,31 @@ def run(tmp_path):
     scores = preference_metrics(np.array([2.0, 1.0, 3.0]), np.array([0.0, 1.5, -1.0]))
     reward = finished(run / "reward", "reward", scores, parents={"sft": sft})
     samples = [
-        {"step": step, "split": "eval", "prompt": f"who? {EVIL}", "completion": f"answer {step} {EVIL}", "score": 1.0,
-         "kl": 0.5, "ended": True, "tags": ["rude"]}
+        {
+            "step": step,
+            "split": "eval",
+            "prompt": f"who? {EVIL}",
+            "completion": f"answer {step} {EVIL}",
+            "score": 1.0,
+            "kl": 0.5,
+            "ended": True,
+            "tags": ["rude"],
+        }
         for step in (5, 10)
-    ]  # fmt: skip
+    ]
     steps = [
         {"objective/kl": n / 10, "objective/scores": n, "response_length": 7.0, "episode": 8 * n, "step": n}
         for n in (5, 10)
     ]
-    finished(run / "policy", "ppo", {"eval_score": 2.5}, {"prompts": {"train": 963, "validation": 4}}, steps, samples,
-             {"sft": sft, "reward": reward})  # fmt: skip
+    finished(
+        run / "policy",
+        "ppo",
+        {"eval_score": 2.5},
+        {"prompts": {"train": 963, "validation": 4}},
+        steps,
+        samples,
+        {"sft": sft, "reward": reward},
+    )
     matrix = {"eval_accuracy": 0.75, "labels": ["bad", "good"], "confusion_matrix": [[30, 2], [14, 18]]}
     finished(run / "films", "classify", matrix, parents={"encoder": "0123"})
     files.write_json(
@@ -77,8 +111,14 @@ def run(tmp_path):
     ]
     log += [{"max_steps": 40, "step": 10, "time": 1000.0}, {"loss": 4.5, "step": 20, "time": 1015.0}]  # resumed from 10
     lines(run / "late" / "checkpoints" / files.LOG, log)
-    stages = [("sft", "sft", []), ("reward", "reward", ["sft"]), ("policy", "ppo", ["sft", "reward"]), ("films", "classify", []),
-              ("late", "sft", ["sft"]), ("next", "ppo", ["late"])]  # fmt: skip
+    stages = [
+        ("sft", "sft", []),
+        ("reward", "reward", ["sft"]),
+        ("policy", "ppo", ["sft", "reward"]),
+        ("films", "classify", []),
+        ("late", "sft", ["sft"]),
+        ("next", "ppo", ["late"]),
+    ]
     files.write_json(
         run / files.CHAIN, {"recipe": "r.yaml", "stages": [dict(zip(("name", "kind", "parents"), s)) for s in stages]}
     )
@@ -283,8 +323,10 @@ def test_charts_of_hard_values():
 
 
 def test_the_picture_has_a_box_per_stage_and_no_box_on_another(run):
-    nodes = [charts.Node(n, ["x", "y"], "due", p, "d", "r") for n, p in
-             [("a", []), ("b", ["a"]), ("c", ["a"]), ("d", ["b", "c"]), ("e", []), ("f", ["e", "a"])]]  # fmt: skip
+    nodes = [
+        charts.Node(n, ["x", "y"], "due", p, "d", "r")
+        for n, p in [("a", []), ("b", ["a"]), ("c", ["a"]), ("d", ["b", "c"]), ("e", []), ("f", ["e", "a"])]
+    ]
     for drawing in re.findall(r"<svg.*?</svg>", charts.picture(nodes)):
         boxes = []
         for rect in ET.fromstring(drawing).iter("rect"):

@@ -45,8 +45,17 @@ def packed_loss(model, batch, num_items=None):
     return model(**{**batch, "use_cache": False}, num_items_in_batch=num_items).loss
 
 
-COMMON = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-              max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=2)  # fmt: skip
+COMMON = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
 GQA = dict(COMMON, num_key_value_heads=2)
 
 
@@ -57,8 +66,16 @@ def gpt2(**kwargs):
 
 
 def opt():
-    config = OPTConfig(vocab_size=V, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
-                       max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0)  # fmt: skip
+    config = OPTConfig(
+        vocab_size=V,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        dropout=0.0,
+    )
     return OPTForCausalLM(config)
 
 

@@ -31,9 +31,17 @@ def tiny_bert(tmp_path_factory):
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=32, initializer_range=0.1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        initializer_range=0.1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=0,
+    )
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -327,8 +335,16 @@ def test_settings_that_cannot_work_are_refused_at_check(recipe, write, tiny_bert
             "args": {"early_stopping_patience": 0, "metric_for_best_model": "accuracy", "label_smoothing_factor": 0.1},
         },
     )
-    for part in ("model.chat_template", "model.load_in_4bit", "task.class_weights", "task.labels", "label_smoothing_factor",
-                 "must be at least 1", "needs held-out rows", "must be one of loss, mse, pearson, spearman"):  # fmt: skip
+    for part in (
+        "model.chat_template",
+        "model.load_in_4bit",
+        "task.class_weights",
+        "task.labels",
+        "label_smoothing_factor",
+        "must be at least 1",
+        "needs held-out rows",
+        "must be one of loss, mse, pearson, spearman",
+    ):
         assert part in text, part
     text = refused(
         recipe,
@@ -336,10 +352,15 @@ def test_settings_that_cannot_work_are_refused_at_check(recipe, write, tiny_bert
             "model": {"config": {"model_type": "bert"}},
             "task": {"labels": ["1", "2", "3"]},
             "data": {"train": path, "validation": 0.1},
-            "args": {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "steps", "eval_steps": 10,
-                     "save_steps": 20},
+            "args": {
+                "load_best_model_at_end": True,
+                "eval_strategy": "epoch",
+                "save_strategy": "steps",
+                "eval_steps": 10,
+                "save_steps": 20,
+            },
         },
-    )  # fmt: skip
+    )
     for part in ("model.tokenizer_name_or_path", "could be a name or an id", "args.save_strategy", "args.save_steps"):
         assert part in text, part
 

@@ -1,4 +1,6 @@
-"""DPO: for two answers it is TRL's trainer, for more it is the Plackett-Luce model; layouts do not change it; it resumes."""
+"""DPO: for two answers it is TRL's trainer, for more it is the Plackett-Luce model; layouts do not change it; it
+resumes.
+"""
 
 import copy
 import itertools
@@ -37,9 +39,13 @@ def rankings(count, answers, seed=0):
     for row in range(count):
         prompt = some(4 + row % 3)
         out.append(
-            {"prompts": [prompt] * answers, "answers": [some(2 + (row + k) % 4) for k in range(answers)],
-             "ranks": [float(k + 1) for k in range(answers)], "row": row}
-        )  # fmt: skip
+            {
+                "prompts": [prompt] * answers,
+                "answers": [some(2 + (row + k) % 4) for k in range(answers)],
+                "ranks": [float(k + 1) for k in range(answers)],
+                "row": row,
+            }
+        )
     return out
 
 
@@ -75,9 +81,16 @@ def test_two_answers_give_the_loss_gradients_and_weights_of_trl(tiny_gpt2, tmp_p
         {"prompt_ids": r["prompts"][0], "chosen_ids": r["answers"][0], "rejected_ids": r["answers"][1]} for r in rows
     ]
     config = DPOConfig(
-        str(tmp_path), loss_type=[name], beta=0.3, label_smoothing=0.1, bf16=False, use_cpu=True, report_to=[],
-        gradient_checkpointing=False, per_device_train_batch_size=6,
-    )  # fmt: skip
+        str(tmp_path),
+        loss_type=[name],
+        beta=0.3,
+        label_smoothing=0.1,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        gradient_checkpointing=False,
+        per_device_train_batch_size=6,
+    )
     text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     trl = DPOTrainer(theirs, reference, config, train_dataset=text, processing_class=tokenizer)
     frozen = policy(tiny_gpt2)
@@ -128,14 +141,22 @@ def test_plackett_luce_is_a_distribution_over_rankings_and_dpo_for_two():
 def rows_of(count):
     """Rankings in which an answer of more "red" is better."""
     return [
-        {"prompt": f"the {WORDS[i % 20]}", "completions": ["red red red", "red red a", "a red a", "a a a"], "ranks": [1, 2, 3, 4]}
+        {
+            "prompt": f"the {WORDS[i % 20]}",
+            "completions": ["red red red", "red red a", "a red a", "a a a"],
+            "ranks": [1, 2, 3, 4],
+        }
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def stage(write, folder, **args):
-    return {"kind": "dpo", "model": {"model_name_or_path": str(folder), "chat_template": "plain"},
-            "data": {"train": write("r.jsonl", rows_of(40)), "validation": 0.2}, "args": {**ARGS, **args}}  # fmt: skip
+    return {
+        "kind": "dpo",
+        "model": {"model_name_or_path": str(folder), "chat_template": "plain"},
+        "data": {"train": write("r.jsonl", rows_of(40)), "validation": 0.2},
+        "args": {**ARGS, **args},
+    }
 
 
 @pytest.mark.parametrize("form", ["pairs", "plackett_luce"])

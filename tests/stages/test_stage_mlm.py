@@ -1,4 +1,6 @@
-"""The stage mlm: masks are a function of seed, epoch and row; loss and metrics are over hidden words; nothing is lost."""
+"""The stage mlm: masks are a function of seed, epoch and row; loss and metrics are over hidden words; nothing
+is lost.
+"""
 
 import json
 import random
@@ -48,10 +50,26 @@ def run(recipe, wordpiece, tmp_path):
     wordpiece.save_pretrained(tmp_path / "tokenizer")
 
     def run_(data, name="m", tokenizer=None, config=(), **args):
-        config = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
-                  "intermediate_size": 64, "max_position_embeddings": 32, "initializer_range": 0.1, **dict(config)}  # fmt: skip
-        args = {"max_length": 32, "max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 5e-3,
-                "save_steps": 4, "eval_steps": 8, "report_to": [], **args}  # fmt: skip
+        config = {
+            "model_type": "bert",
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 32,
+            "initializer_range": 0.1,
+            **dict(config),
+        }
+        args = {
+            "max_length": 32,
+            "max_steps": 8,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 5e-3,
+            "save_steps": 4,
+            "eval_steps": 8,
+            "report_to": [],
+            **args,
+        }
         body = {"kind": "mlm", "model": {"config": config}, "data": data, "args": args}
         if tokenizer:
             body["tokenizer"] = tokenizer
@@ -219,8 +237,12 @@ def test_a_classifier_starts_from_the_encoder(run, write, recipe):
 
     stage, _ = run({"train": write("t.jsonl", documents(100))})
     rows = [{"text": d["text"], "label": int("red" in d["text"])} for d in documents(40)]
-    body = {"kind": "classify", "model": {"model_name_or_path": str(stage.folder)}, "data": {"train": write("c.jsonl", rows)},
-            "args": {"max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-30, "report_to": []}}  # fmt: skip
+    body = {
+        "kind": "classify",
+        "model": {"model_name_or_path": str(stage.folder)},
+        "data": {"train": write("c.jsonl", rows)},
+        "args": {"max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-30, "report_to": []},
+    }
     loaded = load(recipe({"c": body}, name="c.yaml"))
     chain.run(loaded)
     made, base = load_file(loaded["c"].folder / "model.safetensors"), weights(stage)
@@ -229,11 +251,22 @@ def test_a_classifier_starts_from_the_encoder(run, write, recipe):
 
 
 def test_settings_that_cannot_work_are_refused_at_check(recipe, write):
-    body = {"kind": "mlm", "model": {"config": {"model_type": "bert"}, "use_peft": True, "chat_template": "plain"},
-            "tokenizer": {"train": "bpe", "vocab_size": 100}, "data": {"train": write("t.jsonl", documents(5))},
-            "args": {"mlm_probability": 1.5, "max_length": 4, "load_best_model_at_end": True}}  # fmt: skip
+    body = {
+        "kind": "mlm",
+        "model": {"config": {"model_type": "bert"}, "use_peft": True, "chat_template": "plain"},
+        "tokenizer": {"train": "bpe", "vocab_size": 100},
+        "data": {"train": write("t.jsonl", documents(5))},
+        "args": {"mlm_probability": 1.5, "max_length": 4, "load_best_model_at_end": True},
+    }
     with pytest.raises(RecipeError) as error:
         load(recipe({"m": body}), read_data=False)
-    for part in ("model.use_peft", "model.chat_template", "need `wordpiece`", "tokenizer.vocab_size", "args.mlm_probability",
-                 "args.max_length", "needs held-out rows"):  # fmt: skip
+    for part in (
+        "model.use_peft",
+        "model.chat_template",
+        "need `wordpiece`",
+        "tokenizer.vocab_size",
+        "args.mlm_probability",
+        "args.max_length",
+        "needs held-out rows",
+    ):
         assert part in str(error.value), part

@@ -40,11 +40,27 @@ def chain_of(recipe, write, tiny_gpt2):
         args = {"global_batch_size": 8, "num_train_epochs": 1, "max_length": 64}
         return recipe(
             {
-                "sft": {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": {"train": write("s.jsonl", rows)}, "args": args},
-                "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"}, "data": {"train": write("r.jsonl", pairs), "validation": 0.3}, "args": args},
-                "policy": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "reward": {"models": ["stage:reward"], "min_accuracy": 0.0, **reward}, "data": {"train": write("p.jsonl", PROMPTS)}, "args": ARGS},
+                "sft": {
+                    "kind": "sft",
+                    "model": {"model_name_or_path": str(tiny_gpt2)},
+                    "data": {"train": write("s.jsonl", rows)},
+                    "args": args,
+                },
+                "reward": {
+                    "kind": "reward",
+                    "model": {"model_name_or_path": "stage:sft"},
+                    "data": {"train": write("r.jsonl", pairs), "validation": 0.3},
+                    "args": args,
+                },
+                "policy": {
+                    "kind": "ppo",
+                    "model": {"model_name_or_path": "stage:sft"},
+                    "reward": {"models": ["stage:reward"], "min_accuracy": 0.0, **reward},
+                    "data": {"train": write("p.jsonl", PROMPTS)},
+                    "args": ARGS,
+                },
             }
-        )  # fmt: skip
+        )
 
     return chain_of_
 
@@ -111,7 +127,12 @@ def test_policy_and_reward_model_must_read_the_same(tokenizer):
 
 def test_a_classifier_is_the_reward_and_pretraining_text_is_mixed_in(recipe, write, tiny_gpt2):
     """Also: the head on the policy's trunk, through the chain."""
-    labelled = [{"text": f"the {w} is {c} {i}", "label": int(c == "red")} for i in range(5) for w in "cat dog bird".split() for c in ("red", "blue")]  # fmt: skip
+    labelled = [
+        {"text": f"the {w} is {c} {i}", "label": int(c == "red")}
+        for i in range(5)
+        for w in "cat dog bird".split()
+        for c in ("red", "blue")
+    ]
     texts = [{"text": "the cat is red and the dog is blue"}] * 20
     small = {"global_batch_size": 8, "num_train_epochs": 1, "max_length": 32}
     policy = {
@@ -122,9 +143,15 @@ def test_a_classifier_is_the_reward_and_pretraining_text_is_mixed_in(recipe, wri
         "args": {**ARGS, "ptx_coef": 1.0, "ptx_length": 16, "max_steps": 1, "logging_steps": 1},
     }
     stages = {
-        "colour": {"kind": "classify", "model": {"model_name_or_path": str(tiny_gpt2)}, "task": {"labels": ["other", "red"]}, "data": {"train": write("l.jsonl", labelled), "validation": 0.3}, "args": small},
+        "colour": {
+            "kind": "classify",
+            "model": {"model_name_or_path": str(tiny_gpt2)},
+            "task": {"labels": ["other", "red"]},
+            "data": {"train": write("l.jsonl", labelled), "validation": 0.3},
+            "args": small,
+        },
         "policy": policy,
-    }  # fmt: skip
+    }
     loaded = load(recipe(stages))
     chain.run(loaded)
     record = json.loads((loaded["policy"].folder / "stage.json").read_text())
@@ -144,24 +171,54 @@ def test_a_classifier_is_the_reward_and_pretraining_text_is_mixed_in(recipe, wri
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_an_encoder_is_the_reward_and_the_judge(pairs, recipe, write, tiny_gpt2, tmp_path, caplog):
-    """BERT, whose tokenizer has no EOS: PPO's score of an answer and evaluate's are the log-odds of the text as trained on."""
+    """BERT, whose tokenizer has no EOS: PPO's score of an answer and evaluate's are the log-odds of the text as trained
+    on.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *"abcdefghijklmnopqrstuvwxyz"]
     words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=64, max_position_embeddings=32, initializer_range=0.5, pad_token_id=0)  # fmt: skip
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+        pad_token_id=0,
+    )
     BertModel(config).save_pretrained(tmp_path / "bert")
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path / "bert")
     rows = [{"text": f"{w} is", "text_pair": c, "label": c} for w in ("cat", "dog") for c in ("red", "blue", "green")]
     rows = rows if pairs else [{"text": f"{r['text']} {r['text_pair']}", "label": r["label"]} for r in rows]
     stages = {
-        "colour": {"kind": "classify", "model": {"model_name_or_path": str(tmp_path / "bert")}, "data": {"train": write("l.jsonl", rows)}, "args": {"global_batch_size": 6, "max_steps": 2, "max_length": 12}},
-        "policy": {"kind": "ppo", "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"}, "reward": {"models": ["stage:colour"], "label": "red"}, "data": {"train": write("p.jsonl", PROMPTS), "validation": write("v.jsonl", PROMPTS[:6])}, "args": ARGS},
-        "scores": {"kind": "evaluate", "evaluate": {"models": ["stage:policy"], "prompts": write("v.jsonl", PROMPTS[:6]), "judge": "stage:colour", "label": "red", "response_length": 8}},
-    }  # fmt: skip
+        "colour": {
+            "kind": "classify",
+            "model": {"model_name_or_path": str(tmp_path / "bert")},
+            "data": {"train": write("l.jsonl", rows)},
+            "args": {"global_batch_size": 6, "max_steps": 2, "max_length": 12},
+        },
+        "policy": {
+            "kind": "ppo",
+            "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"},
+            "reward": {"models": ["stage:colour"], "label": "red"},
+            "data": {"train": write("p.jsonl", PROMPTS), "validation": write("v.jsonl", PROMPTS[:6])},
+            "args": ARGS,
+        },
+        "scores": {
+            "kind": "evaluate",
+            "evaluate": {
+                "models": ["stage:policy"],
+                "prompts": write("v.jsonl", PROMPTS[:6]),
+                "judge": "stage:colour",
+                "label": "red",
+                "response_length": 8,
+            },
+        },
+    }
     loaded = load(recipe(stages))
     chain.run(loaded)
     folder = loaded["colour"].folder
@@ -231,18 +288,37 @@ def test_what_cannot_work_is_found_before_it_starts(recipe, write, tiny_gpt2):
     stages = {
         "sft": {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": rows},
         "a": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "data": data},
-        "b": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "reward": {"models": ["stage:sft"], "weights": [1, 2]}, "data": data},
-        "c": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "reward": {"functions": ["length"]}, "data": data, "args": {"kl_estimator": "k4"}},
-    }  # fmt: skip
+        "b": {
+            "kind": "ppo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "reward": {"models": ["stage:sft"], "weights": [1, 2]},
+            "data": data,
+        },
+        "c": {
+            "kind": "ppo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "reward": {"functions": ["length"]},
+            "data": data,
+            "args": {"kl_estimator": "k4"},
+        },
+    }
     with pytest.raises(RecipeError) as error:
         load(recipe(stages))
     text = str(error.value)
-    for words in ["what is an answer worth", "must be a reward (or classify) stage", "needs 1 numbers", "package.module:function", "args.kl_estimator"]:  # fmt: skip
+    for words in [
+        "what is an answer worth",
+        "must be a reward (or classify) stage",
+        "needs 1 numbers",
+        "package.module:function",
+        "args.kl_estimator",
+    ]:
         assert words in text
 
 
 def test_tags_are_penalties(chain_of, tmp_path):
-    """The score of an answer is the reward model's less penalty times the probability of the tag, and check knows tags."""
+    """The score of an answer is the reward model's less penalty times the probability of the tag, and check
+    knows tags.
+    """
     import torch
     from safetensors.torch import load_file
 

@@ -32,11 +32,20 @@ def trained(recipe, write):
     """A base model pretrained from scratch with its own tokenizer."""
     stage = {
         "kind": "pretrain",
-        "model": {"config": {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "resid_pdrop": 0.0}},
+        "model": {
+            "config": {
+                "model_type": "gpt2",
+                "n_layer": 2,
+                "n_embd": 32,
+                "n_head": 2,
+                "n_positions": 64,
+                "resid_pdrop": 0.0,
+            }
+        },
         "tokenizer": {"train": "bpe", "vocab_size": 300},
         "data": {"train": write("text.jsonl", TEXT * 60), "validation": write("held.jsonl", TEXT * 5)},
         "args": ARGS,
-    }  # fmt: skip
+    }
     loaded = load(recipe({"base": stage}))
     chain.run(loaded)
     return loaded["base"].folder

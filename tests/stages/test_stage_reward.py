@@ -112,7 +112,9 @@ def test_a_batch_of_rankings_of_different_sizes():
 
 
 def test_the_loss_is_that_of_the_paper():
-    """-1/(number of pairs) sum log sigmoid(r_w - r_l) for each ranking, averaged over rankings; and plain TRL at K = 2."""
+    """-1/(number of pairs) sum log sigmoid(r_w - r_l) for each ranking, averaged over rankings; and plain TRL
+    at K = 2.
+    """
     batch = RankingCollator(0)(RANKED)
     scores = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     first = [-torch.nn.functional.logsigmoid(scores[a] - scores[b]) for a, b in decided(RANKED[0]["ranks"])]
@@ -242,10 +244,15 @@ def test_tags_are_learned_beside_a_plain_score(recipe, write, tiny_gpt2):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     rows = [
-        {"prompt": f"what is the {w} {i}", "completions": [f"the {w} is {c} {end}" for c in ("blue", "red") for end in ("big", "small")],
-         "ranks": [2, 2, 1, 1], "tags": [["loud"], [], ["loud"], ["other"]]}
-        for i in range(24) for w in ("cat", "dog")
-    ]  # fmt: skip
+        {
+            "prompt": f"what is the {w} {i}",
+            "completions": [f"the {w} is {c} {end}" for c in ("blue", "red") for end in ("big", "small")],
+            "ranks": [2, 2, 1, 1],
+            "tags": [["loud"], [], ["loud"], ["other"]],
+        }
+        for i in range(24)
+        for w in ("cat", "dog")
+    ]
     rows += [{"prompt": "p", "completions": ["a red", "a blue"], "ranks": [1, 2]}] * 8  # nothing is known of their tags
     stage = {
         "kind": "reward",
@@ -269,7 +276,10 @@ def test_tags_are_learned_beside_a_plain_score(recipe, write, tiny_gpt2):
                 [sum(chat_template.encode_answer(tokenizer, "what is the cat 1", f"the cat is {color} {end}"), [])]
             )
             with torch.no_grad():
-                found[color, end] = model(ids).logits.item(), penalty(model.base_model(ids).last_hidden_state[:, -1]).item()  # fmt: skip
+                found[color, end] = (
+                    model(ids).logits.item(),
+                    penalty(model.base_model(ids).last_hidden_state[:, -1]).item(),
+                )
     assert min(found["red", e][0] for e in ("big", "small")) > max(found["blue", e][0] for e in ("big", "small"))
     assert min(found[c, "big"][1] for c in ("blue", "red")) > 1 > max(found[c, "small"][1] for c in ("blue", "red"))
     with pytest.raises(ModelError, match="tells loud, not rude"):

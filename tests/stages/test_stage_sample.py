@@ -1,4 +1,6 @@
-"""Samples, rankings of them, and a reward model from those: one chain, whose later stages read what earlier ones wrote."""
+"""Samples, rankings of them, and a reward model from those: one chain, whose later stages read what earlier
+ones wrote.
+"""
 
 import json
 
@@ -31,11 +33,29 @@ def one_rank(prompt, completions):
 def stages(write, tiny_gpt2):
     prompts = write("prompts.jsonl", [*PROMPTS, PROMPTS[0], {"prompt": "a very long question " * 20}])
     return {
-        "other": {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"}, "data": {"train": write("s.jsonl", [{**p, "completion": "it is red"} for p in PROMPTS])}, "args": {"max_steps": 1, "global_batch_size": 8, "max_length": 64}},
-        "samples": {"kind": "sample", "sample": {"models": [str(tiny_gpt2), "stage:other"], "completions": 4, "response_length": 6}, "data": {"train": prompts}},
-        "rankings": {"kind": "rank", "rank": {"labeller": "tests.stages.test_stage_sample:by_length"}, "data": {"train": "stage:samples/samples.jsonl"}},
-        "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:other"}, "data": {"train": ["stage:rankings/rankings.jsonl"]}, "args": {"max_steps": 2, "global_batch_size": 8, "max_length": 64, "tags": ["long"]}},
-    }  # fmt: skip
+        "other": {
+            "kind": "sft",
+            "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"},
+            "data": {"train": write("s.jsonl", [{**p, "completion": "it is red"} for p in PROMPTS])},
+            "args": {"max_steps": 1, "global_batch_size": 8, "max_length": 64},
+        },
+        "samples": {
+            "kind": "sample",
+            "sample": {"models": [str(tiny_gpt2), "stage:other"], "completions": 4, "response_length": 6},
+            "data": {"train": prompts},
+        },
+        "rankings": {
+            "kind": "rank",
+            "rank": {"labeller": "tests.stages.test_stage_sample:by_length"},
+            "data": {"train": "stage:samples/samples.jsonl"},
+        },
+        "reward": {
+            "kind": "reward",
+            "model": {"model_name_or_path": "stage:other"},
+            "data": {"train": ["stage:rankings/rankings.jsonl"]},
+            "args": {"max_steps": 2, "global_batch_size": 8, "max_length": 64, "tags": ["long"]},
+        },
+    }
 
 
 def rows(path):
@@ -125,9 +145,14 @@ def test_people_rank_when_they_are_named(recipe, stages, tmp_path, capsys):
     loaded = load(path)
     samples = rows(loaded["samples"].folder / "samples.jsonl")
     judged = [
-        {"prompt": s["prompt"], "completions": s["completions"][::-1], "ranks": [1] * len(s["completions"]), "labeller": n}
+        {
+            "prompt": s["prompt"],
+            "completions": s["completions"][::-1],
+            "ranks": [1] * len(s["completions"]),
+            "labeller": n,
+        }
         for s, n in ((samples[0], "ann"), (samples[0], "bob"), (samples[2], "ann"))
-    ]  # fmt: skip
+    ]
     judgements.write_text("".join(json.dumps(r) + "\n" for r in [*judged, {**judged[0], "prompt": "another"}]))
     chain.run(loaded)
     found = rows(loaded["rankings"].folder / "rankings.jsonl")
@@ -161,15 +186,31 @@ def test_a_labeller_that_answers_nonsense_is_named(recipe, stages):
 def test_mistakes_are_found_before_anything_runs(recipe, write, tiny_gpt2):
     prompts = {"train": write("p.jsonl", PROMPTS)}
     stages = {
-        "a": {"kind": "sample", "sample": {"models": [str(tiny_gpt2), "gpt2"], "completions": 3, "top_p": 0}, "data": prompts},
+        "a": {
+            "kind": "sample",
+            "sample": {"models": [str(tiny_gpt2), "gpt2"], "completions": 3, "top_p": 0},
+            "data": prompts,
+        },
         "b": {"kind": "rank", "rank": {}, "data": {"train": "stage:a"}},
         "c": {"kind": "sample", "sample": {"models": ["stage:b"]}, "data": prompts},
-        "d": {"kind": "reward", "model": {"model_name_or_path": "stage:a"}, "data": {"train": "stage:zzz/rankings.jsonl"}},
-    }  # fmt: skip
+        "d": {
+            "kind": "reward",
+            "model": {"model_name_or_path": "stage:a"},
+            "data": {"train": "stage:zzz/rankings.jsonl"},
+        },
+    }
     with pytest.raises(RecipeError) as error:
         load(recipe(stages))
     text = str(error.value)
-    for words in ["multiple of 2", "sample.top_p", "who ranks?", "name the file that the stage writes", "this stage is of kind rank", "of kind sample and leaves no model", "`stage:zzz` names no earlier stage"]:  # fmt: skip
+    for words in [
+        "multiple of 2",
+        "sample.top_p",
+        "who ranks?",
+        "name the file that the stage writes",
+        "this stage is of kind rank",
+        "of kind sample and leaves no model",
+        "`stage:zzz` names no earlier stage",
+    ]:
         assert words in text
 
 

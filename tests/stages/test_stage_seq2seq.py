@@ -19,9 +19,19 @@ WORDS = [
     {"fish": "silp", "bird": "avi"},
 ]
 T5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
-BART = {"model_type": "bart", "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 32,
-        "dropout": 0.0, "init_std": 0.1}  # fmt: skip
+BART = {
+    "model_type": "bart",
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 32,
+    "dropout": 0.0,
+    "init_std": 0.1,
+}
 
 
 def pairs(count, seed=0):
@@ -39,8 +49,17 @@ def run(recipe):
     """`run(data, name=…, config=…, task=…, **args)` runs one seq2seq stage and returns `(stage, stage.json)`."""
 
     def run_(data, name="s", config=None, model=None, task=None, tokenizer=None, **args):
-        args = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "max_source_length": 24,
-                "max_target_length": 24, "save_steps": 1000, "eval_steps": 1000, "report_to": [], **args}  # fmt: skip
+        args = {
+            "max_steps": 4,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 5e-3,
+            "max_source_length": 24,
+            "max_target_length": 24,
+            "save_steps": 1000,
+            "eval_steps": 1000,
+            "report_to": [],
+            **args,
+        }
         body = {"kind": "seq2seq", "model": model or {"config": config or T5}, "data": data, "args": args}
         if model is None:
             body["tokenizer"] = tokenizer or {"train": "bpe", "vocab_size": 360}
@@ -181,12 +200,23 @@ def test_lengths_beyond_the_positions_are_refused(run, write):
 
 
 def test_settings_that_cannot_work_are_refused_at_check(recipe, write):
-    body = {"kind": "seq2seq", "model": {"config": {"model_type": "t5"}, "load_in_8bit": True},
-            "tokenizer": {"train": "wordpiece", "vocab_size": 50}, "task": {"metrics": ["bleu", "chrf"]},
-            "data": {"train": write("t.jsonl", pairs(5)), "validation": 0.2},
-            "args": {"metric_for_best_model": "rouge1", "max_target_length": 1}}  # fmt: skip
+    body = {
+        "kind": "seq2seq",
+        "model": {"config": {"model_type": "t5"}, "load_in_8bit": True},
+        "tokenizer": {"train": "wordpiece", "vocab_size": 50},
+        "task": {"metrics": ["bleu", "chrf"]},
+        "data": {"train": write("t.jsonl", pairs(5)), "validation": 0.2},
+        "args": {"metric_for_best_model": "rouge1", "max_target_length": 1},
+    }
     with pytest.raises(RecipeError) as error:
         load(recipe({"s": body}), read_data=False)
-    for part in ("model.load_in_8bit", "tokenizer.lowercase", "tokenizer.vocab_size", "task.metrics", "did you mean sacrebleu",
-                 "args.max_target_length", "must be one of loss, chrf"):  # fmt: skip
+    for part in (
+        "model.load_in_8bit",
+        "tokenizer.lowercase",
+        "tokenizer.vocab_size",
+        "task.metrics",
+        "did you mean sacrebleu",
+        "args.max_target_length",
+        "must be one of loss, chrf",
+    ):
         assert part in str(error.value), part

@@ -33,7 +33,12 @@ def test_it_learns_to_answer_and_to_stop(recipe, write, tiny_gpt2, packing):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     data = write("rows.jsonl", ROWS * 8)
-    folder, record = run(recipe, tiny_gpt2, {"train": data, "validation": data}, {"packing": packing, "num_train_epochs": 60, "global_batch_size": 4 if packing else 8})  # fmt: skip
+    folder, record = run(
+        recipe,
+        tiny_gpt2,
+        {"train": data, "validation": data},
+        {"packing": packing, "num_train_epochs": 60, "global_batch_size": 4 if packing else 8},
+    )
     assert record["metrics"]["eval_perplexity"] < 1.2
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     for row in ROWS:
@@ -105,7 +110,18 @@ def test_gradient_accumulation_changes_nothing(recipe, write, tiny_gpt2, tmp_pat
     rows = ROWS + [{"prompt": "what is it", "completion": "a fish " * (1 + 3 * i)} for i in range(4)]
     data, found = write("rows.jsonl", rows * 2), []
     for micro in (8, 2):
-        folder, _ = run(recipe, tiny_gpt2, {"train": data}, {"global_batch_size": 8, "per_device_train_batch_size": micro, "num_train_epochs": 3, "optim": "sgd", "learning_rate": 0.5})  # fmt: skip
+        folder, _ = run(
+            recipe,
+            tiny_gpt2,
+            {"train": data},
+            {
+                "global_batch_size": 8,
+                "per_device_train_batch_size": micro,
+                "num_train_epochs": 3,
+                "optim": "sgd",
+                "learning_rate": 0.5,
+            },
+        )
         found.append(load_file(folder / "model.safetensors"))
         folder.parent.rename(tmp_path / f"micro{micro}")
     assert max((found[0][k] - found[1][k]).abs().max().item() for k in found[0]) < 1e-5

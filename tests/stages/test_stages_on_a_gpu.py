@@ -21,11 +21,23 @@ from pipelines.training.trainer import ChainTrainer
 
 PAIRS = [(a, b) for a in WORDS[:6] for b in WORDS[8:14]]
 LORA = {"use_peft": True, "lora_r": 2, "lora_alpha": 4}
-BERT = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2,
-        "intermediate_size": 16, "max_position_embeddings": 64}  # fmt: skip
+BERT = {
+    "model_type": "bert",
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 64,
+}
 T5 = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-ARGS = {"global_batch_size": 8, "per_device_train_batch_size": 4, "max_steps": 4, "logging_steps": 4, "save_steps": 4,
-        "eval_steps": 4}  # fmt: skip
+ARGS = {
+    "global_batch_size": 8,
+    "per_device_train_batch_size": 4,
+    "max_steps": 4,
+    "logging_steps": 4,
+    "save_steps": 4,
+    "eval_steps": 4,
+}
 
 
 def reward(prompts, completions, **columns):
@@ -41,8 +53,18 @@ def chains(write, base: str) -> dict[str, dict]:
     """Recipes by name; together they have all kinds and what changes their path on a device."""
     text = write("text.jsonl", [{"text": f"the {a} is {b} and {b} is not {a}"} for a, b in PAIRS * 8])
     asked = write("asked.jsonl", [{"prompt": f"what is {a} {b}", "completion": f"{a} is {b}"} for a, b in PAIRS])
-    ranked = write("ranked.jsonl", [{"prompt": f"what is {a}", "completions": [f"{a} is {b}", b, a], "ranks": [1, 2, 2],
-                                     "tags": [["rude"], [], []]} for a, b in PAIRS])  # fmt: skip
+    ranked = write(
+        "ranked.jsonl",
+        [
+            {
+                "prompt": f"what is {a}",
+                "completions": [f"{a} is {b}", b, a],
+                "ranks": [1, 2, 2],
+                "tags": [["rude"], [], []],
+            }
+            for a, b in PAIRS
+        ],
+    )
     labelled = write("labelled.jsonl", [{"text": f"{a} is {b}", "label": int(b == WORDS[8])} for a, b in PAIRS])
     translated = write("translated.jsonl", [{"source": f"{a} is {b}", "target": f"{b} {a}"} for a, b in PAIRS])
     model, words = {"model_name_or_path": base}, {"train": "wordpiece", "vocab_size": 250}
@@ -59,8 +81,16 @@ def chains(write, base: str) -> dict[str, dict]:
 
     length = {"max_length": 32}
     judge = stage("reward", ranked, {"tags": ["rude"], **length}, model=plain)
-    online = {"response_length": 8, "num_ppo_epochs": 2, "num_mini_batches": 1, "allow_no_eos": True, "max_steps": 2,
-              "allow_constant_scores": True, "eval_steps": 2, "save_steps": 1}  # fmt: skip
+    online = {
+        "response_length": 8,
+        "num_ppo_epochs": 2,
+        "num_mini_batches": 1,
+        "allow_no_eos": True,
+        "max_steps": 2,
+        "allow_constant_scores": True,
+        "eval_steps": 2,
+        "save_steps": 1,
+    }
     scored = {"functions": [f"{__name__}:reward"]}
     ppo = stage("ppo", asked, online, model=plain, reward=scored)
     both = {"model": {**plain, **LORA}}
@@ -77,26 +107,52 @@ def chains(write, base: str) -> dict[str, dict]:
             "x": stage("classify", labelled, model={"model_name_or_path": "stage:m"}),
         },
         "classify a causal model": {"x": stage("classify", labelled)},
-        "seq2seq": {"x": stage("seq2seq", translated, {"max_target_length": 8}, model={"config": T5}, tokenizer={**words, "lowercase": True})},
+        "seq2seq": {
+            "x": stage(
+                "seq2seq",
+                translated,
+                {"max_target_length": 8},
+                model={"config": T5},
+                tokenizer={**words, "lowercase": True},
+            )
+        },
         "ppo": {"x": ppo},
         "ppo reward model, tags, ptx": {
             "j": judge,
-            "x": ppo | {"reward": {"models": ["stage:j"], "min_accuracy": 0.0, "tag_penalties": {"rude": 0.5}},
-                        "data": {"train": asked, "ptx": text}, "args": {**ppo["args"], "ptx_coef": 0.5, "ptx_length": 16}},
+            "x": ppo
+            | {
+                "reward": {"models": ["stage:j"], "min_accuracy": 0.0, "tag_penalties": {"rude": 0.5}},
+                "data": {"train": asked, "ptx": text},
+                "args": {**ppo["args"], "ptx_coef": 0.5, "ptx_length": 16},
+            },
         },
         "ppo lora, critic shared": {"x": ppo | both | {"reward": {**scored, "critic": "shared"}}},
         "ppo lora": {"x": ppo | both},
         "ppo vllm": {"x": ppo | {"args": {**ppo["args"], "use_vllm": True}}},
         "sample, rank, evaluate": {
             "s": stage("sft", asked, length, model=plain),
-            "samples": {"kind": "sample", "data": {"train": asked},
-                        "sample": {"models": ["stage:s", base], "completions": 2, "response_length": 6}},
-            "rankings": {"kind": "rank", "rank": {"labeller": f"{__name__}:labeller"},
-                         "data": {"train": "stage:samples/samples.jsonl"}},
-            "x": {"kind": "evaluate", "evaluate": {"models": ["stage:s", base], "text": text, "prompts": asked,
-                                                   "judge": f"{__name__}:judge", "response_length": 6}},
+            "samples": {
+                "kind": "sample",
+                "data": {"train": asked},
+                "sample": {"models": ["stage:s", base], "completions": 2, "response_length": 6},
+            },
+            "rankings": {
+                "kind": "rank",
+                "rank": {"labeller": f"{__name__}:labeller"},
+                "data": {"train": "stage:samples/samples.jsonl"},
+            },
+            "x": {
+                "kind": "evaluate",
+                "evaluate": {
+                    "models": ["stage:s", base],
+                    "text": text,
+                    "prompts": asked,
+                    "judge": f"{__name__}:judge",
+                    "response_length": 6,
+                },
+            },
         },
-    }  # fmt: skip
+    }
 
 
 def judge(prompt, answer):
@@ -149,12 +205,20 @@ def run(recipe, write, tiny_gpt2, monkeypatch):
 
 
 # Operators on the device, at most: of a training step (of one micro-batch), of the update of one PPO minibatch, and of
-# one decoded token, all of models with one or two layers. Each is what it is now and a tenth more. What a new version of
-# PyTorch or transformers adds is looked at, then put here.
+# one decoded token, all of models with one or two layers. Each is what it is now and a tenth more. What a new version
+# of PyTorch or transformers adds is looked at, then put here.
 STEP = {
-    "pretrain": 200, "pretrain streamed": 200, "mlm": 200, "sft packed": 185, "sft lora": 180, "reward": 235,
-    "reward lora, tags": 230, "classify": 200, "classify a causal model": 210, "seq2seq": 575,
-}  # fmt: skip
+    "pretrain": 200,
+    "pretrain streamed": 200,
+    "mlm": 200,
+    "sft packed": 185,
+    "sft lora": 180,
+    "reward": 235,
+    "reward lora, tags": 230,
+    "classify": 200,
+    "classify a causal model": 210,
+    "seq2seq": 575,
+}
 MINIBATCH = {
     "ppo": 940,
     "ppo reward model, tags, ptx": 975,

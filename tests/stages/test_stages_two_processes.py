@@ -45,8 +45,16 @@ def chain(tmp_path_factory):
     train_tokenizer.train_wordpiece([f"the {t} is {c} ." for t, c in facts], vocab_size=120).save_pretrained(
         folder / "tokenizer"
     )
-    bert = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64,
-            "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+    bert = {
+        "model_type": "bert",
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
     t5 = {
         "model_type": "t5",
         "d_model": 32,
@@ -57,17 +65,38 @@ def chain(tmp_path_factory):
         "dropout_rate": 0.0,
     }
     # Micro-batches of 2 rows: 4 are accumulated on one process, 2 on each of two.
-    args = {"global_batch_size": 8, "per_device_train_batch_size": 2, "max_steps": 16, "save_steps": 1, "eval_steps": 8,
-            "logging_steps": 1, "report_to": [], "learning_rate": 1e-3}  # fmt: skip
+    args = {
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 2,
+        "max_steps": 16,
+        "save_steps": 1,
+        "eval_steps": 8,
+        "logging_steps": 1,
+        "report_to": [],
+        "learning_rate": 1e-3,
+    }
     stages = {
-        "words": {"kind": "mlm", "model": {"config": bert, "tokenizer_name_or_path": str(folder / "tokenizer")},
-                  "data": {"train": text, "validation": [{"path": text, "rows": 61}]}, "args": {**args, "max_length": 16}},
-        "colours": {"kind": "classify", "model": {"model_name_or_path": "stage:words"}, "task": {"class_weights": "balanced"},
-                    "data": {"train": labelled, "validation": [{"path": labelled, "rows": 37}]}, "args": args},
-        "translate": {"kind": "seq2seq", "model": {"config": t5}, "tokenizer": {"train": "bpe", "vocab_size": 300},
-                      "data": {"train": pairs, "validation": [{"path": pairs, "rows": 37}]},
-                      "args": {**args, "max_source_length": 16, "max_target_length": 16}},
-    }  # fmt: skip
+        "words": {
+            "kind": "mlm",
+            "model": {"config": bert, "tokenizer_name_or_path": str(folder / "tokenizer")},
+            "data": {"train": text, "validation": [{"path": text, "rows": 61}]},
+            "args": {**args, "max_length": 16},
+        },
+        "colours": {
+            "kind": "classify",
+            "model": {"model_name_or_path": "stage:words"},
+            "task": {"class_weights": "balanced"},
+            "data": {"train": labelled, "validation": [{"path": labelled, "rows": 37}]},
+            "args": args,
+        },
+        "translate": {
+            "kind": "seq2seq",
+            "model": {"config": t5},
+            "tokenizer": {"train": "bpe", "vocab_size": 300},
+            "data": {"train": pairs, "validation": [{"path": pairs, "rows": 37}]},
+            "args": {**args, "max_source_length": 16, "max_target_length": 16},
+        },
+    }
 
     def chain_(name):
         path = folder / f"{name}.yaml"

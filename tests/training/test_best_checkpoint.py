@@ -46,10 +46,16 @@ def test_pretrain_keeps_the_lowest_perplexity(recipe, write):
         "tokenizer": {"train": "bpe", "vocab_size": 300},
         "data": {"train": write("t.jsonl", text), "validation": 0.2},
         "args": {
-            "max_steps": 12, "eval_steps": 2, "max_length": 16, "global_batch_size": 8, "learning_rate": 0.5,
-            "lr_scheduler_type": "constant", "warmup_steps": 0, "metric_for_best_model": "perplexity",
+            "max_steps": 12,
+            "eval_steps": 2,
+            "max_length": 16,
+            "global_batch_size": 8,
+            "learning_rate": 0.5,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "metric_for_best_model": "perplexity",
         },
-    }  # fmt: skip
+    }
     loaded = load(recipe({"base": stage}))
     chain.run(loaded)
     metrics = json.loads((loaded["base"].folder / "stage.json").read_text())["metrics"]

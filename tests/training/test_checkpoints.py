@@ -1,4 +1,6 @@
-"""Checkpoints that were damaged after they were saved: found, named, set aside, and the run ends as if nothing had happened."""
+"""Checkpoints that were damaged after they were saved: found, named, set aside, and the run ends as if nothing had
+happened.
+"""
 
 import errno
 import json
@@ -29,8 +31,16 @@ def stage_of(recipe, write, tiny_gpt2):
     """`stage_of(name, **args)` loads a recipe of one sft stage with a folder of its own."""
 
     def stage_of_(name, **args):
-        args = {"global_batch_size": 8, "max_steps": 8, "save_steps": 2, "save_total_limit": 3, "max_length": 32,
-                "learning_rate": 1e-3, "report_to": [], **args}  # fmt: skip
+        args = {
+            "global_batch_size": 8,
+            "max_steps": 8,
+            "save_steps": 2,
+            "save_total_limit": 3,
+            "max_length": 32,
+            "learning_rate": 1e-3,
+            "report_to": [],
+            **args,
+        }
         stage = {"kind": "sft", "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"}, "args": args}
         stage["data"] = {"train": write("rows.jsonl", ROWS), "validation": 0.2}
         return load(
@@ -149,11 +159,14 @@ def test_a_checkpoint_of_an_earlier_version_is_used_with_a_word(stage_of, monkey
     assert "without checksums, by an earlier version" in caplog.text and "resuming from" in caplog.text
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device"),
-    RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 192 vs 86"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 192 vs 86"),
+    ],
+)
 def test_a_full_disk_in_mid_save_is_one_sentence_and_the_last_checkpoint_stays(stage_of, monkeypatch, capsys, error):
     import torch
 

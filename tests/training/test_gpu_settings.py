@@ -1,4 +1,6 @@
-"""What GPUs change without a GPU at hand: one card of several, flash attention, heads in float32, quantized bases, shards."""
+"""What GPUs change without a GPU at hand: one card of several, flash attention, heads in float32, quantized bases,
+shards.
+"""
 
 from __future__ import annotations
 
@@ -176,6 +178,8 @@ def test_decoding_on_an_accelerator_gives_what_it_gives_on_a_cpu():
 
 def test_a_ready_mask_lets_the_last_queries_see_what_is_before_them_and_no_padding():
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    assert ready_mask(mask, 2)[:, 0].tolist() == [[[False, True, False], [False, True, True]],
-                                                  [[True, True, False], [True, True, True]]]  # fmt: skip
+    assert ready_mask(mask, 2)[:, 0].tolist() == [
+        [[False, True, False], [False, True, True]],
+        [[True, True, False], [True, True, True]],
+    ]
     assert ready_mask(mask, 1)[0, 0].tolist() == [[False, True, True]]

@@ -36,9 +36,13 @@ def launch(recipe, processes=1, *words):
 
 def start(recipe, processes, *words):
     return subprocess.Popen(
-        command(recipe, processes, *words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    )  # fmt: skip
+        command(recipe, processes, *words),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def kill(process):
@@ -95,18 +99,51 @@ def chain(tmp_path_factory, tiny_gpt2):
     answers = write(
         "sft.jsonl", [{"prompt": f"what colour is the {w}", "completion": f"the {w} is {c}"} for w, c in facts]
     )
-    pairs = write("pairs.jsonl", [{"prompt": f"what is {w} {i}", "chosen": f"{w} is {c}", "rejected": f"{c} eats"} for i, (w, c) in enumerate(facts)])  # fmt: skip
+    pairs = write(
+        "pairs.jsonl",
+        [
+            {"prompt": f"what is {w} {i}", "chosen": f"{w} is {c}", "rejected": f"{c} eats"}
+            for i, (w, c) in enumerate(facts)
+        ],
+    )
     labelled = write("labelled.jsonl", [{"text": f"the {w} is {c}", "label": int(c == "red")} for w, c in facts])
 
     def chain_(name):
-        args = {"global_batch_size": 8, "max_length": 32, "learning_rate": 1e-3, "num_train_epochs": 2, "save_steps": 4, "save_total_limit": 2}  # fmt: skip
+        args = {
+            "global_batch_size": 8,
+            "max_length": 32,
+            "learning_rate": 1e-3,
+            "num_train_epochs": 2,
+            "save_steps": 4,
+            "save_total_limit": 2,
+        }
         start = {"model_name_or_path": str(tiny_gpt2)}
         stages = {
-            "base": {"kind": "pretrain", "model": start, "data": {"train": text, "validation": 0.1}, "args": {**args, "num_train_epochs": 4}},
-            "sft": {"kind": "sft", "model": {"model_name_or_path": "stage:base"}, "data": {"train": answers, "validation": 0.1}, "args": {**args, "packing": True, "num_train_epochs": 8}},
-            "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"}, "data": {"train": pairs, "validation": 0.1}, "args": args},
-            "classify": {"kind": "classify", "model": {"model_name_or_path": "stage:base"}, "data": {"train": labelled, "validation": 0.1}, "args": args},
-        }  # fmt: skip
+            "base": {
+                "kind": "pretrain",
+                "model": start,
+                "data": {"train": text, "validation": 0.1},
+                "args": {**args, "num_train_epochs": 4},
+            },
+            "sft": {
+                "kind": "sft",
+                "model": {"model_name_or_path": "stage:base"},
+                "data": {"train": answers, "validation": 0.1},
+                "args": {**args, "packing": True, "num_train_epochs": 8},
+            },
+            "reward": {
+                "kind": "reward",
+                "model": {"model_name_or_path": "stage:sft"},
+                "data": {"train": pairs, "validation": 0.1},
+                "args": args,
+            },
+            "classify": {
+                "kind": "classify",
+                "model": {"model_name_or_path": "stage:base"},
+                "data": {"train": labelled, "validation": 0.1},
+                "args": args,
+            },
+        }
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump({"output_dir": str(folder / name), "stages": stages}, sort_keys=False))
         return path, folder / name
@@ -182,8 +219,15 @@ def test_ctrl_c_saves_says_so_and_resumes(chain, whole):
 def test_ctrl_c_of_run_on_prints_no_traceback(chain):
     recipe, folder = chain("on")
     line = [sys.executable, "-m", "pipelines", "run", str(recipe), "base", "--on", "cpu_2"]
-    process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True, cwd=ROOT)  # fmt: skip
+    process = subprocess.Popen(
+        line,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=ROOT,
+    )
     wait_for("base/checkpoints/*/complete", folder, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: torchrun's workers are in sessions of their own
     output, _ = process.communicate(timeout=120)

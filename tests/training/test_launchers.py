@@ -20,8 +20,21 @@ from pipelines.data import train_tokenizer
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 BIN = Path(sys.executable).parent
-STAGES = ("base", "sft", "reward", "classify", "policy", "words", "translate", "best",
-          "sft_lora", "reward_lora", "classify_lora", "policy_lora", "tokens_lora")  # fmt: skip
+STAGES = (
+    "base",
+    "sft",
+    "reward",
+    "classify",
+    "policy",
+    "words",
+    "translate",
+    "best",
+    "sft_lora",
+    "reward_lora",
+    "classify_lora",
+    "policy_lora",
+    "tokens_lora",
+)
 STEPS = 6
 
 
@@ -62,14 +75,34 @@ def chain(tmp_path_factory, tiny_gpt2):
     answers = write(
         "a.jsonl", [{"prompt": f"what colour is the {w}", "completion": f"the {w} is {c}"} for w, c in facts]
     )
-    ranked = write("r.jsonl", [{"prompt": f"what is {w} {i}", "completions": [f"{w} is {c}", f"{c} eats"], "ranks": [1, 2],
-                                "tags": [[], ["wrong"]]} for i, (w, c) in enumerate(facts)])  # fmt: skip
-    targets = write("s.jsonl", [{"source": f"the {w} is {c}" + " ." * (i % 4), "target": f"{c} {w}"} for i, (w, c) in enumerate(facts)])  # fmt: skip
+    ranked = write(
+        "r.jsonl",
+        [
+            {
+                "prompt": f"what is {w} {i}",
+                "completions": [f"{w} is {c}", f"{c} eats"],
+                "ranks": [1, 2],
+                "tags": [[], ["wrong"]],
+            }
+            for i, (w, c) in enumerate(facts)
+        ],
+    )
+    targets = write(
+        "s.jsonl",
+        [{"source": f"the {w} is {c}" + " ." * (i % 4), "target": f"{c} {w}"} for i, (w, c) in enumerate(facts)],
+    )
     labelled = write("c.jsonl", [{"text": f"the {w} is {c}", "label": int(c == "red")} for w, c in facts])
     prompts = write("p.jsonl", [{"prompt": f"what colour is the {w} {i}"} for i, (w, _) in enumerate(facts[:20])])
     # Micro-batches of 2 rows: 4 are accumulated on one process, 2 on each of two.
-    args = {"global_batch_size": 8, "per_device_train_batch_size": 2, "max_steps": STEPS, "save_steps": 2,
-            "logging_steps": 1, "learning_rate": 1e-3, "report_to": []}  # fmt: skip
+    args = {
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 2,
+        "max_steps": STEPS,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "report_to": [],
+    }
     short = {**args, "max_length": 32}
     sampled = {**args, "response_length": 6, "allow_no_eos": True, "learning_rate": 1e-4, "num_ppo_epochs": 2}
     lora = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
@@ -77,10 +110,26 @@ def chain(tmp_path_factory, tiny_gpt2):
     words = train_tokenizer.train_wordpiece([f"the {w} is {c} and likes a ." for w, c in facts], vocab_size=120)
     words.bos_token, words.eos_token = words.cls_token, words.sep_token
     ids = {"vocab_size": len(words), "pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id}
-    bert = BertConfig(**ids, num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64,
-                      max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
-    t5 = T5Config(**ids, decoder_start_token_id=words.pad_token_id, d_model=32, d_kv=16, d_ff=64, num_layers=1,
-                  num_heads=2, dropout_rate=0.0)  # fmt: skip
+    bert = BertConfig(
+        **ids,
+        num_hidden_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    t5 = T5Config(
+        **ids,
+        decoder_start_token_id=words.pad_token_id,
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+    )
     set_seed(0)
     for name, model in (("bert", BertForMaskedLM(bert)), ("t5", T5ForConditionalGeneration(t5))):
         model.save_pretrained(folder / name)
@@ -89,24 +138,76 @@ def chain(tmp_path_factory, tiny_gpt2):
     stages = {
         "base": {"kind": "pretrain", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": text, "args": short},
         "sft": {"kind": "sft", "model": {"model_name_or_path": "stage:base"}, "data": answers, "args": short},
-        "reward": {"kind": "reward", "model": {"model_name_or_path": "stage:sft"}, "data": ranked, "args": {**short, "tags": ["wrong"]}},
-        "classify": {"kind": "classify", "model": {"model_name_or_path": "stage:base"}, "data": labelled, "args": short},
-        "policy": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "data": prompts, "args": sampled,
-                   "reward": {"models": ["stage:reward"], "min_accuracy": 0.0}},
-        "words": {"kind": "mlm", "model": {"model_name_or_path": str(folder / "bert")}, "data": text, "args": {**args, "max_length": 16}},
-        "translate": {"kind": "seq2seq", "model": {"model_name_or_path": str(folder / "t5")}, "data": targets, "args": {**args, "max_source_length": 16, "max_target_length": 16}},
-        "best": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft"}, "data": {**prompts, "ptx": text["train"]},
-                 "reward": {"models": ["stage:reward"], "min_accuracy": 0.0, "critic": "shared"},
-                 "args": {**sampled, **best, "ptx_coef": 0.5, "ptx_length": 16, "diagnosis": "warn"}},
-        "sft_lora": {"kind": "sft", "model": {"model_name_or_path": "stage:sft", **lora}, "data": answers, "args": short},
-        "reward_lora": {"kind": "reward", "model": {"model_name_or_path": "stage:sft_lora", **lora}, "data": ranked,
-                        "args": {**short, "tags": ["wrong"]}},
-        "classify_lora": {"kind": "classify", "model": {"model_name_or_path": "stage:words", **lora}, "data": labelled,
-                          "args": {**short, "max_length": 16, "load_best_model_at_end": True, "eval_steps": 2}},
-        "policy_lora": {"kind": "ppo", "model": {"model_name_or_path": "stage:sft_lora", **lora}, "data": prompts,
-                        "args": sampled, "reward": {"models": ["stage:reward_lora"], "min_accuracy": 0.0, "tag_penalties": {"wrong": 0.5}}},
-        "tokens_lora": {"kind": "sft", "model": {"model_name_or_path": "stage:base", **lora}, "data": answers, "args": short},
-    }  # fmt: skip
+        "reward": {
+            "kind": "reward",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": ranked,
+            "args": {**short, "tags": ["wrong"]},
+        },
+        "classify": {
+            "kind": "classify",
+            "model": {"model_name_or_path": "stage:base"},
+            "data": labelled,
+            "args": short,
+        },
+        "policy": {
+            "kind": "ppo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": prompts,
+            "args": sampled,
+            "reward": {"models": ["stage:reward"], "min_accuracy": 0.0},
+        },
+        "words": {
+            "kind": "mlm",
+            "model": {"model_name_or_path": str(folder / "bert")},
+            "data": text,
+            "args": {**args, "max_length": 16},
+        },
+        "translate": {
+            "kind": "seq2seq",
+            "model": {"model_name_or_path": str(folder / "t5")},
+            "data": targets,
+            "args": {**args, "max_source_length": 16, "max_target_length": 16},
+        },
+        "best": {
+            "kind": "ppo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": {**prompts, "ptx": text["train"]},
+            "reward": {"models": ["stage:reward"], "min_accuracy": 0.0, "critic": "shared"},
+            "args": {**sampled, **best, "ptx_coef": 0.5, "ptx_length": 16, "diagnosis": "warn"},
+        },
+        "sft_lora": {
+            "kind": "sft",
+            "model": {"model_name_or_path": "stage:sft", **lora},
+            "data": answers,
+            "args": short,
+        },
+        "reward_lora": {
+            "kind": "reward",
+            "model": {"model_name_or_path": "stage:sft_lora", **lora},
+            "data": ranked,
+            "args": {**short, "tags": ["wrong"]},
+        },
+        "classify_lora": {
+            "kind": "classify",
+            "model": {"model_name_or_path": "stage:words", **lora},
+            "data": labelled,
+            "args": {**short, "max_length": 16, "load_best_model_at_end": True, "eval_steps": 2},
+        },
+        "policy_lora": {
+            "kind": "ppo",
+            "model": {"model_name_or_path": "stage:sft_lora", **lora},
+            "data": prompts,
+            "args": sampled,
+            "reward": {"models": ["stage:reward_lora"], "min_accuracy": 0.0, "tag_penalties": {"wrong": 0.5}},
+        },
+        "tokens_lora": {
+            "kind": "sft",
+            "model": {"model_name_or_path": "stage:base", **lora},
+            "data": answers,
+            "args": short,
+        },
+    }
 
     def chain_(name, steps=STEPS):
         of_length = {
@@ -178,8 +279,12 @@ def test_two_processes_train_as_one(chain, one, config):
     assert_alike(one, folder, stages=stages)
     import transformers
 
-    kinds = {"reward": "SequenceClassification", "classify": "SequenceClassification", "words": "MaskedLM",
-             "translate": "Seq2SeqLM"}  # fmt: skip
+    kinds = {
+        "reward": "SequenceClassification",
+        "classify": "SequenceClassification",
+        "words": "MaskedLM",
+        "translate": "Seq2SeqLM",
+    }
     for stage in stages:
         kind = getattr(transformers, f"AutoModelFor{kinds.get(stage.removesuffix('_lora'), 'CausalLM')}")
         _, info = kind.from_pretrained(folder / stage, output_loading_info=True)
@@ -215,9 +320,11 @@ def test_four_processes_train_as_one(chain, one):
 def killed(line, folder, pattern):
     """Run a command until a file that matches is below `folder`, then SIGKILL all its processes."""
     process = subprocess.Popen(
-        [str(word) for word in line], env={**environment(), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [str(word) for word in line],
+        env={**environment(), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     wait_for(pattern, folder, process)
     kill(process)
 
@@ -261,9 +368,19 @@ def test_every_config_is_understood_by_accelerate():
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     assert {p.stem for p in CONFIGS} == {
-        "cpu", "cpu_2", "single_gpu", "ddp", "ddp_multi", "fsdp2", "fsdp2_offload", "fsdp2_multi",
-        "zero2", "zero3", "zero3_offload", "zero3_multi",
-    }  # fmt: skip
+        "cpu",
+        "cpu_2",
+        "single_gpu",
+        "ddp",
+        "ddp_multi",
+        "fsdp2",
+        "fsdp2_offload",
+        "fsdp2_multi",
+        "zero2",
+        "zero3",
+        "zero3_offload",
+        "zero3_multi",
+    }
     parser = launch_command_parser()
     for path in CONFIGS:
         loaded = load_config_from_file(str(path))
@@ -319,7 +436,8 @@ def test_torchrun_is_as_good(chain, tmp_path):
     assert json.loads((folder / "base" / "stage.json").read_text())["world_size"] == 2
     script = tmp_path / "show.py"
     script.write_text(
-        "from pipelines import launch\nlaunch.fast_environment()\nlaunch.start()\nimport torch\nprint('threads', torch.get_num_threads())\n"
+        "from pipelines import launch\nlaunch.fast_environment()\nlaunch.start()\nimport torch\nprint('threads', "
+        "torch.get_num_threads())\n"
     )
     done = subprocess.run([*torchrun, script], env=environment(), capture_output=True, text=True, timeout=120)
     cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)

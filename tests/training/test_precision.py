@@ -24,10 +24,16 @@ from pipelines.training import arguments, loop
 
 ARGS = {"global_batch_size": 8, "learning_rate": 1e-3, "max_steps": 2}
 NEW = {
-    "bert": {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2,
-             "intermediate_size": 16, "max_position_embeddings": 64},
+    "bert": {
+        "model_type": "bert",
+        "num_hidden_layers": 1,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 64,
+    },
     "t5": {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2},
-}  # fmt: skip
+}
 
 
 def reward(prompts, completions, **columns):
@@ -47,14 +53,31 @@ def stage(write, tiny_gpt2):
     base, words = {"model_name_or_path": str(tiny_gpt2)}, {"train": "wordpiece", "vocab_size": 250}
     kinds = {
         "pretrain": {"model": base, "data": {"train": text}, "args": {"max_length": 32}},
-        "mlm": {"model": {"config": NEW["bert"]}, "tokenizer": words, "data": {"train": text}, "args": {"max_length": 32}},
-        "sft": {"model": base, "data": {"train": asked}, "args": {"packing": True, "max_length": 32, "global_batch_size": 2}},
+        "mlm": {
+            "model": {"config": NEW["bert"]},
+            "tokenizer": words,
+            "data": {"train": text},
+            "args": {"max_length": 32},
+        },
+        "sft": {
+            "model": base,
+            "data": {"train": asked},
+            "args": {"packing": True, "max_length": 32, "global_batch_size": 2},
+        },
         "reward": {"model": base, "data": {"train": ranked}},
-        "ppo": {"model": {**base, "chat_template": "plain"}, "reward": {"functions": [f"{__name__}:reward"]},
-                "data": {"train": asked}, "args": {"response_length": 8, "num_ppo_epochs": 1, "allow_no_eos": True}},
+        "ppo": {
+            "model": {**base, "chat_template": "plain"},
+            "reward": {"functions": [f"{__name__}:reward"]},
+            "data": {"train": asked},
+            "args": {"response_length": 8, "num_ppo_epochs": 1, "allow_no_eos": True},
+        },
         "classify": {"model": base, "data": {"train": labelled}},
-        "seq2seq": {"model": {"config": NEW["t5"]}, "tokenizer": {**words, "lowercase": True}, "data": {"train": translated}},
-    }  # fmt: skip
+        "seq2seq": {
+            "model": {"config": NEW["t5"]},
+            "tokenizer": {**words, "lowercase": True},
+            "data": {"train": translated},
+        },
+    }
 
     def stage_(kind, args=None, model=None):
         found = kinds[kind]
@@ -225,8 +248,10 @@ def test_what_is_not_installed_is_said_before_anything_starts(recipe, stage, mon
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
     for setting, package in (
-        ({"optim": "adamw_torch_8bit"}, "torchao"), ({"optim": "lomo"}, "lomo_optim"), ({"optim": "lion_32bit"}, "bitsandbytes"),
-    ):  # fmt: skip
+        ({"optim": "adamw_torch_8bit"}, "torchao"),
+        ({"optim": "lomo"}, "lomo_optim"),
+        ({"optim": "lion_32bit"}, "bitsandbytes"),
+    ):
         with pytest.raises(RecipeError, match=f"needs {package}: "):
             load(recipe({"x": stage("sft", setting)}))
     for name, package in (("flash_attention_3", "flash_attn_interface"), ("someone/attention", "kernels")):
@@ -242,7 +267,18 @@ def test_settings_that_exclude_each_other_name_the_stage(run, stage):
         run(stage("seq2seq", model={"attn_implementation": "nonsense"}))
 
 
-@pytest.mark.parametrize("verb, expected", [("chat", True), ("evaluate", True), ("plan", True), ("recipe.yaml", True), ("rank", False), ("check", False), ("--help", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "verb, expected",
+    [
+        ("chat", True),
+        ("evaluate", True),
+        ("plan", True),
+        ("recipe.yaml", True),
+        ("rank", False),
+        ("check", False),
+        ("--help", False),
+    ],
+)
 def test_what_computes_gets_the_fast_environment(monkeypatch, verb, expected):
 
     asked = []

@@ -1,4 +1,6 @@
-"""What stage.json and the history tell of a run does not depend on how often it was stopped: field by field, every kind."""
+"""What stage.json and the history tell of a run does not depend on how often it was stopped: field by field, every
+kind.
+"""
 
 import json
 import random
@@ -14,9 +16,14 @@ from pipelines.training import loop, saving
 WORDS, COLOURS = "cat dog bird fish tree".split(), "red green blue".split()
 TIMES = ("seconds", "runtime", "_per_second", "started", "finished", "tokens_per_second", "created")
 ARGS = {
-    "global_batch_size": 8, "max_steps": 12, "save_steps": 4, "eval_steps": 4, "logging_steps": 3, "report_to": [],
+    "global_batch_size": 8,
+    "max_steps": 12,
+    "save_steps": 4,
+    "eval_steps": 4,
+    "logging_steps": 3,
+    "report_to": [],
     "learning_rate": 1e-3,
-}  # fmt: skip
+}
 
 
 class Killed(BaseException):
@@ -34,39 +41,73 @@ def rows():
     return {
         "text": [{"text": f"the {w} is {c} and the {c} {w} likes a {w}"} for w, c in facts],
         "sft": [{"prompt": f"what colour is the {w}", "completion": f"the {w} is {c}"} for w, c in facts],
-        "pairs": [{"prompt": f"what is {w} {i}", "chosen": f"{w} is {c}", "rejected": f"{c} eats"} for i, (w, c) in enumerate(facts)],
+        "pairs": [
+            {"prompt": f"what is {w} {i}", "chosen": f"{w} is {c}", "rejected": f"{c} eats"}
+            for i, (w, c) in enumerate(facts)
+        ],
         "labelled": [{"text": f"the {w} is {c}", "label": int(c == "red")} for w, c in facts],
         "seq2seq": [{"source": f"{w} {c}", "target": f"{c} {w}"} for w, c in facts],
         "prompts": [{"prompt": f"what colour is the {w} {i}"} for i, (w, _) in enumerate(facts[:24])],
-    }  # fmt: skip
+    }
 
 
 T5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.1}
 BERT = {
-    "model_type": "bert", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2,
-    "intermediate_size": 64, "max_position_embeddings": 32,
-}  # fmt: skip
+    "model_type": "bert",
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+}
 LORA = {"use_peft": True, "lora_r": 4}
 BEST = {"load_best_model_at_end": True, "learning_rate": 3e-2}
 CASES = {  # kind, rows, model (None: tiny GPT-2), other sections, arguments
     "pretrain": ("pretrain", "text", {}, {}, {"max_length": 16}),
-    "pretrain_stream": ("pretrain", "text", {}, {"data": {"streaming": True, "buffer_size": 16, "validation": None}},
-                        {"max_length": 16, "eval_strategy": "no", "include_num_input_tokens_seen": "all"}),
-    "mlm": ("mlm", "text", {"model_name_or_path": None, "config": BERT},
-            {"tokenizer": {"train": "wordpiece", "vocab_size": 200}}, {"max_length": 32}),
+    "pretrain_stream": (
+        "pretrain",
+        "text",
+        {},
+        {"data": {"streaming": True, "buffer_size": 16, "validation": None}},
+        {"max_length": 16, "eval_strategy": "no", "include_num_input_tokens_seen": "all"},
+    ),
+    "mlm": (
+        "mlm",
+        "text",
+        {"model_name_or_path": None, "config": BERT},
+        {"tokenizer": {"train": "wordpiece", "vocab_size": 200}},
+        {"max_length": 32},
+    ),
     "sft": ("sft", "sft", {"chat_template": "plain"}, {}, {"max_length": 32}),
     "sft_packed": ("sft", "sft", {"chat_template": "plain"}, {}, {"max_length": 32, "packing": True, "max_steps": 9}),
     "sft_lora": ("sft", "sft", {"chat_template": "plain", **LORA}, {}, {"max_length": 32}),
     "sft_best": ("sft", "sft", {"chat_template": "plain"}, {}, {"max_length": 32, **BEST}),
     "reward": ("reward", "pairs", {"chat_template": "plain"}, {}, {"max_length": 32}),
     "classify": ("classify", "labelled", {}, {}, {"max_length": 32}),
-    "seq2seq": ("seq2seq", "seq2seq", {"model_name_or_path": None, "config": T5},
-                {"tokenizer": {"train": "bpe", "vocab_size": 360}}, {"max_source_length": 24, "max_target_length": 24}),
-    "ppo": ("ppo", "prompts", {"chat_template": "plain"},
-            {"reward": {"functions": ["tests.training.test_resume_records:count_of_the"]}},
-            {"max_steps": 8, "response_length": 6, "num_ppo_epochs": 1, "num_mini_batches": 2, "kl_target": 0.5,
-             "kl_horizon": 100, "normalize_scores": True, "allow_no_eos": True}),
-}  # fmt: skip
+    "seq2seq": (
+        "seq2seq",
+        "seq2seq",
+        {"model_name_or_path": None, "config": T5},
+        {"tokenizer": {"train": "bpe", "vocab_size": 360}},
+        {"max_source_length": 24, "max_target_length": 24},
+    ),
+    "ppo": (
+        "ppo",
+        "prompts",
+        {"chat_template": "plain"},
+        {"reward": {"functions": ["tests.training.test_resume_records:count_of_the"]}},
+        {
+            "max_steps": 8,
+            "response_length": 6,
+            "num_ppo_epochs": 1,
+            "num_mini_batches": 2,
+            "kl_target": 0.5,
+            "kl_horizon": 100,
+            "normalize_scores": True,
+            "allow_no_eos": True,
+        },
+    ),
+}
 
 
 @pytest.fixture

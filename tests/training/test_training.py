@@ -75,9 +75,14 @@ def test_nan_names_step_rows_and_last_checkpoint(recipe, write, tiny_gpt2, tmp_p
         "kind": "sft",
         "model": {"model_name_or_path": str(tmp_path / "poisoned"), "chat_template": "plain"},
         "data": {"train": write("rows.jsonl", rows)},
-        "args": {"global_batch_size": 4, "per_device_train_batch_size": 4, "num_train_epochs": 1, "save_steps": 1,
-                 "logging_steps": 1},
-    }  # fmt: skip
+        "args": {
+            "global_batch_size": 4,
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 1,
+            "save_steps": 1,
+            "logging_steps": 1,
+        },
+    }
     loaded = load(recipe({"sft": stage}))
     with pytest.raises(NotFinite) as error:
         run_and_report(loaded, [], [])

@@ -56,9 +56,21 @@ def recipe(tmp_path_factory, tiny_gpt2):
     text = folder / "text.jsonl"
     rows = [{"text": " ".join(rng.choices(words, k=30))} for _ in range(300)]
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = {"global_batch_size": 8, "max_length": 32, "max_steps": 120, "save_steps": 5, "learning_rate": 1e-3,
-            "report_to": [], "ddp_timeout": TIMEOUT}  # fmt: skip
-    stage = {"kind": "pretrain", "model": {"model_name_or_path": str(tiny_gpt2)}, "data": {"train": str(text)}, "args": args}  # fmt: skip
+    args = {
+        "global_batch_size": 8,
+        "max_length": 32,
+        "max_steps": 120,
+        "save_steps": 5,
+        "learning_rate": 1e-3,
+        "report_to": [],
+        "ddp_timeout": TIMEOUT,
+    }
+    stage = {
+        "kind": "pretrain",
+        "model": {"model_name_or_path": str(tiny_gpt2)},
+        "data": {"train": str(text)},
+        "args": args,
+    }
 
     def recipe_(name):
         path = folder / f"{name}.yaml"

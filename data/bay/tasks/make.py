@@ -48,7 +48,9 @@ def grammar(rng: random.Random) -> list[dict]:
 
 
 def quiz(rng: random.Random, held_out: bool, count: int) -> list[dict]:
-    """Plain questions about one side of the held-out line with four values of the attribute, the right one among them."""
+    """Plain questions about one side of the held-out line with four values of the attribute, the right one
+    among them.
+    """
     rows = {}
     pairs = [p for p in world.all_pairs("ask", held_out) if p[1] not in world.VERDICTS]
     while len(rows) < count:
