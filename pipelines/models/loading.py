@@ -311,7 +311,9 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, ImportError):
         return "Install what it names, or choose another model or attn_implementation."
     if "trust_remote_code" in str(error):
-        return "It brings Python code of its own: read that, then set model.trust_remote_code: true (and pin model_revision)."
+        return (
+            "It brings its own Python code: read that, then set model.trust_remote_code: true (and pin model_revision)."
+        )
     if "gated" in str(error).lower() or "401" in str(error):
         return (
             "The model is gated or private: ask for access on its page at huggingface.co, then run `hf auth login` (or "
