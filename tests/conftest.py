@@ -9,12 +9,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
+from tiny_words import WORDS  # noqa: E402
 
 from pipelines.data.train_tokenizer import train_bpe
-
-WORDS = (
-    "the a cat dog bird sees likes eats red green blue big small fish tree and is not very what colour of in on".split()
-)
 
 
 @pytest.fixture(scope="session")

@@ -194,7 +194,9 @@ def _rows_key(value, path: Path, columns: dict) -> str | None:
                 f"{path}: holds one list for each column, not rows; write it as JSON lines, one object a row"
             )
     if value and all(isinstance(v, dict) and v and all(k.isdigit() for k in v) for v in value.values()):
-        raise DataError(f"{path}: holds known, not rows; write it as JSON lines (pandas: orient='records', lines=True)")
+        raise DataError(
+            f"{path}: holds columns, not rows; write it as JSON lines (pandas: orient='records', lines=True)"
+        )
     lists = [k for k, v in value.items() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)]
     if not lists or value.keys() & known:
         return None

@@ -106,10 +106,11 @@ class RankingRows:
         self.packed, self.share = packed, share
 
     def __call__(self, features: list[dict]) -> dict:
-        """One batch; `rankings` holds the ranks, `row` (rows,) the rows' numbers."""
+        """One batch; `rankings` holds the ranks, `numbers` and `row` (rows,) the rows' numbers."""
         answers = collate_rankings(features, self.packed, self.share)
         rankings = [{"ranks": feature["ranks"]} for feature in features]
-        return {"answers": answers, "rankings": rankings, "row": torch.tensor([f["row"] for f in features])}
+        numbers = [feature["row"] for feature in features]
+        return {"answers": answers, "rankings": rankings, "numbers": numbers, "row": torch.tensor(numbers)}
 
 
 class PreferenceTrainer(ChainTrainer, Trainer):
@@ -121,18 +122,18 @@ class PreferenceTrainer(ChainTrainer, Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.reference: dict[str, list[torch.Tensor]] = {}
-        self.logged: list[torch.Tensor] = []  # (accuracy, margin) of the micro-batches since the last log entry
+        self._figures: list[torch.Tensor] = []  # (accuracy, margin) of micro-batches, on the device
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": {"accuracy": [], "margin": []}}  # not logged yet
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        rows = [int(i) for i in self._rows]
-        reference = torch.cat([self.reference["train"][i] for i in rows]).to(self.args.device)
+        reference = torch.cat([self.reference["train"][i] for i in inputs["numbers"]]).to(self.args.device)
         answers = inputs["answers"]
         ratios = model(answers=answers) - reference
         with torch.no_grad():
-            self.logged.append(self._figures(ratios, inputs["rankings"]))
+            self._figures.append(self._accuracy_and_margin(ratios, inputs["rankings"]))
         return rankings_loss(ratios, inputs["rankings"], answers["lengths"], self.args)
 
-    def _figures(self, ratios, rankings) -> torch.Tensor:
+    def _accuracy_and_margin(self, ratios, rankings) -> torch.Tensor:
         """Accuracy and margin (2,) of the implicit rewards over the decided pairs, each ranking weighing alike."""
         found, start = [], 0
         for ranking in rankings:
@@ -144,11 +145,19 @@ class PreferenceTrainer(ChainTrainer, Trainer):
         return torch.stack(found).mean(0)
 
     def log(self, logs: dict, *args, **kwargs) -> None:
-        if self.logged and "loss" in logs:
-            accuracy, margin = self.accelerator.reduce(torch.stack(self.logged).mean(0), "mean").tolist()
-            logs |= {"accuracy": accuracy, "margin": margin}
-            self.logged = []
+        self.read_figures()
+        if "loss" in logs:
+            for name, values in self._metrics["train"].items():
+                if values:
+                    logs[name] = sum(values) / len(values)
+                    values.clear()
         super().log(logs, *args, **kwargs)
+
+    def read_figures(self) -> None:
+        if self._figures:
+            figures, self._figures = self.accelerator.reduce(torch.stack(self._figures), "mean"), []
+            for name, values in zip(("accuracy", "margin"), figures.T.tolist()):
+                self._metrics["train"][name] += values
 
     @torch.no_grad()
     def answer_logprobs(self, dataset) -> list[torch.Tensor]:

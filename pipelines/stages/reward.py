@@ -102,14 +102,16 @@ class RankingTrainer(ChainTrainer, RewardTrainer):
         self._figures.append(self.accelerator.gather(figures[None]))
         return (loss, outputs) if return_outputs else loss
 
-    def log(self, logs, start_time=None):
-        """As TRL's, with what `compute_loss` left on the device read only now: reading makes the host wait for it."""
-        if self._figures and self.model.training:
+    def read_figures(self) -> None:
+        if self._figures:
             figures, self._figures = torch.stack(self._figures), []  # (micro-batches, processes, 4)
             self._total_train_tokens += int(figures[..., 0].sum())
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             for name, values in zip(("accuracy", "margin", "mean_reward"), figures[..., 1:].mean(1).T.tolist()):
                 self._metrics["train"][name] += values
+
+    def log(self, logs, start_time=None):
+        self.read_figures()
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

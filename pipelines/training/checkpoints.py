@@ -144,6 +144,7 @@ def _best_of(checkpoint: Path) -> str | None:
 
 def save_counts(trainer, checkpoint: Path) -> None:
     """Write what `trainer` has counted and not logged yet. Every process calls it; a run that goes on counts on."""
+    trainer.read_figures()
     mine = {name: getattr(trainer, name) for name in TOTALS if hasattr(trainer, name)}
     if hasattr(trainer, "_tr_loss"):
         mine["loss"] = trainer._tr_loss.item()

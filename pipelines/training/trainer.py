@@ -172,6 +172,12 @@ class ChainTrainer:
         if not isinstance(value, torch.Tensor) or value.device.type == "cpu" or len(self._unseen) >= UNSEEN:
             self._look()
 
+    def read_figures(self) -> None:
+        """Count what was left on the device since the last log entry: before the next one, and before a checkpoint.
+
+        Only there, as reading makes the host wait for the device.
+        """
+
     def _look(self) -> None:
         """Raise `NotFinite` for the first of the numbers not looked at yet that is not finite."""
         unseen, self._unseen = self._unseen, []

@@ -338,5 +338,5 @@ def test_plan_reads_a_sample_of_a_stream(recipe, write, tiny_gpt2, monkeypatch):
     Path(loaded["s"].data["train"]).write_text(
         "".join(Path(loaded["s"].data["train"]).read_text().splitlines(True)[:7]) + "{"
     )
-    rows, count, *_ = job._texts(loaded["s"], [])
-    assert len(rows) == 7 and count is None
+    found = job._read(loaded["s"])
+    assert len(found.sample) == 7 and found.rows is None

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
+from tiny_words import WORDS
 
 from pipelines.chain import chain
 from pipelines.commands import evaluate

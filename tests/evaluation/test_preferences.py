@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
+from tiny_words import WORDS
 
 from pipelines.commands import evaluate
 from pipelines.errors import DataError, SetupError

@@ -1,7 +1,7 @@
 """Tasks of lm-eval: on tasks of every kind our figures are those of its own table, with intervals that hold them."""
 
 import pytest
-from conftest import WORDS
+from tiny_words import WORDS
 
 pytest.importorskip("lm_eval", reason="tasks need the extra `evaluate`")
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
+from tiny_words import WORDS
 
 from pipelines.evaluation.figures import figures, ratio
 from pipelines.evaluation.measure import measure

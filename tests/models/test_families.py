@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS
+from tiny_words import WORDS
 
 from pipelines.chain import chain
 from pipelines.generation.decode import can_decode_lean, generate

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from conftest import WORDS
+from tiny_words import WORDS
 
 from pipelines.__main__ import main
 from pipelines.errors import ModelError

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import WORDS
 from test_families import CAUSAL, ENCODERS, make
+from tiny_words import WORDS
 
 from pipelines.errors import SetupError
 from pipelines.models import loading

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import WORDS
+from tiny_words import WORDS
 
 from pipelines import ranges
 from pipelines.chain import chain

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import WORDS
 from simulated_gpu import simulated_gpu
+from tiny_words import WORDS
 
 from pipelines.chain import chain
 from pipelines.generation import decode, logprobs

@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import WORDS
+from tiny_words import WORDS
 
 from pipelines.chain import chain
 from pipelines.recipe.recipe import load

@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from conftest import WORDS
+from tiny_words import WORDS
 
 from pipelines import __main__, errors, files
 from pipelines.chain import chain

@@ -83,6 +83,7 @@ CASES = {  # kind, rows, model (None: tiny GPT-2), other sections, arguments
     "sft_lora": ("sft", "sft", {"chat_template": "plain", **LORA}, {}, {"max_length": 32}),
     "sft_best": ("sft", "sft", {"chat_template": "plain"}, {}, {"max_length": 32, **BEST}),
     "reward": ("reward", "pairs", {"chat_template": "plain"}, {}, {"max_length": 32}),
+    "dpo": ("dpo", "pairs", {"chat_template": "plain"}, {}, {"max_length": 32}),
     "classify": ("classify", "labelled", {}, {}, {"max_length": 32}),
     "seq2seq": (
         "seq2seq",
