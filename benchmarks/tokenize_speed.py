@@ -1,4 +1,4 @@
-"""Text to training windows: pipelines.corpus against `datasets.map` as run_clm does it, first and second
+"""Text to training windows: pipelines.data.token_file against `datasets.map` as run_clm does it, first and second
 time.
 
     python benchmarks/tokenize_speed.py --data corpus.jsonl.gz      # column "text"; or a .txt, a document per

@@ -379,7 +379,7 @@ def storage_error(error: BaseException, folder: Path | None = None, needed: int 
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that may still be written where `path` lies, or will lie; None where that cannot be told."""
+    """Bytes that may still be written where `path` lies, or will lie; None where that is not known."""
     for place in (path, *path.absolute().parents):
         with contextlib.suppress(OSError):
             return shutil.disk_usage(place).free

@@ -87,7 +87,7 @@ def start(timeout: float = 1800):
 
 
 def _asked(what: str) -> bool:
-    """Whether the launcher said `ACCELERATE_USE_<what>`: FSDP or DEEPSPEED."""
+    """Whether the launcher set `ACCELERATE_USE_<what>`: FSDP or DEEPSPEED."""
     return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
 
 
@@ -126,7 +126,7 @@ def config_file(name: str) -> Path:
 
 
 def available() -> int:
-    """Accelerators that a run may use: none where Accelerate is told to use the CPU."""
+    """Accelerators that a run may use: none where Accelerate is set to use the CPU."""
     import torch
 
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
@@ -300,7 +300,7 @@ def _share_of_cores() -> int | None:
 
 
 def reset() -> None:
-    """Forget what a stage told Accelerate and free its memory; the process group stays."""
+    """Reset what a stage set in Accelerate and free its memory; the process group stays."""
     import gc
 
     import torch

@@ -19,13 +19,13 @@ def note(kind: str, value) -> None:
 
 
 def encode_answer_noted(tokenizer, prompt, completion, *more):
-    """`chat.encode_answer`."""
+    """`chat_template.encode_answer`."""
     note("encoded", completion)
     return encode_answer(tokenizer, prompt, completion, *more)
 
 
 def bare_noted(tokenizer):
-    """`corpus._bare`: the encoder it gives notes every text."""
+    """`token_file.plain_encoder`: the encoder it gives notes every text."""
     inner = bare(tokenizer)
 
     class Noted:

@@ -316,7 +316,7 @@ def _redone(recipe: Recipe, stage: Stage) -> None:
 
 
 def _clean(stage: Stage) -> None:
-    """What only served to resume goes, after `stage.json` said that the stage is finished."""
+    """What only served to resume goes, after `stage.json` records that the stage is finished."""
 
     shutil.rmtree(stage.checkpoints, ignore_errors=True)
     (stage.folder / files.STARTED).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`pipelines plan RECIPE`: will it fit, how long will it take, said for every stage before anything runs."""
+"""`pipelines plan RECIPE`: will it fit, how long will it take, for every stage before anything runs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         if name not in known:
             raise PlanError(f"no stage {name!r} in {args.recipe}{errors.meant(name, known)}; it has {', '.join(known)}")
     if args.gpu:
-        devices.device(args.gpu)  # what is wrong with the command is said before models are looked at
+        devices.device(args.gpu)  # what is wrong with the command is reported before models are looked at
     if args.config_file:
         setups.launcher(args.config_file)
     chosen = [stage for stage in loaded.stages if not names or stage.name in names]

@@ -41,7 +41,7 @@ def files(folder: Path, also: list[str] = ()) -> list[Path]:
 def push(folder: Path, hub_id: str, private: bool = False, also: list[str] = ()) -> str:
     """Create the repository where there is none, upload in one commit, return the commit's address.
 
-    Raises `SetupError` with what the hub said where it refuses, and for an existing public repository when `private`
+    Raises `SetupError` with the hub's answer where it refuses, and for an existing public repository when `private`
     was asked for.
     """
     import httpx2  # what huggingface_hub talks HTTP with: it lets its errors through

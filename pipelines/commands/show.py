@@ -129,7 +129,7 @@ def summary(stage: Stage, lengths: dict[str, list[int]]) -> dict:
 
 
 def _for_people(row: dict, tokenizer) -> str:
-    """A row for the terminal: what is learned in green, the rest as it is; without colours it is said below."""
+    """A row for the terminal: what is learned in green, the rest as it is; without colours it is listed below."""
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     of = {True: GREEN, False: FAINT} if colours else {True: "", False: ""}
     aligned = len(row["input_ids"]) == len(row["labels"])

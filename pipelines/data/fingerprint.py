@@ -24,7 +24,7 @@ def _commit(path: str, revision: str | None) -> str | None:
 
     try:
         return HfApi().dataset_info(path, revision=revision, timeout=10).sha
-    except Exception:  # no network, or offline by choice: what cannot be read either is said when it is read
+    except Exception:  # no network, or offline by choice: what cannot be read either is reported when it is read
         known = Path(constants.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}" / "refs" / (revision or "main")
         return known.read_text().strip() if known.is_file() else None
 

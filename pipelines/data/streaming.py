@@ -158,7 +158,7 @@ def windows(context: int):
 
 
 def window(item: dict) -> dict:
-    """An item of `windows` as `corpus.stack_windows` takes it."""
+    """An item of `windows` as `token_file.stack_windows` takes it."""
     return {"input_ids": torch.from_numpy(item["input_ids"].astype(np.int64)), "row": item["row"]}
 
 

@@ -80,7 +80,7 @@ def create_app(store: Store, keys: list[str], tags: list[str], overlap: float = 
     arrivals: list[str] = store.labellers()
     choosing = threading.Lock()  # two who ask at once get different prompts
     threads = anyio.CapacityLimiter(8)
-    trouble: list[str] = []  # what is wrong with the store now, as the terminal was told
+    trouble: list[str] = []  # what is wrong with the store now, as the terminal shows it
 
     async def aside(work: Callable[[], object]) -> Json | Response:
         """The JSON (or response) that `work` gives in a thread that may wait for the database."""

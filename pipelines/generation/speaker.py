@@ -76,7 +76,7 @@ class Speaker:
         self.prefix = files.source_prefix(path)
 
     def reset(self, system: str = "") -> None:
-        """Begin a new dialogue; raises `SetupError` where the model cannot be told `system`."""
+        """Begin a new dialogue; raises `SetupError` where the model takes no `system`."""
 
         messages = [{"role": "system", "content": system}] if system else []
         if system:

@@ -1,7 +1,8 @@
 """Tokenizers and models in and out: from a config, a folder or a hub id, and never with silently random parts.
 
-Architectures differ in where positions begin, what is tied, what a head is called; here and in `chat.py` and
-`packing.py` that is found out from the model at hand, never from its name. tests/test_families.py runs each family.
+Architectures differ in where positions begin, what is tied, what a head is called; here and in `chat_template.py` and
+`packed_attention.py` that is found out from the model at hand, never from its name. tests/test_families.py runs each
+family.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
     """The model of a `model:` section as `transformers.<auto_class>`, float32 unless `dtype` says otherwise.
 
     With `section.config` alone a new model is built, its vocabulary and special tokens taken from `tokenizer`; beside
-    a path, a config without `model_type` changes values of the loaded one, and one with it is not used (and said so),
+    a path, a config without `model_type` changes values of the loaded one, and one with it is not used (and logged),
     so that a public base model can be swapped into a recipe for a new one by a single override.
     `settings` are config values (num_labels=1, …). Weights missing in the checkpoint raise `ModelError`; with
     `new_head` those outside the backbone and its pooler may be missing, for this stage to train. Their names are left
@@ -248,7 +249,7 @@ def _materialize(model) -> None:
 
 
 def _attention(section) -> dict:
-    """Keywords for the attention that is asked for. What only GPUs train with is left out on a CPU, and said."""
+    """Keywords for the attention that is asked for. What only GPUs train with is left out on a CPU, and logged."""
 
     name = section.attn_implementation
     if name and re.search("flash|flex", name) and PartialState().device.type == "cpu":

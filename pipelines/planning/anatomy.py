@@ -48,7 +48,7 @@ class Anatomy:
     widest: int  # most outputs of a linear map in the layers
     linear: int  # weights in the layers' linear maps: what 4 bits can hold
     tied: bool  # whether the head is the input embeddings
-    fusable: bool  # whether `kernels.fuse_loss` takes its head
+    fusable: bool  # whether `fast_model.fuse_loss` takes its head
 
 
 @contextmanager

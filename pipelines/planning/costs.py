@@ -1,6 +1,7 @@
 """What training costs, as formulae: bytes, operations, traffic, seconds. Pure functions; no torch, no files.
 
-`pipelines.planner` fills them in with a recipe's numbers. Sizes are bytes, FLOPs count a multiply-add as two. Sources:
+`pipelines.planning.planner` fills them in with a recipe's numbers. Sizes are bytes, FLOPs count a multiply-add as two.
+Sources:
 
     Kaplan 2020      https://arxiv.org/abs/2001.08361    section 2.1: 2N FLOPs a token forward, 6N with backward
     Hoffmann 2022    https://arxiv.org/abs/2203.15556    appendix F: attention's own FLOPs (Chinchilla)
@@ -142,7 +143,7 @@ def checkpointed(activations: float, tokens: int, hidden: int, layers: int, size
 def fused_head(
     tokens: int, vocabulary: int, hidden: int, rows: int, size: int = 4, wide_rows: int = 0, trained: bool = True
 ) -> float:
-    """Buffers of `kernels.linear_cross_entropy`, which never holds the logits of a batch.
+    """Buffers of `fused_head.linear_cross_entropy`, which never holds the logits of a batch.
 
     One chunk of `rows` logits (half precision: `wide_rows` of it in float32 beside), the gradient of the hidden states
     and, where it is `trained`, that of the head (float32, and for half precision one product before it is summed).

@@ -1,5 +1,5 @@
-"""Memory, work and time of one stage under any setup: the formulae of `pipelines.costs` filled in with a `Job`'s
-numbers.
+"""Memory, work and time of one stage under any setup: the formulae of `pipelines.planning.costs` filled in with a
+`Job`'s numbers.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ class Planner:
         return sampling + costs.scoring(tokens, a.widest, answers, a.vocabulary, chunk, setup.compute)
 
     def chunk(self, setup: Setup) -> int:
-        """Rows of logits that the fused head holds at once, as `kernels.chunk_rows`."""
+        """Rows of logits that the fused head holds at once, as `fused_head.chunk_rows`."""
 
         size, vocabulary = setup.compute, self.anatomy("model").vocabulary
         if setup.gpu:

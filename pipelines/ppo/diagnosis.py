@@ -1,4 +1,4 @@
-"""What goes wrong in PPO, found in the numbers of a run and said in words, each with its usual remedy.
+"""What goes wrong in PPO, found in the numbers of a run and put into words, each with its usual remedy.
 
 Every check is a function of the run so far: `updates`, the metrics of its updates as `PPOTrainer` logs them (oldest
 first; a long run keeps its beginning and its end), and `evaluations`, one dict each with `train_score` (mean of the
@@ -237,7 +237,7 @@ CHECKS = (
 
 
 class Watch:
-    """A run's history as far as the checks need it, and what was said about it: each occurrence once.
+    """A run's history as far as the checks need it, and what was found in it: each occurrence once.
 
     An occurrence ends when its check was silent for WINDOW updates; what comes later is another one.
     """

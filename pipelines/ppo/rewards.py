@@ -64,7 +64,7 @@ def from_adapter(policy, folder: str | Path):
     """A reward model that is an adapter, as a PEFT model on the policy's own base: no second network in memory.
 
     Args:
-        policy: the PEFT model whose base is shared (`models.on_base_of`).
+        policy: the PEFT model whose base is shared (`adapters.on_base_of`).
         folder: the adapter of a sequence classifier of one label, trained from the base that `policy` adapts, as a
             reward stage with `use_peft` leaves it in `adapter/`.
 

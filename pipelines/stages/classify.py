@@ -216,7 +216,7 @@ def shown(stage, tokenizer, model) -> Iterator[dict]:
 
 
 def _encode(stage, side: str, rows: list[dict], names: list[str], task, tokenizer, context: int, too_long: str):
-    """`Dataset` of input_ids …, labels, row and where; long rows are counted, said and recorded."""
+    """`Dataset` of input_ids …, labels, row and where; long rows are counted, logged and recorded."""
 
     encoded, long = labels.encode(tokenizer, rows, context)
     cut, features = set(long), []

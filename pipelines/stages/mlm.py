@@ -10,7 +10,8 @@
 Documents are streamed once into a memory map of token ids, a [SEP] after each, and cut into full windows
 [CLS] … [SEP] without regard to where documents end (RoBERTa's FULL-SENTENCES, https://arxiv.org/abs/1907.11692).
 Other words are hidden in every epoch; validation always hides the same ones, and its `pseudo_perplexity` is exp(loss
-on the hidden words). With `data.streaming` the training text is read while training goes on (pipelines/streaming.py).
+on the hidden words). With `data.streaming` the training text is read while training goes on
+(pipelines/data/streaming.py).
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
       args: {global_batch_size: 64, total_episodes: 20000, response_length: 64, learning_rate: 1e-5, kl_coef: 0.05}
 
 The critic starts from the first reward model (`reward.critic` names another, or `shared`). The folder holds the policy,
-and `critic/` beside it. The trainer is `pipelines/ppo/trainer.py`, the mathematics `pipelines/ppo/algorithm.py`, what a
-run that goes wrong is told `pipelines/ppo/diagnosis.py`; docs/ppo.md explains all of it.
+and `critic/` beside it. The trainer is `pipelines/ppo/trainer.py`, the mathematics `pipelines/ppo/algorithm.py`, what
+goes wrong is named by `pipelines/ppo/diagnosis.py`; docs/ppo.md explains all of it.
 """
 
 from __future__ import annotations

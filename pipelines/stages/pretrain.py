@@ -9,7 +9,7 @@
 
 Documents are streamed once into a memory map of token ids, an EOS after each, and cut into full windows: no padding,
 no corpus in memory. The map stays in `.tokens/` of the output folder, so that the same text is tokenized once. With
-`data.streaming` the training text is read while training goes on instead (pipelines/streaming.py).
+`data.streaming` the training text is read while training goes on instead (pipelines/data/streaming.py).
 """
 
 from __future__ import annotations

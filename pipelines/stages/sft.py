@@ -8,8 +8,9 @@
 
 Rows of a batch are laid end to end, never padded; with `packing: true` each row is a pack of short examples that fills
 `max_length`. Examples never see each other (tests/test_packing.py shows packed equals separate). An architecture that
-cannot be packed exactly is found out and padded, and said. Rows are encoded once and kept (`corpus.encoded_rows`), or
-with `data.streaming` read and encoded while training goes on (pipelines/streaming.py).
+cannot be packed exactly is found out and padded, and logged. Rows are encoded once and kept
+(`pipelines.data.encoded_rows`), or with `data.streaming` read and encoded while training goes on
+(pipelines/data/streaming.py).
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ def silent_precision(stage) -> tuple[str, str]:
 
 
 def _fit_to_cpu(values: dict, device: str) -> None:
-    """What only a GPU can do is left out on a CPU, and said, so that one recipe runs on both."""
+    """What only a GPU can do is left out on a CPU, and logged, so that one recipe runs on both."""
     if device != "cpu":
         return
     instead = {

@@ -31,7 +31,7 @@ def wanted(args: dict) -> bool:
 
 
 def defaults(args: dict, metrics: tuple[str, ...]) -> dict:
-    """Defaults for `training.build_args`: evaluate and save at the same steps; `metrics[0]` decides if nothing is
+    """Defaults for `arguments.build_args`: evaluate and save at the same steps; `metrics[0]` decides if nothing is
     named.
     """
     metric = args.get("metric_for_best_model") or metrics[0]

@@ -27,10 +27,10 @@ class RankingCollator:
     """Rankings {"ids": K lists of ids, "ranks": K numbers} -> one batch of all their answers.
 
     Gives `input_ids` and `attention_mask` (answers, longest), or with `packed` one row without padding, in which (with
-    `share`) the answers to a prompt stand behind one copy of it (`pipelines.packing.pack_branches`). For the P decided
-    pairs of the batch `better` and `worse` (P,), numbers of its answers, `weight` (P,): every ranking weighs the same,
-    and they sum to 1, and `margin` (P,), by how much the better one must be better. `tags` (answers, T) are the rows'
-    own; T may be 0.
+    `share`) the answers to a prompt stand behind one copy of it (`pipelines.speed.packing.pack_branches`). For the P
+    decided pairs of the batch `better` and `worse` (P,), numbers of its answers, `weight` (P,): every ranking weighs
+    the same, and they sum to 1, and `margin` (P,), by how much the better one must be better. `tags` (answers, T) are
+    the rows' own; T may be 0.
     """
 
     def __init__(self, pad_token_id: int, packed: bool = False, share: bool = True):

@@ -18,7 +18,7 @@ def untied(model, weights: dict) -> dict:
 def save(trainer, folder: Path, tokenizer) -> None:
     """Write the model as a folder that `from_pretrained` reads, with the tokenizer and chat template beside it.
 
-    Adapters are merged (at full precision, see `models.merge`), so that every stage leaves a plain model; as they are
+    Adapters are merged (at full precision, see `adapters.merge`), so that every stage leaves a plain model; as they are
     they lie in the folder `adapter` beside it. From shards the first process gathers the whole model for that.
     """
     model = trainer.model

@@ -66,7 +66,7 @@ class RowCollator:
 class ChainTrainer:
     """Mixin before `Trainer` (or a TRL trainer). `self.where` names the rows: a list of strings or of lists of them.
 
-    `self.stream` (a `pipelines.streaming.Stream`) is trained on instead of `train_dataset`, where there is one.
+    `self.stream` (a `pipelines.data.streaming.Stream`) is trained on instead of `train_dataset`, where there is one.
     """
 
     where: list | None = None
