@@ -282,7 +282,7 @@ def test_settings_that_exclude_each_other_name_the_stage(run, stage):
 def test_what_computes_gets_the_fast_environment(monkeypatch, verb, expected):
 
     asked = []
-    monkeypatch.setattr(__main__, "fast_environment", lambda: asked.append(verb))
+    monkeypatch.setattr(launch, "fast_environment", lambda: asked.append(verb))
     monkeypatch.setattr(__main__, "main", lambda: 0)
     monkeypatch.setattr("sys.argv", ["pipelines", verb])
     with pytest.raises(SystemExit):
