@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_words import WORDS
 
-from pipelines import __main__, errors, files
+from pipelines import __main__, errors, files, launch
 from pipelines.chain import chain
 from pipelines.chain import record as chain_record
 from pipelines.files import now
