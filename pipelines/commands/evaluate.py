@@ -4,11 +4,12 @@ Seven measurements, each done where it is asked for; the stage of kind `evaluate
 
     text         loss per token, bits per byte, perplexity per token, word and byte of a text
     labelled     classifiers: accuracy, macro F1, Matthews correlation, and which classes are confused
-    preferences  reward models, or a policy of dpo: accuracy per pair and per ranking, margin, calibration, liking for
-    length pairs        what a model writes for prompts or sources against given texts: BLEU, chrF, ROUGE; and the
-    texts' loss tasks        tasks of lm-eval, with or without examples before each question prompts      answers to
-    prompts, judged by a Python function, a reward model or a classifier rankings     win rates from people's rankings
-    of answers by several models
+    preferences  reward models, or a policy of dpo: accuracy per pair and per ranking, margin, calibration, and how
+                 much they like length
+    pairs        what a model writes for prompts or sources against given texts: BLEU, chrF, ROUGE; the texts' loss
+    tasks        tasks of lm-eval, with or without examples before each question
+    prompts      answers to prompts, judged by a Python function, a reward model or a classifier
+    rankings     win rates from people's rankings of answers by several models
 
 Every figure has a 95 % bootstrap interval over its items (windows, rows, rankings, questions, prompts), but for BLEU
 and chrF of pairs. Models see the same items, so differences and win rates are paired: their intervals come from
