@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=1, help="answers to each prompt")
     parser.add_argument("--temperature", type=float, help="0: the likeliest (default: 1 for prompts, 0 for pairs)")
     parser.add_argument("--response-length", type=int, default=128, help="longest answer in tokens")
+    parser.add_argument("--keep-thoughts", action="store_true", help="what a model thinks is part of its answer")
     parser.add_argument("--rankings", help="people's rankings with the column models: win rates")
     parser.add_argument(
         "--max-length", type=int, help="window in tokens, or where texts are cut (default: where training did)"

@@ -7,6 +7,7 @@ from collections import Counter
 
 import torch
 
+from pipelines.data.plain_text import tokenize
 from pipelines.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -89,13 +90,13 @@ def encode(tokenizer, rows: list[dict], context: int | None) -> tuple[list[dict]
     if any(pair is None for pair in pairs) and any(pair is not None for pair in pairs):
         raise DataError(f"{rows[pairs.index(None)]['where']}: no text_pair, but other rows have one")
     pairs = None if pairs[0] is None else pairs
-    encoded = tokenizer([row["text"] for row in rows], pairs, verbose=False)  # what is too long is cut and counted here
+    encoded = tokenize(tokenizer, [row["text"] for row in rows], pairs)  # what is too long is cut and counted here
     features, long = [], []
     for i, row in enumerate(rows):
         feature = {key: encoded[key][i] for key in encoded.keys()}
         if context is not None and len(feature["input_ids"]) > context:
             long.append(row["where"])
-            feature = dict(tokenizer(row["text"], pairs and pairs[i], truncation=True, max_length=context))
+            feature = dict(tokenize(tokenizer, row["text"], pairs and pairs[i], truncation=True, max_length=context))
         features.append(feature)
     return features, long
 

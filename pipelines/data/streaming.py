@@ -26,7 +26,7 @@ import torch
 from accelerate.utils import gather_object
 
 from pipelines import errors, files
-from pipelines.data import encoded_rows, mixing, sources
+from pipelines.data import encoded_rows, mixing, plain_text, sources
 from pipelines.speed.packing import plan_packs
 
 FILE = "stream.json"  # in a checkpoint: where its stream stands
@@ -135,8 +135,12 @@ class Stream(torch.utils.data.IterableDataset):
 def text_encoder(tokenizer, separator_id: int):
     """`encode` of texts: arrays of token ids, `separator_id` at the end of each."""
     tokenizer = copy.deepcopy(tokenizer)  # it is used in a thread, while the Trainer may save its own
+    control = plain_text.control_pattern(tokenizer)
+    notice = plain_text.Notice(lambda row: bool(control.search(row["text"])))
 
     def encode(rows: list[dict]) -> list[np.ndarray]:
+        for row in rows:
+            notice(row)
         return list(encoded_rows.encoded([row["text"] for row in rows], tokenizer, separator_id))
 
     return encode

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from pipelines import IGNORE_INDEX
+from pipelines.data.plain_text import control_pattern, ordinary_pieces, tokenize
 from pipelines.errors import SetupError
 from pipelines.files import checksum, replacing
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the meaning of the files changes: old ones are then made anew
+FORMAT = 2  # raise it when the meaning of the files changes: old ones are then made anew
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**20, 4096  # a batch ends at whichever comes first
 
 
@@ -42,12 +43,12 @@ def tokenize_corpus(
         tokenizer: of transformers; its truncation and padding are ignored.
         folder: made if missing; other files in it are left alone.
         separator_id: token after each document, usually EOS.
-        key: says what the documents are (any JSON value, such as checksums of the files). Without one the
-        documents
+        key: says what the documents are (any JSON value, such as checksums of the files). Without one the documents
             are tokenised every time, since nobody can know that they are the same.
 
     Returns:
-        The index: `tokens`, `documents`, `dtype`, `separator_id`, `key`.
+        The index: `tokens`, `documents`, `dtype`, `separator_id`, `key`; `control_text`, how many documents hold the
+        text of a special token, where some do.
 
     Raises:
         ValueError: no document holds any text.
@@ -67,10 +68,12 @@ def tokenize_corpus(
         (folder / "index.json").unlink(missing_ok=True)
         dtype = np.dtype("uint16" if max(len(tokenizer), separator_id + 1) <= 2**16 else "uint32")
         tokens = count = 0
+        control, held = control_pattern(tokenizer), []  # the documents, counted from 1, that hold such text
         with replacing(folder / "tokens.bin", "wb") as out, _progress_bar() as bar:
             for batch in document_batches(documents):
                 block = np.concatenate([np.array([*ids, separator_id], dtype) for ids in encode(batch)])
                 out.write(block)
+                held += [count + i for i, text in enumerate(batch, 1) if control.search(text)]
                 tokens, count = tokens + len(block), count + len(batch)
                 bar.update(len(block))
             if not count:
@@ -82,10 +85,20 @@ def tokenize_corpus(
         "separator_id": separator_id,
         "key": content_key,
         "xxh3": checksum(folder / "tokens.bin"),
+        **({"control_text": len(held)} if held else {}),
     }
     with replacing(folder / "index.json", "wb") as out:
         out.write(json.dumps(index, indent=1).encode())
     logger.info("%s: %d tokens of %d documents", folder, tokens, count)
+    if held:
+        logger.warning(
+            "%s: %d of %d documents hold the text of a control token, which is read as plain text (the first: "
+            "document %d)",
+            folder,
+            len(held),
+            count,
+            held[0],
+        )
     return index
 
 
@@ -141,14 +154,20 @@ def plain_encoder(tokenizer):
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # sentencepiece and other slow tokenizers
-        yield lambda batch: tokenizer(batch, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
+        how = {"add_special_tokens": False, "truncation": False, "padding": False}
+        yield lambda batch: tokenize(tokenizer, batch, **how)["input_ids"]
         return
-    truncation, padding = backend.truncation, backend.padding
+    halves = ordinary_pieces(tokenizer)
+    truncation, padding, split = backend.truncation, backend.padding, backend.encode_special_tokens
     backend.no_truncation()
     backend.no_padding()
+    backend.encode_special_tokens = True  # as `plain_text.tokenize`
     try:
-        yield lambda batch: [e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False)]
+        whole = lambda batch: [e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False)]
+        part = lambda ids: [i for token in ids for i in halves.get(token, [token])]
+        yield (lambda batch: [part(ids) for ids in whole(batch)]) if halves else whole
     finally:
+        backend.encode_special_tokens = split
         if truncation:
             backend.enable_truncation(**truncation)
         if padding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from pipelines import files
+from pipelines.data import plain_text
 from pipelines.data.labels import SINGLE, class_id, encode
 from pipelines.errors import SetupError
 from pipelines.evaluation.batches import by_length, rows_of
@@ -32,6 +33,7 @@ def class_values(name: str, path: str, model, tokenizer, settings, seed: int) ->
     trained = scorers.trained_reading(path).tokens or files.recorded(path, "args", "max_length")
     context = loading.context_length(model, settings.max_length or trained)
     scorers.make_readable(model, tokenizer)
+    plain_text.report_texts({}, f"{name}: labelled", rows, tokenizer, "text", "text_pair")
     features, long = encode(tokenizer, rows, context)
     if long:
         why = (

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 def judge(
     who: str,
-    prompts: list,
+    rows: list[dict],
     answers: dict[str, list[list[tuple[str, bool]]]],
     label: str | None = None,
     continued: dict[str, bool] | None = None,
@@ -31,18 +31,19 @@ def judge(
 
     `who` is a function `module:name` taking (prompt, answer) and giving a number or named numbers, a reward model, or
     a classifier, whose score is the log-odds of `label`. `answers[model][prompt]` are pairs (text, whether it came to
-    its end); `continued[model]` whether the model goes on with the text of its prompt (`scorers.continues`).
+    its end) to a row with `prompt` (and `tools`); `continued[model]` whether the model goes on with the
+    text of its prompt (`scorers.continues`).
     """
     if not functions.is_function(who):
         return {
-            name: {"score": model_scores(who, prompts, groups, label, (continued or {}).get(name, False))}
+            name: {"score": model_scores(who, rows, groups, label, (continued or {}).get(name, False))}
             for name, groups in answers.items()
         }
     function, found = functions.load(who), {}
     for model, groups in answers.items():
         fields = defaultdict(list)
-        for prompt, group in zip(prompts, groups, strict=True):
-            for field, mean in mean_verdict([function(prompt, text) for text, _ in group]).items():
+        for row, group in zip(rows, groups, strict=True):
+            for field, mean in mean_verdict([function(row["prompt"], text) for text, _ in group]).items():
                 fields[field].append(mean)
         if "score" not in fields:
             raise SetupError(f"judge {who} gives {', '.join(fields)}, but no `score` to compare models by")
@@ -57,7 +58,7 @@ def mean_verdict(verdicts: list) -> dict[str, float]:
 
 
 def model_scores(
-    path: str, prompts: list, groups: list[list[tuple[str, bool]]], label: str | None = None, continued: bool = False
+    path: str, rows: list[dict], groups: list[list[tuple[str, bool]]], label: str | None = None, continued: bool = False
 ) -> list[float]:
     """Mean score of each prompt's answers by the model at `path`, as PPO would score them; every process scores its
     share.
@@ -71,13 +72,11 @@ def model_scores(
     where = [i for i, group in enumerate(groups) for _ in group]
     texts = [text for group in groups for text, _ in group]
     if isinstance(model, scorers.Classifier):
-        encoded = model.features([prompts[i] for i in where], texts, continued)
+        encoded = model.features([rows[i]["prompt"] for i in where], texts, continued)
         lengths = [len(feature["input_ids"]) for feature in encoded]
     else:
         ended = [ended for group in groups for _, ended in group]
-        encoded = [
-            _dialogue(tokenizer, prompts[i], text, end) for i, text, end in zip(where, texts, ended, strict=True)
-        ]
+        encoded = [_dialogue(tokenizer, rows[i], text, end) for i, text, end in zip(where, texts, ended, strict=True)]
         lengths = [len(ids) for ids in encoded]
         limit = loading.positions(model)
         if limit is not None and lengths and max(lengths) > limit:
@@ -98,8 +97,8 @@ def model_scores(
     return [sum(scores[i]) / len(scores[i]) for i in range(len(groups))]
 
 
-def _dialogue(tokenizer, prompt, text: str, ended: bool) -> list[int]:
-    prompt_ids, answer_ids = chat_template.encode_answer(tokenizer, prompt, text)
+def _dialogue(tokenizer, row: dict, text: str, ended: bool) -> list[int]:
+    prompt_ids, answer_ids = chat_template.encode_answer(tokenizer, row["prompt"], text, row.get("tools"))
     return prompt_ids + (answer_ids if ended else answer_ids[:-1])  # as PPO scores what broke off: no EOS
 
 

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from functools import partial
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import AutoConfig
 
 from pipelines import files
-from pipelines.data import mixing
+from pipelines.data import plain_text
+from pipelines.data.plain_text import tokenize
 from pipelines.errors import ModelError, SetupError
 from pipelines.evaluation import metrics
 from pipelines.evaluation.batches import rows_of
@@ -22,10 +24,10 @@ from pipelines.evaluation.figures import Values
 from pipelines.evaluation.judges import judge, ranked_values
 from pipelines.evaluation.preferences import preference_values
 from pipelines.evaluation.tasks import task_values
-from pipelines.evaluation.texts import pair_losses, text_values
+from pipelines.evaluation.texts import pair_losses, split_row, text_of_answer, text_values
 from pipelines.generation import answers as generation_answers
 from pipelines.generation.answers import fitting, load, translations
-from pipelines.models import loading, scorers
+from pipelines.models import chat_template, loading, scorers
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +39,9 @@ def measure(models: dict[str, str], settings, seed: int) -> Values:
     Raises `SetupError` for a model that cannot do what is asked.
     """
     state, own, values = PartialState(), defaultdict(dict), {name: {} for name in models}
-    prompts, answers, continued, asked = [], {}, {}, [key for key in NEEDS if getattr(settings, key)]
+    rows, answers, continued, asked = [], {}, {}, [key for key in NEEDS if getattr(settings, key)]
     if settings.prompts:
-        prompts = [row["prompt"] for row in mixing.stream({"train": settings.prompts}, "train", "prompts", seed)]
+        rows = rows_of(settings.prompts, "prompts", seed)
     for number, (name, path) in enumerate(models.items()):
         if not asked:
             break
@@ -52,20 +54,20 @@ def measure(models: dict[str, str], settings, seed: int) -> Values:
             values[name] |= preference_values(name, path, model, tokenizer, settings, seed)
         if settings.tasks and number % state.num_processes == state.process_index:
             own[name] |= task_values(model, tokenizer, settings)
-        if prompts:
+        if rows:
             continued[name] = scorers.continues(tokenizer)
             count = settings.samples
-            seeds = [[(seed, i * count + k) for k in range(count)] for i in range(len(prompts))]
+            seeds = [[(seed, i * count + k) for k in range(count)] for i in range(len(rows))]
             temperature = 1.0 if settings.temperature is None else settings.temperature
-            answers[name] = answered(name, model, tokenizer, prompts, seeds, settings.response_length, temperature)
+            answers[name] = answered(name, model, tokenizer, rows, seeds, temperature, settings)
         if settings.pairs:
             values[name] |= pair_values(name, path, model, tokenizer, settings, seed)
         del model
     for part in gather_object([dict(own)]) if state.num_processes > 1 else [own]:
         for name, found in part.items():
             values[name] |= found
-    if prompts:
-        for name, verdicts in judge(settings.judge, prompts, answers, settings.label, continued).items():
+    if rows:
+        for name, verdicts in judge(settings.judge, rows, answers, settings.label, continued).items():
             values[name] |= verdicts
     if settings.rankings:
         for name, found in ranked_values(settings.rankings, list(models)).items():
@@ -120,7 +122,7 @@ def pair_values(name: str, path: str, model, tokenizer, settings, seed: int) -> 
         if limit and writes >= limit:
             raise SetupError(f"{name}: a response length of {writes} is more than it writes; use {limit - 1} or less")
         texts = [files.source_prefix(path) + row["source"] for row in rows]
-        sources = tokenizer(texts, verbose=False)["input_ids"]
+        sources = tokenize(tokenizer, texts)["input_ids"]
         long = [i for i, ids in enumerate(sources) if len(ids) > context]
         if long:
             logger.warning(
@@ -132,7 +134,7 @@ def pair_values(name: str, path: str, model, tokenizer, settings, seed: int) -> 
                 rows[long[0]]["where"],
             )
         for i in long:
-            sources[i] = tokenizer(texts[i], truncation=True, max_length=context)["input_ids"]
+            sources[i] = tokenize(tokenizer, texts[i], truncation=True, max_length=context)["input_ids"]
         written = translations(
             model,
             tokenizer,
@@ -144,10 +146,10 @@ def pair_values(name: str, path: str, model, tokenizer, settings, seed: int) -> 
         )
     else:
         rows = rows_of(settings.pairs, "sft", seed)
-        prompts = [row["messages"][:-1] if "messages" in row else row["prompt"] for row in rows]
-        references = [row["messages"][-1]["content"] if "messages" in row else row["completion"] for row in rows]
+        references = [text_of_answer(row) for row in rows]
+        asked = [{**row, "prompt": split_row(row)[0]} for row in rows]
         seeds = [[(seed, i)] for i in range(len(rows))]
-        written = [group[0] for group in answered(name, model, tokenizer, prompts, seeds, writes, temperature)]
+        written = [group[0] for group in answered(name, model, tokenizer, asked, seeds, temperature, settings)]
     texts = [text for text, _ in written]
     found = {"ended": [float(ended) for _, ended in written]}
     for metric in (metrics.SacreBleu(), metrics.ChrF()):
@@ -157,18 +159,21 @@ def pair_values(name: str, path: str, model, tokenizer, settings, seed: int) -> 
     return {f"pairs/{measure}": items for measure, items in found.items()}
 
 
-def answered(name: str, model, tokenizer, prompts: list, seeds: list, response_length: int, temperature: float):
-    """`generation.answers` of a causal model, the likeliest tokens at temperature 0; `SetupError` where a prompt is too
-    long.
+def answered(name: str, model, tokenizer, rows: list[dict], seeds: list, temperature: float, settings):
+    """`generation.answers` of a causal model to rows with `prompt` (and `tools`), the likeliest tokens at temperature
+    0; `SetupError` where a prompt is too long.
     """
-
-    short = set(range(len(prompts))) - set(fitting(model, tokenizer, prompts, response_length))
+    prompts, tools = [row["prompt"] for row in rows], [row.get("tools") for row in rows]
+    response_length = settings.response_length
+    plain_text.report({}, f"{name}: prompts", rows, partial(chat_template.holds_control_text, tokenizer))
+    short = set(range(len(prompts))) - set(fitting(model, tokenizer, prompts, response_length, tools))
     if short:
         raise SetupError(
             f"{name}: {len(short)} prompts leave no room for an answer of {response_length} tokens, the "
             f"first: {str(prompts[min(short)])[:80]!r}. Lower the response length or drop these prompts."
         )
     how = {"temperature": temperature} if temperature else {"top_k": 1}
+    how |= {"keep_thoughts": settings.keep_thoughts, "tools": tools}
     return generation_answers.answers(
         model, tokenizer, prompts, seeds, response_length=response_length, batch_size=64, **how
     )

@@ -11,6 +11,7 @@ import torch
 
 from pipelines import files
 from pipelines.data import mixing
+from pipelines.data.plain_text import tokenize
 from pipelines.errors import DataError
 from pipelines.evaluation.batches import by_length, rows_of
 from pipelines.evaluation.figures import Items, ratio
@@ -36,7 +37,7 @@ def text_values(name: str, model, tokenizer, settings, seed: int) -> dict[str, I
     end = [] if settings.running_text or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for start in range(0, len(texts), 1000):
-        for text in tokenizer(texts[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]:
+        for text in tokenize(tokenizer, texts[start : start + 1000], add_special_tokens=False)["input_ids"]:
             ids += text + end
     size = loading.context_length(model, settings.max_length)
     windows = [w for w in (ids[i : i + size] for i in range(0, len(ids), size)) if len(w) > 1]
@@ -111,14 +112,34 @@ def pair_losses(name: str, path: str, model, tokenizer, settings, rows: list[dic
     return {"loss_per_token": ratio(nats, tokens), "perplexity": ratio(nats, tokens, np.exp)}
 
 
+def split_row(row: dict) -> tuple:
+    """`(prompt, answer)` of an sft row; of a dialogue the last answer, and what stands before it.
+
+    Raises `DataError` for a dialogue without an answer.
+    """
+    if "messages" not in row:
+        return row["prompt"], row["completion"]
+    last = max((i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"), default=0)
+    if not last:
+        raise DataError(f"{row['where']}: no answer to compare with")
+    return row["messages"][:last], row["messages"][last : last + 1]
+
+
+def text_of_answer(row: dict) -> str:
+    """The text of an sft row's answer; `DataError` for one that calls tools, which is nothing to compare texts with."""
+    _, answer = split_row(row)
+    if isinstance(answer, str):
+        return answer
+    if any(message.get("tool_calls") for message in answer):
+        raise DataError(f"{row['where']}: its answer calls tools; pairs compares texts, so leave such rows out")
+    return chat_template.as_text(answer)
+
+
 def _answers(tokenizer, rows: list[dict], context: int):
     encoded, long = [], []
     for i, row in enumerate(rows):
-        if "messages" in row:
-            prompt, answer = row["messages"][:-1], row["messages"][-1]["content"]
-        else:
-            prompt, answer = row["prompt"], row["completion"]
-        before, ids = chat_template.encode_answer(tokenizer, prompt, answer)
+        with chat_template.naming(row):
+            before, ids = chat_template.encode_answer(tokenizer, *split_row(row), row.get("tools"))
         if len(before) + len(ids) > context:
             long.append(i)
             ids = ids[: context - 1]  # of an answer that fills the context alone, what can be predicted
@@ -134,12 +155,12 @@ def answer_nats(model, some: list[tuple[list[int], list[int]]]) -> list[float]:
 
 
 def _sources(path: str, tokenizer, rows: list[dict], context: int):
-    sources = tokenizer([files.source_prefix(path) + row["source"] for row in rows], verbose=False)["input_ids"]
+    sources = tokenize(tokenizer, [files.source_prefix(path) + row["source"] for row in rows])["input_ids"]
     long = [i for i, ids in enumerate(sources) if len(ids) > context]
     for i in long:
         text = files.source_prefix(path) + rows[i]["source"]
-        sources[i] = tokenizer(text, truncation=True, max_length=context)["input_ids"]
-    targets = tokenizer(text_target=[row["target"] for row in rows], verbose=False)["input_ids"]
+        sources[i] = tokenize(tokenizer, text, truncation=True, max_length=context)["input_ids"]
+    targets = tokenize(tokenizer, text_target=[row["target"] for row in rows])["input_ids"]
     return list(zip(sources, targets, strict=True)), long
 
 

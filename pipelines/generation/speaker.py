@@ -13,6 +13,7 @@ import transformers
 from transformers import TextStreamer, set_seed
 
 from pipelines import errors, files
+from pipelines.data.plain_text import tokenize
 from pipelines.errors import SetupError
 from pipelines.generation.answers import end_tokens
 from pipelines.models import chat_template, loading, tokenizer_setup
@@ -133,7 +134,7 @@ class Speaker:
     def _encode(self, messages: list[dict]) -> list[int]:
 
         if self.translates:
-            return self.tokenizer(self.prefix + messages[-1]["content"])["input_ids"]
+            return tokenize(self.tokenizer, self.prefix + messages[-1]["content"])["input_ids"]
         return chat_template.encode_prompt(self.tokenizer, messages)
 
     def _fit(self, wanted: int, say) -> tuple[list[int], int]:

@@ -157,15 +157,6 @@ def how_dialogues_are_learned(tokenizer) -> str:
     return ONE_SEQUENCE if len(encode_dialogue(tokenizer, turns)) == 1 else PER_ANSWER
 
 
-def without_none(value):
-    """`value` without the None under keys that only other rows have, which a `datasets.Dataset` puts into
-    nested ones.
-    """
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    return [without_none(item) for item in value] if isinstance(value, list) else value
-
-
 def render_template(tokenizer, messages, add_generation_prompt: bool, tools: list[dict] | None = None) -> str:
     """The template's text for a dialogue; `TemplateError` with the template's own words where it refuses."""
     try:

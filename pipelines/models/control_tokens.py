@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import (
     mark_control_tokens,
 )
 
+from pipelines.data.plain_text import one_of, special_texts
 from pipelines.errors import TemplateError
 
 _MADE: weakref.WeakKeyDictionary = (
@@ -44,13 +45,12 @@ class ControlTokens:
 
     def __init__(self, tokenizer, around_a_turn: Callable[[], str]):
         added = tokenizer.added_tokens_decoder.values()
-        special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-        special.discard(tokenizer.unk_token)  # stands for any text that the vocabulary lacks
+        special = special_texts(tokenizer)
         others = [token.content for token in added if not token.special and token.content.strip()]
         named = {text for text in others if text in str(tokenizer.chat_template)}
         around = around_a_turn() if named else ""
-        self.turns = _pattern({*special, *(text for text in named if text in around)})  # what can begin or end a turn
-        self.all = _pattern({*special, *named})
+        self.turns = one_of({*special, *(text for text in named if text in around)})  # what can begin or end a turn
+        self.all = one_of({*special, *named})
         texts = {*special, *named}
         self.beginnings = {text[:n] for text in texts for n in range(1, len(text))}
         self.longest = max(map(len, texts), default=0)
@@ -98,10 +98,6 @@ def encode_rendered(tokenizer, text: str) -> list[int]:
     except ValueError:  # a vocabulary that holds a control token's text as an ordinary piece, too: cut it in two
         marked = re.compile(f"{_CONTROL_TOKEN_START}(.)([^{_CONTROL_TOKEN_END}]+){_CONTROL_TOKEN_END}")
         return encode_marked_chat(tokenizer, marked.sub(rf"\1{_CONTROL_TOKEN_END}\2", text))
-
-
-def _pattern(texts: set[str]) -> re.Pattern:
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
 def _texts(value) -> Iterator[str]:

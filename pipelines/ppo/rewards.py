@@ -45,17 +45,19 @@ def log_odds(model: nn.Module, label: str) -> nn.Module:
     return model
 
 
-def read_anew(tokenizer, answers: list, prompts: list, completions: list[str], ends: list[int]) -> list[list[int]]:
+def read_anew(
+    tokenizer, answers: list, prompts: list, completions: list[str], ends: list[int], tools: list
+) -> list[list[int]]:
     """Token ids that a reward model reads: those of `answers` (prompt ids, response ids), or of its own `tokenizer`.
 
-    `prompts` and `completions` are the same as text; an answer that does not end with one of `ends` was cut off, and
-    then has no EOS for the reward model either.
+    `prompts` and `completions` are the same as text, `tools` those of each prompt or None; an answer that does not end
+    with one of `ends` was cut off, and then has no EOS for the reward model either.
     """
     if tokenizer is None:
         return [prompt + response for prompt, response in answers]
     out = []
-    for prompt, completion, (_, response) in zip(prompts, completions, answers, strict=True):
-        prompt_ids, answer_ids = encode_answer(tokenizer, prompt, completion)
+    for prompt, completion, (_, response), its_tools in zip(prompts, completions, answers, tools, strict=True):
+        prompt_ids, answer_ids = encode_answer(tokenizer, prompt, completion, its_tools)
         out.append(prompt_ids + (answer_ids if response[-1] in ends else answer_ids[:-1]))
     return out
 

@@ -23,7 +23,7 @@ from pipelines.errors import SetupError
 from pipelines.generation import decode
 from pipelines.generation.logprobs import collate, make_ready, sequence_scores, token_logprobs, within
 from pipelines.models import loading, thoughts
-from pipelines.models.chat_template import encode_answer, encode_prompt, naming, without_none
+from pipelines.models.chat_template import encode_answer, encode_prompt, naming
 from pipelines.models.scorers import Classifier, continues
 from pipelines.ppo import checks
 from pipelines.ppo.config import PPOConfig
@@ -101,23 +101,21 @@ class RewardScorer:
         """
         responses = [response for _, response in answers]
         columns = dataset[rows]
-        prompts = columns.pop("prompt")
+        prompts, tools = columns.pop("prompt"), columns.get("tools") or [None] * len(rows)
         if self.keep_thoughts:
             completions = self.processing_class.batch_decode(responses, skip_special_tokens=True)
         else:
             completions, thought = thoughts.split(self.processing_class, responses)
-            answers, tools = list(answers), columns.get("tools") or [None] * len(rows)
+            answers = list(answers)
             for i in range(len(rows)):
                 if thought[i]:  # reward models read the answer as if it had been given without it
                     ends = responses[i][-1] in self.eos_token_ids
-                    prompt, answer = encode_answer(
-                        self.processing_class, without_none(prompts[i]), completions[i], without_none(tools[i])
-                    )
+                    prompt, answer = encode_answer(self.processing_class, prompts[i], completions[i], tools[i])
                     answers[i] = prompt, answer if ends else answer[:-1]
         out = []
         for i, function in enumerate(self.functions):
             if isinstance(function, nn.Module):
-                out.append(self._model_scores(i, answers, prompts, completions).tolist())
+                out.append(self._model_scores(i, answers, prompts, completions, tools).tolist())
                 continue
             scores = function(prompts=prompts, completions=completions, completion_ids=responses, **columns)
             if len(scores) != len(rows):
@@ -131,14 +129,14 @@ class RewardScorer:
         """Scores (B,), the weighted sum of those of `rewards` (B, functions) that apply."""
         return torch.where(applies, rewards, 0.0) @ torch.tensor(self.weights, device=rewards.device)
 
-    def _model_scores(self, i: int, answers: list, prompts: list, completions: list[str]) -> Tensor:
+    def _model_scores(self, i: int, answers: list, prompts: list, completions: list[str], tools: list) -> Tensor:
         """Scores (answers,) of reward model number `i`, of the ids as they are or under its own tokenizer."""
         model, tokenizer, packed = self.functions[i], self.tokenizers[i], self.packed[i]
         if isinstance(model, Classifier):
             features = model.features(prompts, completions, continues(self.processing_class))
             sequences = [feature["input_ids"] for feature in features]
         else:
-            sequences = read_anew(tokenizer, answers, prompts, completions, self.eos_token_ids)
+            sequences = read_anew(tokenizer, answers, prompts, completions, self.eos_token_ids, tools)
             checks.check_lengths(sequences, model, self.names[i])
         scores = torch.empty(len(sequences))
         for chunk in chunks(_by_length([(ids,) for ids in sequences]), self.batch_size):
@@ -311,7 +309,7 @@ def encode_prompts(
     prompts = []
     for prompt, its_tools, at in zip(dataset["prompt"], tools, where, strict=True):
         with naming({"where": at}):
-            prompts.append(encode_prompt(tokenizer, without_none(prompt), without_none(its_tools)))
+            prompts.append(encode_prompt(tokenizer, prompt, its_tools))
     readers = [m for m in (model.policy, model.critic, ref_model) if m is not None and not isinstance(m, ValueHead)]
     context = min((c for c in map(loading.positions, readers) if c is not None), default=None)
     limit = prompt_limit(context, args.max_prompt_length, args.response_length)

@@ -446,6 +446,10 @@ class EvaluateSection:
         },
     )
     response_length: int = field(default=128, metadata={"help": "Longest answer in tokens."})
+    keep_thoughts: bool = field(
+        default=False,
+        metadata={"help": "Judge and compare what a model thinks before an answer (`<think>`) as part of it."},
+    )
     rankings: str | None = field(
         default=None,
         metadata={

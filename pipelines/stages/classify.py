@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 
-from pipelines.data import encoded_rows, labels, mixing
+from pipelines.data import encoded_rows, labels, mixing, plain_text
 from pipelines.data.labels import MULTI, NUMBER, SINGLE, balanced_weights, label_names
 from pipelines.models import adapters, loading, tokenizer_setup
 from pipelines.models.tokenizer_setup import read_by_model
@@ -230,6 +230,7 @@ def _encode(stage, side: str, rows: list[dict], names: list[str], task, tokenize
     if side == "validation":
         features.sort(key=lambda feature: len(feature["input_ids"]))  # little padding; the order means nothing
     mixing.report_length(stage, side, len(rows), len(features), long, f"{context} tokens", too_long, "cut at their end")
+    plain_text.report_texts(stage.report, side, rows, tokenizer, "text", "text_pair")
     if task.problem_type == SINGLE:
         counts = [0] * len(names)
         for feature in features:

@@ -18,15 +18,16 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import peft
+import torch
 from accelerate import PartialState
-from datasets import Dataset
 from transformers import set_seed
 
 from pipelines import IGNORE_INDEX, errors, files, functions, launch
-from pipelines.data import fingerprint, mixing, token_file
+from pipelines.data import fingerprint, mixing, plain_text, token_file
 from pipelines.errors import DataError, ModelError, SetupError
 from pipelines.models import adapters, chat_template, loading, scorers, tag_heads, tokenizer_setup
 from pipelines.ppo.checks import check_batch
@@ -143,6 +144,26 @@ def _unshared(stage, model: dict, models: list[str], critic: str | None) -> Iter
             yield key, f"with reward.share_base: a reward stage with model.use_peft on the policy's own {base}", name
 
 
+class Rows(torch.utils.data.Dataset):
+    """The rows as they were read, as the trainer takes them: a table would put null under keys that other rows have,
+    and take it from under those that had it, so that prompts and tools would not be what the template is to be given.
+    """
+
+    def __init__(self, rows: list[dict]):
+        self.rows, self.column_names = rows, list(rows[0])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, asked: int | str | list[int]):
+        """A row, a column, or some rows as columns."""
+        if isinstance(asked, str):
+            return [row[asked] for row in self.rows]
+        if isinstance(asked, list):
+            return {name: [self.rows[i][name] for i in asked] for name in self.column_names}
+        return self.rows[asked]
+
+
 class ChainPPOTrainer(ChainTrainer, PPOTrainer):
     """The PPO trainer with the chain's checkpoints."""
 
@@ -186,6 +207,8 @@ def run(stage) -> dict:
 
     train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed, report=stage.report)
     stage.report["prompts"] = {"train": len(train), "validation": len(validation)}
+    for side, rows in (("train", train), ("validation", validation)):
+        plain_text.report(stage.report, side, rows, partial(chat_template.holds_control_text, tokenizer))
     trainer = ChainPPOTrainer(
         model=policy,
         args=args,
@@ -193,8 +216,8 @@ def run(stage) -> dict:
         reward_weights=reward.weights,
         reward_processing_classes=tokenizers,
         value_model=critic,
-        train_dataset=Dataset.from_list(train, on_mixed_types="use_json"),
-        eval_dataset=Dataset.from_list(validation, on_mixed_types="use_json") if validation else None,
+        train_dataset=Rows(train),
+        eval_dataset=Rows(validation) if validation else None,
         ptx_dataset=_pretraining_text(stage, tokenizer, loading.context_length(policy, args.ptx_length)),
         processing_class=tokenizer,
     )

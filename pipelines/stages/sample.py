@@ -24,7 +24,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from pipelines import IGNORE_INDEX, errors, files
-from pipelines.data import mixing
+from pipelines.data import mixing, plain_text
 from pipelines.generation import answers
 from pipelines.kinds import of_kind
 from pipelines.models import chat_template, loading
@@ -71,9 +71,10 @@ def run(stage) -> dict:
     word = [_read(log) if state.is_main_process else None]
     broadcast_object_list(word)
     done: dict[tuple[int, int], list] = word[0]  # (model, prompt) -> its answers
-    left_out, policy = set(), stage.section("data").too_long
+    left_out, control, policy = set(), set(), stage.section("data").too_long
     for m, path in enumerate(settings.models):
         model, tokenizer = answers.load(path)
+        control |= {row["where"] for row in rows if chat_template.holds_control_text(tokenizer, row)}
         fits = answers.fitting(model, tokenizer, prompts, settings.response_length, tools)
         left_out |= set(range(len(prompts))) - set(fits)
         if left_out and policy == "error":
@@ -101,6 +102,7 @@ def run(stage) -> dict:
     long = [rows[i]["where"] for i in sorted(left_out)]
     what = f"what the models read beside an answer of {settings.response_length} tokens"
     mixing.report_length(stage, "prompts", len(rows), len(rows) - len(long), long, what, policy, "")
+    plain_text.report(stage.report, "prompts", rows, lambda row: row["where"] in control)
     names = [name.removeprefix("stage:") for name in stage.sections["sample"]["models"]]
     groups = {i: [done[m, i] for m in range(len(names))] for i in range(len(rows)) if i not in left_out}
     samples, counts = collect(prompts, groups, names)

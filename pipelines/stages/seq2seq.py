@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Seq2SeqTrainer, set_seed
 
 from pipelines import IGNORE_INDEX, errors
-from pipelines.data import encoded_rows, fingerprint, mixing, train_tokenizer
+from pipelines.data import encoded_rows, fingerprint, mixing, plain_text, train_tokenizer
+from pipelines.data.plain_text import tokenize
 from pipelines.errors import ModelError
 from pipelines.generation.answers import read_generated
 from pipelines.models import loading
@@ -279,21 +281,24 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, limits: dict[str, int
     """
 
     sources, targets = [row["source"] for row in rows], [row["target"] for row in rows]
-    encoded, labels = tokenizer(sources)["input_ids"], tokenizer(text_target=targets)["input_ids"]
+    encoded = tokenize(tokenizer, sources)["input_ids"]
+    labels = tokenize(tokenizer, text_target=targets)["input_ids"]
     features, long = [], []
     for row, ids, goal in zip(rows, encoded, labels, strict=True):
         if len(ids) > limits["source"] or len(goal) > limits["target"]:
             long.append(row["where"])
             if too_long == "drop":
                 continue
-            ids = tokenizer(row["source"], truncation=True, max_length=limits["source"])["input_ids"]
-            goal = tokenizer(text_target=row["target"], truncation=True, max_length=limits["target"])["input_ids"]
+            cut = partial(tokenize, tokenizer, truncation=True)
+            ids = cut(row["source"], max_length=limits["source"])["input_ids"]
+            goal = cut(text_target=row["target"], max_length=limits["target"])["input_ids"]
         encoding = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": goal}
         features.append(
             {**encoding, "row": len(features), **{name: row[name] for name in ("source", "target", "where")}}
         )
     limit = f"{limits['source']} tokens in the source or {limits['target']} in the target"
     mixing.report_length(stage, side, len(rows), len(features), long, limit, too_long, "cut at their end")
+    plain_text.report_texts(stage.report, side, rows, tokenizer, "source", "target")
     stage.report[side]["source_tokens"] = sum(len(f["input_ids"]) for f in features)
     stage.report[side]["target_tokens"] = sum(len(f["labels"]) for f in features)
     return Dataset.from_list(features)

@@ -18,13 +18,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from transformers import Trainer, set_seed
 from trl import SFTTrainer
 
 from pipelines import IGNORE_INDEX, errors
-from pipelines.data import encoded_rows, mixing, streaming
+from pipelines.data import encoded_rows, mixing, plain_text, streaming
 from pipelines.models import adapters, chat_template, loading, tokenizer_setup
 from pipelines.speed import fast_model, packed_attention, packing
 from pipelines.training import arguments, language_model, loop, saving
@@ -174,15 +175,13 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_lon
 
     What exceeds the context, has nothing to learn or holds a control token's text is counted, logged and recorded.
     """
-    out, long, used, split, unlearned, control = [], [], 0, 0, [], []
+    out, long, used, split, unlearned = [], [], 0, 0, []
     for row in rows:
         sequences, is_long, found = _example(row, tokenizer, context, too_long)
         if is_long:
             long.append(row["where"])
         elif not sequences:
             unlearned.append(row["where"])
-        if chat_template.holds_control_text(tokenizer, row):
-            control.append(row["where"])
         used, split = used + bool(sequences), split + (found > 1)
         out += [{"input_ids": ids, "labels": labels, "where": row["where"]} for ids, labels in sequences]
     if len(unlearned) == len(rows):
@@ -203,13 +202,11 @@ def _encode(stage, side: str, rows: list[dict], tokenizer, context: int, too_lon
         f"{split} of {len(rows)} as {chat_template.PER_ANSWER}" if split else chat_template.ONE_SEQUENCE
     )
     logger.info("%s: %s", side, report["dialogues"])
-    for key, where, what in (
-        ("nothing_to_learn", unlearned, "have no answer that is to be learned: left out"),
-        ("control_text", control, "hold the text of a control token, which is read as plain text"),
-    ):
-        if where:
-            report[key] = len(where)
-            logger.warning("%s: %d of %d rows %s (the first: %s)", side, len(where), len(rows), what, where[0])
+    plain_text.report(stage.report, side, rows, partial(chat_template.holds_control_text, tokenizer))
+    if unlearned:
+        report["nothing_to_learn"] = len(unlearned)
+        what = "have no answer that is to be learned: left out"
+        logger.warning("%s: %d of %d rows %s (the first: %s)", side, len(unlearned), len(rows), what, unlearned[0])
     return out
 
 
@@ -233,11 +230,13 @@ def _encoder(tokenizer, context: int, too_long: str):
     tokenizer = copy.deepcopy(tokenizer)  # it is used in a thread, while the Trainer may save its own
 
     said = False
+    notice = plain_text.Notice(partial(chat_template.holds_control_text, tokenizer))
 
     def encode(rows: list[dict]) -> list[tuple]:
         nonlocal said
         out = []
         for row in rows:
+            notice(row)
             sequences, is_long, _ = _example(row, tokenizer, context, too_long)
             if is_long and too_long == "error":
                 raise errors.DataError(

@@ -81,7 +81,12 @@ def test_vocabulary_too_small_is_told():
 
 def naive(tokenizer, texts):
     separator = tokenizer.eos_token_id
-    return [i for t in texts if t for i in [*tokenizer(t, add_special_tokens=False).input_ids, separator]]
+    return [
+        i
+        for t in texts
+        if t
+        for i in [*tokenizer(t, add_special_tokens=False, split_special_tokens=True).input_ids, separator]
+    ]
 
 
 def tokens(folder):

@@ -63,10 +63,12 @@ def test_pairs_are_compared_item_by_item():
 
 def test_judges_give_numbers_or_named_numbers():
     answers = {"m": [[("a cat", True), ("dog", True)], [("", True), ("abc", False)]]}
-    assert judge("tests.evaluation.test_evaluation:length", ["p", "q"], answers) == {
+    assert judge("tests.evaluation.test_evaluation:length", [{"prompt": "p"}, {"prompt": "q"}], answers) == {
         "m": {"score": [-4.0, -1.5], "empty": [0.0, 0.5]}
     }
-    assert judge("tests.evaluation.test_evaluation:starts_with_a", ["p", "q"], answers) == {"m": {"score": [0.5, 0.5]}}
+    assert judge("tests.evaluation.test_evaluation:starts_with_a", [{"prompt": "p"}, {"prompt": "q"}], answers) == {
+        "m": {"score": [0.5, 0.5]}
+    }
 
 
 def test_people_decide_by_their_rankings(write):
@@ -170,7 +172,9 @@ def test_a_reward_model_as_judge_scores_what_ppo_would_score(tiny_gpt2, tmp_path
     model.save_pretrained(tmp_path / "reward")
     tokenizer.save_pretrained(tmp_path / "reward")
     answers = {"m": [[("it is red", True), ("it is", False)], [("blue", True), ("a b c d", True)]]}
-    found = judge(str(tmp_path / "reward"), ["what colour", "which one of the birds"], answers)["m"]["score"]
+    found = judge(
+        str(tmp_path / "reward"), [{"prompt": p} for p in ("what colour", "which one of the birds")], answers
+    )["m"]["score"]
     scores = []
     for prompt, group in zip(["what colour", "which one of the birds"], answers["m"]):
         for text, ended in group:
