@@ -107,6 +107,7 @@ RANGES: dict[str, Range] = {
     "limit": COUNT,
     "shots": FROM_ZERO,
     # ppo
+    "num_generations": COUNT,
     "total_episodes": COUNT,
     "num_ppo_epochs": COUNT,
     "num_mini_batches": COUNT,

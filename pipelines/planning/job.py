@@ -14,6 +14,7 @@ from pipelines.data import mixing, sources
 from pipelines.kinds import CLASSIFIER, KINDS
 from pipelines.models import chat_template
 from pipelines.planning import anatomy, unmade
+from pipelines.ppo.config import METHODS, has_critic
 from pipelines.speed import packing
 
 SAMPLE = 2000  # rows whose tokens are counted; the rest are taken to be like them
@@ -47,6 +48,7 @@ class Job:
     layout: str = "padded"  # how the sequences of a batch lie: "padded", "packed" or "shared" (see `anatomy.layout`)
     laid: list[int] = field(default_factory=list)  # reward: tokens of each ranking in a batch; empty: not known
     notes: list[str] = field(default_factory=list)
+    spared: Model | None = None  # the critic that a ppo stage without one would train with `advantage: gae`
 
     @property
     def shape(self) -> str:
@@ -85,6 +87,11 @@ def describe(stage) -> Job:
     if tokenizer is None:
         data.notes.insert(0, f"no tokenizer at hand yet: {CHARACTERS} characters are taken for a token")
     models = _models(stage, tokenizer, data.labels)
+    spared = None
+    if "reward" in stage.spec.sections:
+        values = {**METHODS.get(values.get("advantage", "gae"), {}), **values}
+        if not has_critic(values.get("advantage")):
+            spared = _models(stage, tokenizer, data.labels, critic=True).get("critic")
     config = models["model"].config
     context, target = _limits(stage, config, values)
     sequences, rows = _sequences(stage, data.sample, tokenizer), data.rows
@@ -119,11 +126,15 @@ def describe(stage) -> Job:
         layout,
         [_laid(row, layout) for row in sequences] if shape == "rankings" else [],
         data.notes,
+        spared,
     )
 
 
-def _models(stage, tokenizer, labels: set) -> dict[str, Model]:
-    """The stage's model, and of one with a `reward:` section its critic and reward models."""
+def _models(stage, tokenizer, labels: set, critic: bool | None = None) -> dict[str, Model]:
+    """The stage's model, and of one with a `reward:` section its critic and reward models.
+
+    `critic`: whether the critic is among them; None: if it trains one.
+    """
     spec, section = stage.spec, stage.sections.get("model", {})
     settings = {}
     if spec.auto_class == CLASSIFIER:
@@ -134,8 +145,10 @@ def _models(stage, tokenizer, labels: set) -> dict[str, Model]:
     if "reward" in spec.sections:
         reward = stage.sections.get("reward", {})
         scorers = reward.get("models") or []
-        start = reward.get("critic") or (scorers or [path])[0]
-        others = {"critic": start} if start != "shared" else {}  # a value head weighs nothing
+        critic = has_critic(stage.sections.get("args", {}).get("advantage")) if critic is None else critic
+        start = reward.get("critic") if reward.get("critic") != "none" else None
+        start = start or (scorers or [path])[0]
+        others = {"critic": start} if critic and start != "shared" else {}  # a value head weighs nothing
         others |= {f"reward {i}": scorer for i, scorer in enumerate(scorers)}
         for name, of in others.items():
             models[name] = Model(unmade.config_of(stage, of, None, {"num_labels": 1}, overrides=False), CLASSIFIER)

@@ -285,7 +285,7 @@ class Planner:
             return math.ceil(values["total_episodes"] / per_step)
         if self.job.rows is None:
             return None
-        rows = self.job.rows
+        rows = self.job.rows * (self.job.values.get("num_generations") or 1)
         if self.job.packs:
             rows = max(1, math.ceil(rows * self.job.mean / self.job.context))
         if self.job.kind == "ppo":

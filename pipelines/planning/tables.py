@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from pipelines.planning import devices, setups
 from pipelines.planning.costs import Memory
@@ -146,6 +146,10 @@ def _models(one: Outlook) -> list[str]:
             size = other.trainable if shares else other.parameters
             base = " on the policy's base" if shares else ""
             out.append(f"{name}: {other.architecture}: {size:,} parameters{base}{trained}")
+    if planner.job.spared is not None:
+        full = Planner(replace(planner.job, models={**planner.job.models, "critic": planner.job.spared}))
+        saved = full.memory(setup).total - one.memory.total
+        out.append(f"no critic (advantage: {planner.job.values['advantage']}): {saved / 1e9:.2f} GB less than with gae")
     return out
 
 

@@ -79,6 +79,38 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return torch.where(mask, advantages, 0.0), torch.where(mask, advantages + values, 0.0)
 
 
+def leave_one_out(rewards: Tensor, group: int, normalize: bool = False) -> Tensor:
+    """Advantages (B,): each reward (B,) less the mean of the other `group` − 1 answers to the same prompt.
+
+    RLOO (Ahmadian et al. 2024, 2402.14740, eq. 7); the answers to a prompt come one after the other. `normalize`: to
+    mean 0 and deviation 1 over the batch, as TRL.
+    """
+    grouped = rewards.view(-1, group)
+    others = (grouped.sum(1, keepdim=True) - grouped) / (group - 1)
+    advantages = (grouped - others).flatten()
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-4) if normalize else advantages
+
+
+def group_relative(rewards: Tensor, group: int, scale: str) -> Tensor:
+    """Advantages (B,): each reward (B,) less the mean of all `group` answers to the same prompt.
+
+    GRPO (Shao et al. 2024, 2402.03300, section 4.1.2). `scale`: divided by the deviation over the answers to the prompt
+    ("group"), over the batch ("batch"; 2508.08221), or not ("none"; Dr. GRPO, 2503.20783).
+    """
+    grouped = rewards.view(-1, group)
+    advantages = grouped - grouped.mean(1, keepdim=True)
+    if scale != "none":
+        deviation = grouped.std(1, keepdim=True) if scale == "group" else rewards.std()
+        advantages = advantages / (deviation + 1e-4)
+    return advantages.flatten()
+
+
+def alike(scores: Tensor, group: int) -> Tensor:
+    """Of the prompts, the share () whose `group` answers all have the same score (B,): nothing tells them apart."""
+    grouped = scores.view(-1, group)
+    return (grouped.amax(1) - grouped.amin(1) < 1e-6).float().mean()
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean () of `values` (…) where `mask` (…) is True. NaN where nothing is."""
     return torch.where(mask, values, 0.0).sum() / mask.sum()
@@ -107,6 +139,26 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
     return torch.maximum(plain, clipped), clipped > plain
+
+
+def answer_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, lengths: list[int], cliprange: float
+) -> tuple[Tensor, Tensor]:
+    """`policy_loss` with the ratio of whole answers, π(y|x) / π_old(y|x), and whether its clip was active; both (N,).
+
+    All are of the N tokens of answers of `lengths`, one after the other; the loss of an answer is spread evenly over
+    its tokens.
+    """
+    counts = torch.tensor(lengths)
+    owner = torch.arange(len(lengths)).repeat_interleave(counts)
+    first = counts.cumsum(0) - counts
+    place = torch.arange(len(owner)) - first[owner]
+    where = torch.cat([owner, place, first, counts]).to(logprobs.device)  # in one copy
+    owner, place, first, counts = where.split([len(owner), len(place), len(first), len(counts)])
+    # laid out and summed: `index_add` sums in another order each time on a GPU
+    rows = lambda x: x.new_zeros(len(lengths), max(lengths)).index_put((owner, place), x).sum(1)  # noqa: E731
+    loss, clipped = policy_loss(rows(logprobs), rows(old_logprobs), advantages[first], cliprange)
+    return (loss / counts)[owner], clipped[owner]
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:

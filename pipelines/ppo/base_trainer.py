@@ -1,4 +1,4 @@
-"""A Trainer of two models: the policy and its critic, prepared, saved, loaded and clipped together."""
+"""A Trainer of two models: the policy and its critic, prepared, saved, loaded and clipped together; or of one."""
 
 from __future__ import annotations
 
@@ -22,26 +22,31 @@ STATE = "ppo_state.json"
 class TwoModelTrainer(_BaseTrainer):
     """transformers' Trainer around a `PolicyAndCritic`.
 
-    A checkpoint holds what any Trainer's does, of the policy; the critic is in its folder `critic`.
+    A checkpoint holds what any Trainer's does, of the policy; the critic, if there is one, is in its folder `critic`.
     """
 
-    def __init__(self, policy: nn.Module, critic: nn.Module, **trainer):
+    def __init__(self, policy: nn.Module, critic: nn.Module | None, **trainer):
         super().__init__(model=PolicyAndCritic(policy, critic), **trainer)
         self.policy, self.critic = policy, critic
+        self._parts = {"policy": policy} | ({} if critic is None else {"critic": critic})
 
-    def _begin(self, max_steps: int, batch_size: int, checkpoint: str | None) -> None:
-        """Optimizer, scheduler, wrapped model and trainer state, from the checkpoint where there is one."""
+    def _begin(self, max_steps: int, prompts: int, checkpoint: str | None) -> None:
+        """Optimizer, scheduler, wrapped model and trainer state, from the checkpoint where there is one.
+
+        Args:
+            prompts: that one update answers.
+        """
         args = self.args
         if args.activation_checkpointing:
             settings = dict(args.activation_checkpointing_kwargs or {})
-            for module in (self.policy, self.critic) if not isinstance(self.critic, ValueHead) else (self.policy,):
+            for module in (part for part in self._parts.values() if not isinstance(part, ValueHead)):
                 plain_model(module).activation_checkpointing_enable(activation_checkpointing_kwargs=settings or None)
                 if hasattr(module, "peft_config"):  # frozen embeddings: the first layer must see gradients flow
                     module.enable_input_require_grads()
         if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._load_from_checkpoint(checkpoint)
-        steps_per_epoch = max(1, len(self.train_dataset) // batch_size)
-        epochs = math.ceil(max_steps * batch_size / len(self.train_dataset))
+        steps_per_epoch = max(1, len(self.train_dataset) // prompts)
+        epochs = math.ceil(max_steps * prompts / len(self.train_dataset))
         self._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, None)
         self._prepare_for_training(max_steps, None, checkpoint)
         self.model_wrapped.train()
@@ -57,8 +62,8 @@ class TwoModelTrainer(_BaseTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for module, folder in ((self.policy, ""), (self.critic, "critic")):
-            place = Path(resume_from_checkpoint) / folder
+        for name, module in self._parts.items():
+            place = Path(resume_from_checkpoint) / ("critic" if name == "critic" else "")
             if isinstance(module, ValueHead):
                 module.load(place)
                 continue
@@ -79,18 +84,20 @@ class TwoModelTrainer(_BaseTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The policy (with PEFT: its adapters) and tokenizer, the critic in the folder `critic`."""
         folder = Path(output_dir or self.args.output_dir)
-        weights = {"policy": None, "critic": None}
+        weights = dict.fromkeys(self._parts)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # collective: every process takes part
             whole = self.accelerator.get_state_dict(self.model_wrapped) or {}  # ZeRO-3: on the first process alone
-            for part, model in (("policy", self.policy), ("critic", self.critic)):
+            for part, model in self._parts.items():
                 own = {k.removeprefix(f"{part}."): v for k, v in whole.items() if k.startswith(f"{part}.")}
                 weights[part] = untied(model, own)
         if self.args.should_save:
             only = {"selected_adapters": [self.policy.active_adapter]} if hasattr(self.policy, "peft_config") else {}
             self.policy.save_pretrained(folder, state_dict=weights["policy"], **only)
-            self.critic.save_pretrained(folder / "critic", state_dict=weights["critic"])
-            for place in (folder,) if isinstance(self.critic, ValueHead) else (folder, folder / "critic"):
-                self.processing_class.save_pretrained(place)
+            self.processing_class.save_pretrained(folder)
+            if self.critic is not None:
+                self.critic.save_pretrained(folder / "critic", state_dict=weights["critic"])
+                if not isinstance(self.critic, ValueHead):
+                    self.processing_class.save_pretrained(folder / "critic")
 
     def _clip_gradients(self) -> Tensor:
         """Clip the gradients of both models together to `max_grad_norm`; returns their norm before (0: not known)."""

@@ -12,13 +12,26 @@ from pipelines.generation.logprobs import plain_model
 from pipelines.models.chat_template import as_text
 from pipelines.models.loading import positions, vocabulary
 from pipelines.models.scorers import Classifier
+from pipelines.ppo.algorithm import alike
+from pipelines.ppo.config import has_critic
 from pipelines.ppo.policy_and_critic import ValueHead
+
+
+def check_critic(args, value_model) -> None:
+    """Raise SetupError unless there is a critic where `args.advantage` has one, and none where it has not."""
+    if has_critic(args.advantage) and value_model is None:
+        raise SetupError(
+            "value_model is None, but advantage: gae trains a critic: give one ('shared': a head on the policy), or "
+            "choose an advantage without: rloo, grpo or reinforce"
+        )
+    if not has_critic(args.advantage) and value_model is not None:
+        raise SetupError(f"advantage: {args.advantage} has no critic: value_model must be None")
 
 
 def check_models(model, value_model, ref_model, reward_funcs: list, tokenizer) -> None:
     """Raise one ValueError with everything that is wrong with the models given to `PPOTrainer`."""
     problems = []
-    if not hasattr(plain_model(value_model), "score"):
+    if value_model is not None and not hasattr(plain_model(value_model), "score"):
         problems.append(
             f"value_model is a {type(value_model).__name__} without a `score` head over each position: take "
             "an AutoModelForSequenceClassification of a causal model"
@@ -29,7 +42,8 @@ def check_models(model, value_model, ref_model, reward_funcs: list, tokenizer) -
         problems.append(
             "model, value_model, ref_model and reward models must be separate objects: load each for itself"
         )
-    rows = None if isinstance(value_model, ValueHead) else vocabulary(plain_model(value_model))
+    apart = value_model is not None and not isinstance(value_model, ValueHead)
+    rows = vocabulary(plain_model(value_model)) if apart else None
     if rows is not None and rows < len(tokenizer):
         problems.append(
             f"value_model knows {rows} tokens and the policy's tokenizer has {len(tokenizer)}: a critic must "
@@ -89,8 +103,15 @@ def check_vllm(args, model) -> None:
         )
 
 
-def check_batch(batch: int, mini_batches: int, world: int) -> None:
-    """Raise ValueError unless `batch` answers divide into minibatches of equal shares for `world` processes."""
+def check_batch(batch: int, mini_batches: int, world: int, group: int = 1) -> None:
+    """Raise ValueError unless `batch` answers divide into minibatches of equal shares for `world` processes, and into
+    whole groups of answers to one prompt.
+    """
+    if batch % group:
+        raise SetupError(
+            f"num_generations={group} answers to each prompt do not divide a batch of {batch} answers "
+            "(per_device_train_batch_size × gradient_accumulation_steps × processes): choose numbers that do"
+        )
     if batch % mini_batches or batch // mini_batches % world:
         raise SetupError(
             f"a batch of {batch} answers (per_device_train_batch_size × gradient_accumulation_steps × processes) does "
@@ -127,6 +148,14 @@ def check_rollouts(rollouts, args) -> None:
             f"all of {answers} answers got the score {rollouts.scores[0].item():.4g}: there is nothing to "
             "learn from (allow_constant_scores: true to go on)"
         )
+    elif args.advantage in ("rloo", "grpo") and not args.allow_constant_scores:
+        if alike(rollouts.scores, args.num_generations) == 1:
+            problems.append(
+                f"the {args.num_generations} answers to each of {answers // args.num_generations} prompts got the same "
+                f"score: advantage: {args.advantage} compares only those, and has nothing to learn from. Raise "
+                "num_generations or temperature, take another advantage or a finer reward (allow_constant_scores: true "
+                "to go on)"
+            )
     if problems:
         raise SetupError("PPO cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
 

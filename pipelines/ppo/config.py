@@ -10,16 +10,37 @@ from transformers import TrainingArguments
 from pipelines import ranges
 from pipelines.errors import SetupError
 
+# What a setting that is left out means for each `advantage`, and (None) the settings that this one does not have.
+_NO_CRITIC = {"num_ppo_epochs": 1, "vf_coef": None, "cliprange_value": None, "lam": None, "critic_warmup_steps": None}
+_OF_TOKENS = {"kl_estimator": "k1", "kl_placement": "reward", "scale_rewards": None, "loss_type": None}
+_OF_ANSWERS = {"gamma": None, "whiten_rewards": None}
+METHODS: dict[str, dict] = {
+    "gae": {"num_generations": 1, "num_ppo_epochs": 4, **_OF_TOKENS, "normalize_advantages": None},
+    "reinforce": {"num_generations": 1, **_NO_CRITIC, **_OF_TOKENS, "normalize_advantages": None},
+    "rloo": {"num_generations": 2, **_NO_CRITIC, **_OF_TOKENS, **_OF_ANSWERS},
+    "grpo": {
+        **{"num_generations": 8, "kl_estimator": "k3", "kl_placement": "loss"},
+        **{"scale_rewards": "group", "loss_type": "dapo", "normalize_advantages": None},
+        **_NO_CRITIC,
+        **_OF_ANSWERS,
+    },
+}
+
+
+def has_critic(advantage: str | None) -> bool:
+    """Whether this `advantage` (None: the default) trains a critic."""
+    return advantage in (None, "gae")
+
 
 @dataclass
 class PPOConfig(TrainingArguments):
-    """Names are those of TRL 1.12's `PPOConfig` where it had the setting.
+    """Names are those of TRL 1.12's `PPOConfig` where it had the setting, of its RLOO and GRPO configs for the rest.
 
     One *update* (one `global_step`: what `logging_steps`, `save_steps`, `eval_steps`, `max_steps` and the
-    learning rate schedule count) samples one answer to each of `batch_size` = `per_device_train_batch_size` ×
-    `gradient_accumulation_steps` × processes prompts and takes `num_ppo_epochs` × `num_mini_batches`
-    optimizer steps on them. `per_device_train_batch_size` bounds the rows of one forward and backward and,
-    like gradient accumulation, changes memory and speed but never the loss.
+    learning rate schedule count) samples `batch_size` = `per_device_train_batch_size` × `gradient_accumulation_steps` ×
+    processes answers, `num_generations` to each prompt, and takes `num_ppo_epochs` × `num_mini_batches` optimizer steps
+    on them. `per_device_train_batch_size` bounds the rows of one forward and backward and, like gradient accumulation,
+    changes memory and speed but never the loss.
 
     Defaults that differ from `TrainingArguments`: `learning_rate` 3e-6 (right at 1B parameters; 1e-5 and more
     for tiny models), `adam_epsilon` 1e-5 (N+ details, 2403.17031), `logging_steps` 1. Training is in fp32
@@ -34,17 +55,55 @@ class PPOConfig(TrainingArguments):
         default=1, metadata={"help": "Updates between two log lines (fraction of all if < 1)."}
     )
 
+    # The method
+    advantage: Literal["gae", "rloo", "grpo", "reinforce"] = field(
+        default="gae",
+        metadata={
+            "help": "What an answer is compared with. 'gae': PPO, with the values of a critic; the others have none. "
+            "'rloo': with the other answers to its prompt; 'grpo': with all of them, in deviations; 'reinforce': with "
+            "all answers of the batch."
+        },
+    )
+    num_generations: int | None = field(
+        default=None,
+        metadata={
+            "help": "Answers to each prompt in a batch. More compares each with more others, on fewer prompts. None: "
+            "1, with rloo 2, with grpo 8."
+        },
+    )
+    scale_rewards: Literal["group", "batch", "none"] | None = field(
+        default=None,
+        metadata={
+            "help": "grpo: advantages are divided by the deviation of the scores over the answers to the prompt "
+            "('group', the default) or over the batch, or not at all."
+        },
+    )
+    loss_type: Literal["dapo", "bnpo", "grpo", "dr_grpo"] | None = field(
+        default=None,
+        metadata={
+            "help": "grpo: what the loss is a mean over. 'dapo' (the default): all tokens of the batch; 'bnpo': those "
+            "of the minibatch; 'grpo': answers, of the mean over each one's tokens; 'dr_grpo': as if every answer had "
+            "response_length tokens."
+        },
+    )
+    normalize_advantages: bool = field(
+        default=False, metadata={"help": "rloo: bring the advantages of a batch to mean 0 and deviation 1."}
+    )
+
     # How much to train
     total_episodes: int | None = field(
         default=None,
         metadata={
             "help": "Answers sampled in all, rounded up to whole updates. None: `num_train_epochs` times "
-            "the prompts. `max_steps`, where given, wins."
+            "the prompts (times num_generations). `max_steps`, where given, wins."
         },
     )
-    num_ppo_epochs: int = field(
-        default=4,
-        metadata={"help": "Passes over each batch of answers. More uses them better but moves further off-policy."},
+    num_ppo_epochs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Passes over each batch of answers. More uses them better but moves further off-policy. None: 4 "
+            "with gae, else 1."
+        },
     )
     num_mini_batches: int = field(
         default=1,
@@ -117,18 +176,19 @@ class PPOConfig(TrainingArguments):
         default=0.05,
         metadata={"help": "Weight of the KL penalty. Higher stays nearer to the reference and gains less reward."},
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = field(
-        default="k1",
+    kl_estimator: Literal["k1", "k2", "k3"] | None = field(
+        default=None,
         metadata={
             "help": "Per-token KL estimator: k1 unbiased and noisy, k3 unbiased and never negative, k2 "
-            "biased and smooth (http://joschu.net/blog/kl-approx.html)."
+            "biased and smooth (http://joschu.net/blog/kl-approx.html). None: k1, with grpo k3."
         },
     )
-    kl_placement: Literal["reward", "loss"] = field(
-        default="reward",
+    kl_placement: Literal["reward", "loss"] | None = field(
+        default=None,
         metadata={
-            "help": "'reward': the KL is subtracted from each token's reward (InstructGPT). 'loss': it is a "
-            "term of the loss instead (there k2 has the right gradient; k1's is 0 on average)."
+            "help": "'reward': the KL is subtracted from each token's reward (InstructGPT), with rloo and grpo from "
+            "the answer's score. 'loss': it is a term of the loss instead (there k2 has the right gradient; k1's is 0 "
+            "on average). None: reward, with grpo loss."
         },
     )
     kl_target: float | None = field(
@@ -237,6 +297,10 @@ class PPOConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        for name, value in METHODS.get(self.advantage, {}).items():
+            if name not in given:
+                setattr(self, name, value)
         problems = self._problems()
         if problems:
             raise SetupError("PPOConfig:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -255,6 +319,28 @@ class PPOConfig(TrainingArguments):
         theirs = {field.name for field in fields(TrainingArguments)}
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in theirs}
         out += [f"{key} {message}, is {value}" for key, message, value in ranges.problems(own)]
+        defaults = {field.name: field.default for field in fields(self)}
+        need(
+            self.advantage in METHODS,
+            f"advantage must be one of {', '.join(METHODS)}, is {self.advantage!r}",
+        )
+        for name in (name for name, value in METHODS.get(self.advantage, {}).items() if value is None):
+            others = [method for method, its in METHODS.items() if its.get(name, "the default") is not None]
+            need(
+                getattr(self, name) == defaults[name],
+                f"{name} is for advantage: {' or '.join(others)}, with {self.advantage} it has no effect: leave it out",
+            )
+        need(
+            self.advantage not in ("rloo", "grpo") or (self.num_generations or 0) >= 2,
+            f"num_generations must be at least 2 with advantage: {self.advantage}, which compares the answers to a "
+            f"prompt with each other, is {self.num_generations}",
+        )
+        for name, known in (
+            ("scale_rewards", ("group", "batch", "none")),
+            ("loss_type", ("dapo", "bnpo", "grpo", "dr_grpo")),
+        ):
+            value = getattr(self, name)
+            need(value is None or value in known, f"{name} must be one of {', '.join(known)}, is {value!r}")
         need(
             self.kl_estimator in ("k1", "k2", "k3"),
             f"kl_estimator must be k1, k2 or k3, is {self.kl_estimator!r}",

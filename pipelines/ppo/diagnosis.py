@@ -21,6 +21,7 @@ USED = (
     "objective/kl_sem",
     "objective/raw_scores",
     "objective/scores_std",
+    "objective/scores_alike",
     "policy/entropy_avg",
     "response_length",
     "val/explained_variance",
@@ -161,6 +162,21 @@ def constant_scores(updates: list[dict], evaluations: list[dict]) -> str | None:
         return f"all answers of three updates got the same score, {last[-1]['objective/raw_scores']:.3g}"
 
 
+def answers_score_alike(updates: list[dict], evaluations: list[dict]) -> str | None:
+    """The answers to nine prompts in ten score alike over three updates, although others score otherwise.
+
+    With RLOO and GRPO such a prompt teaches nothing: its answers are compared with each other only.
+    """
+    last = [row for row in updates[-3:] if "objective/scores_alike" in row]
+    if len(last) == 3 and max(row["objective/scores_std"] for row in last) >= 1e-6:
+        share = _mean(last, "objective/scores_alike")
+        if share > 0.9:
+            return (
+                f"to {share:.0%} of the prompts all answers score alike (the mean score is "
+                f"{_mean(last, 'objective/raw_scores'):.3g}): these teach nothing"
+            )
+
+
 def critic_explains_nothing(updates: list[dict], evaluations: list[dict]) -> str | None:
     """Explained variance below -0.5, or wrong by more than a deviation of the returns, over the last WINDOW updates.
 
@@ -168,7 +184,7 @@ def critic_explains_nothing(updates: list[dict], evaluations: list[dict]) -> str
     where the critic does not learn; around 0 it may be the best there is, where the reward is noise. The mean error
     came to 0.22 deviations in healthy worlds, to 3.5 where cliprange_value is too small for the scores.
     """
-    if len(updates) >= 2 * WINDOW:
+    if len(updates) >= 2 * WINDOW and "val/explained_variance" in updates[-1]:
         last = updates[-WINDOW:]
         explained, bias = _mean(last, "val/explained_variance"), sum(row.get("val/bias", 0.0) for row in last) / WINDOW
         if explained < -0.5:
@@ -227,6 +243,12 @@ CHECKS = (
         constant_scores,
         "If it is the best score, the task is solved: stop, or take harder prompts. Otherwise the reward cannot tell "
         "the answers apart, and only the KL is being trained on.",
+    ),
+    (
+        answers_score_alike,
+        "Where the score is near its best, the task is solved: stop, or take harder prompts; where it is near its "
+        "worst, take easier prompts or a better model to start from. Else raise num_generations or temperature, or "
+        "give the reward more steps between its worst and its best.",
     ),
     (
         critic_explains_nothing,

@@ -61,13 +61,19 @@ class Monitor:
 
         Args:
             scores: (B,) as PPO saw them.
-            kl, returns: (B, T) per token.
+            kl, returns: (B, T) per token; no returns without a critic.
             seconds: of each phase.
         """
         mask, responses = rollouts.mask, len(rollouts.responses)
         each_kl = torch.where(mask, kl, 0.0).sum(1)
-        off = algorithm.masked_mean(returns - rollouts.values, mask)
-        spread = algorithm.masked_var(returns, mask).sqrt().clamp(min=1e-8)
+        own = {}  # what only some methods have
+        if returns is not None:
+            off = algorithm.masked_mean(returns - rollouts.values, mask)
+            spread = algorithm.masked_var(returns, mask).sqrt().clamp(min=1e-8)
+            own["val/explained_variance"] = algorithm.explained_variance(rollouts.values, returns, mask)
+            own["val/bias"] = off / spread
+        if self.args.num_generations > 1:
+            own["objective/scores_alike"] = algorithm.alike(scores, self.args.num_generations)
         tokens = sum(map(len, rollouts.responses))
         found = _read(
             {
@@ -77,10 +83,9 @@ class Monitor:
                 "objective/scores": scores.mean(),
                 "objective/scores_std": scores.std(unbiased=False),
                 "objective/raw_scores": rollouts.scores.mean(),  # not normalised, clipped or less a penalty
-                "val/explained_variance": algorithm.explained_variance(rollouts.values, returns, mask),
-                "val/bias": off / spread,
                 "val/num_eos_tokens": rollouts.ended.sum(),
                 "eos_rate": rollouts.ended.float().mean(),
+                **own,
             }
         )
         penalty = kl_coef * found["objective/kl"]

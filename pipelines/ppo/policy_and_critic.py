@@ -1,4 +1,4 @@
-"""The policy and the critic as one module, the value head, and frozen models on shards."""
+"""The policy and the critic, if there is one, as one module, the value head, and frozen models on shards."""
 
 from __future__ import annotations
 
@@ -73,11 +73,14 @@ def shard_frozen(model: nn.Module, accelerator) -> nn.Module:
 
 
 class PolicyAndCritic(nn.Module):
-    """Both trained models as one module: one optimizer, one gradient norm, one `accelerator.prepare`."""
+    """All that is trained as one module: one optimizer, one gradient norm, one `accelerator.prepare`.
+
+    `critic` may be None: RLOO, GRPO and REINFORCE have none.
+    """
 
     is_gradient_checkpointing = False  # asked by TRL before it generates; in eval mode none is active
 
-    def __init__(self, policy: nn.Module, critic: nn.Module):
+    def __init__(self, policy: nn.Module, critic: nn.Module | None):
         super().__init__()
         self.policy, self.critic = policy, critic
         blocks = (getattr(model, "_no_split_modules", None) or () for model in (policy, critic))
@@ -87,7 +90,7 @@ class PolicyAndCritic(nn.Module):
     def tie_weights(self, *args, **kwargs):
         """Called by FSDP, which moves weights from device to device: tied ones come apart there."""
         self.policy.tie_weights(*args, **kwargs)
-        if not isinstance(self.critic, ValueHead):
+        if self.critic is not None and not isinstance(self.critic, ValueHead):
             self.critic.tie_weights(*args, **kwargs)
 
     def forward(
@@ -98,17 +101,17 @@ class PolicyAndCritic(nn.Module):
         hold_trunk: bool = False,
         **how,
     ):
-        """`(logprobs, entropies or None, values)`, each (N,) float32, or the values or log-probs alone.
+        """`(logprobs, entropies or None, values or None)`, each (N,) float32, or the values or log-probs alone.
 
         `how`: temperature, entropy and grad_entropy of `token_logprobs`. With `hold_trunk` the values of a
         `ValueHead` send no gradient into the policy.
         """
         if logprobs_only:
             return token_logprobs(self.policy, batch, **how)[0]
-        hidden = None
+        hidden = values = None
         if isinstance(self.critic, ValueHead):
             hidden = states_of(self.policy, batch)
             values = self.critic(hidden.detach() if hold_trunk else hidden)
-        else:
+        elif self.critic is not None:
             values = token_values(self.critic, batch)
         return values if values_only else (*token_logprobs(self.policy, batch, **how, hidden=hidden), values)

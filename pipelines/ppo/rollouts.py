@@ -26,7 +26,7 @@ from pipelines.models import loading, thoughts
 from pipelines.models.chat_template import encode_answer, encode_prompt, naming
 from pipelines.models.scorers import Classifier, continues
 from pipelines.ppo import checks
-from pipelines.ppo.config import PPOConfig
+from pipelines.ppo.config import PPOConfig, has_critic
 from pipelines.ppo.policy_and_critic import PolicyAndCritic, ValueHead, place_frozen, runs_on_fsdp
 from pipelines.ppo.rewards import read_anew
 
@@ -41,7 +41,7 @@ class Rollouts:
     mask: Tensor  # (B, T) True on real tokens
     logprobs: Tensor  # (B, T) when sampled
     ref_logprobs: Tensor  # (B, T)
-    values: Tensor  # (B, T) when sampled
+    values: Tensor | None  # (B, T) when sampled; None: there is no critic
     rewards: Tensor  # (B, reward functions) as they came, NaN where one does not apply
     applies: Tensor  # (B, reward functions) False where a function gave None for an answer
     scores: Tensor  # (B,) their weighted sum
@@ -206,17 +206,17 @@ class RolloutMaker:
 
         began = time.perf_counter()
         answers = list(zip(my_prompts, responses, strict=True))
-        per_token: list = [None] * share  # (3, length): log-probs of policy and reference, values
+        per_token: list = [None] * share  # (2 or 3, length): log-probs of policy and reference, values
         for chunk in chunks(_by_length(answers), args.local_rollout_forward_batch_size):
             batch = collate([answers[i] for i in chunk], self.packed, device)
-            if self.vllm is None:
-                sampled = torch.cat([logprobs[i] for i in chunk]).to(device)
-                values = model(batch, values_only=True)
-            else:
+            if self.vllm is not None:
                 sampled, _, values = model(batch, temperature=args.temperature)
+            else:
+                sampled = torch.cat([logprobs[i] for i in chunk]).to(device)
+                values = model(batch, values_only=True) if has_critic(args.advantage) else None
             with self.accelerator.autocast():
                 ref_logprobs = self._reference_logprobs(model, batch)
-            columns = torch.stack([sampled, ref_logprobs, values]).cpu()
+            columns = torch.stack([x for x in (sampled, ref_logprobs, values) if x is not None]).cpu()
             for i, part in zip(chunk, columns.split([len(responses[i]) for i in chunk], dim=1), strict=True):
                 per_token[i] = part
         rewards = self.scorer(dataset, my_rows, answers)  # (share, functions)
@@ -226,7 +226,7 @@ class RolloutMaker:
         gathered = gather_object(list(zip(responses, per_token, rewards, strict=True)))
         responses, per_token, rewards = map(list, zip(*gathered, strict=True))
         lengths = torch.tensor([len(r) for r in responses], device=device)
-        padded = nn.utils.rnn.pad_sequence([p.T for p in per_token], batch_first=True).to(device)  # (B, T, 3)
+        padded = nn.utils.rnn.pad_sequence([p.T for p in per_token], batch_first=True).to(device)  # (B, T, 2 or 3)
         applies = torch.tensor([[value is not None for value in row] for row in rewards], device=device)
         rewards = torch.tensor([[math.nan if v is None else v for v in row] for row in rewards], device=device)
         return Rollouts(
@@ -236,7 +236,7 @@ class RolloutMaker:
             mask=torch.arange(padded.shape[1], device=device) < lengths[:, None],
             logprobs=padded[..., 0],
             ref_logprobs=padded[..., 1],
-            values=padded[..., 2],
+            values=padded[..., 2] if has_critic(args.advantage) else None,
             rewards=rewards,
             applies=applies,
             scores=self.scorer.total(rewards, applies),

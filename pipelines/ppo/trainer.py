@@ -1,4 +1,4 @@
-"""PPOTrainer: rollout → score → advantages → epochs × minibatches → log → evaluate → save.
+"""PPOTrainer: rollout → score → advantages → epochs × minibatches → log → evaluate → save; with a critic or without.
 
 What is global stays simple here: after scoring, every process gathers all rollouts of the batch (token ids and a few
 floats per token, small beside any model), so rewards, whitening, advantages and statistics are computed from the global
@@ -6,13 +6,13 @@ batch by the same code on 1 and on N processes. Only the forwards and backwards 
 global random state: prompts, sampling and minibatches are drawn from generators seeded by (seed, position), so a
 resumed run continues with exactly what an uninterrupted one would have done.
 
-The trainer holds a `RolloutMaker` (rollouts.py: sampling, scoring, vLLM) and a `Monitor` (monitoring.py: metrics,
-held-out figures, diagnosis, samples). Saving and loading two models is its base class's (base_trainer.py).
+The trainer holds a `RolloutMaker` (rollouts.py: sampling, scoring, vLLM), a `Learner` (update.py: advantages, losses,
+optimizer steps) and a `Monitor` (monitoring.py: metrics, held-out figures, diagnosis, samples). Saving and loading two
+models is its base class's (base_trainer.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
@@ -26,25 +26,15 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, get_last_check
 
 from pipelines.errors import NotFinite, SetupError
 from pipelines.generation.answers import end_tokens
-from pipelines.generation.logprobs import collate, make_ready
+from pipelines.generation.logprobs import make_ready
 from pipelines.models.sharding import whole
 from pipelines.ppo import algorithm, checks
 from pipelines.ppo.base_trainer import STATE, TwoModelTrainer
 from pipelines.ppo.config import PPOConfig
 from pipelines.ppo.monitoring import SIDE_BY_SIDE, Monitor
 from pipelines.ppo.policy_and_critic import ValueHead, place_frozen
-from pipelines.ppo.rollouts import RewardScorer, RolloutMaker, Rollouts, chunks, encode_prompts, vllm_engine
-
-TRAIN, EVAL, PTX = 0, 1, 2  # which random streams an answer or a pretraining row is drawn from
-STATISTICS = (  # of each optimizer step
-    "loss/policy_avg",
-    "loss/value_avg",
-    "policy/clipfrac_avg",
-    "val/clipfrac_avg",
-    "policy/approxkl_avg",
-    "val/ratio",
-    "policy/entropy_avg",
-)
+from pipelines.ppo.rollouts import RewardScorer, RolloutMaker, Rollouts, encode_prompts, vllm_engine
+from pipelines.ppo.update import EVAL, TRAIN, Learner, targets
 
 
 class Diagnosed(SetupError):
@@ -52,7 +42,7 @@ class Diagnosed(SetupError):
 
 
 class PPOTrainer(TwoModelTrainer):
-    """Trains a policy and its critic by PPO.
+    """Trains a policy and its critic by PPO; or, as `args.advantage` says, without one by RLOO, GRPO or REINFORCE.
 
     Beside the models a checkpoint holds `ppo_state.json`: the KL coefficient, the moments of the scores, what was not
     logged yet and what the diagnosis has seen.
@@ -65,7 +55,7 @@ class PPOTrainer(TwoModelTrainer):
             dataset, the completions as text, the dataset's other columns as lists, and `completion_ids`.
         value_model: the critic, a causal `AutoModelForSequenceClassification` with one label that shares the policy's
             token ids; usually a second copy of the reward model. Trained in place. "shared": a head on the policy's
-            trunk.
+            trunk. None with an `advantage` that has no critic.
         train_dataset, eval_dataset: column `prompt` (text or messages), any others go to the callables.
         processing_class: the policy's tokenizer.
         ptx_dataset: rows with `input_ids` of pretraining text for `ptx_coef`, EOS where a text ends.
@@ -85,7 +75,7 @@ class PPOTrainer(TwoModelTrainer):
         model: nn.Module,
         args: PPOConfig,
         reward_funcs: list,
-        value_model: nn.Module | str,
+        value_model: nn.Module | str | None,
         train_dataset,
         processing_class,
         eval_dataset=None,
@@ -101,6 +91,7 @@ class PPOTrainer(TwoModelTrainer):
         reward_tokenizers = list(reward_processing_classes or [None] * len(reward_funcs))
         eos_token_ids = end_tokens(model, processing_class)
         value_model = ValueHead(model) if value_model == "shared" else value_model
+        checks.check_critic(args, value_model)
         checks.check_models(model, value_model, ref_model, reward_funcs, processing_class)
         checks.check_counts(reward_funcs, reward_weights, reward_tokenizers)
         checks.check_ptx(args, ptx_dataset)
@@ -122,15 +113,15 @@ class PPOTrainer(TwoModelTrainer):
         )
         world = self.accelerator.num_processes
         self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-        self.mini_batch_size = self.batch_size // args.num_mini_batches
-        checks.check_batch(self.batch_size, args.num_mini_batches, world)
+        checks.check_batch(self.batch_size, args.num_mini_batches, world, args.num_generations)
         if self.is_deepspeed_enabled and args.max_approx_kl is not None:
             raise SetupError("max_approx_kl needs a step that can be skipped, but DeepSpeed steps within backward")
         self.max_steps = args.max_steps
         if self.max_steps <= 0:
-            episodes = args.total_episodes or math.ceil(args.num_train_epochs * len(train_dataset))
+            prompts = args.num_train_epochs * len(train_dataset)
+            episodes = args.total_episodes or math.ceil(prompts * args.num_generations)
             self.max_steps = math.ceil(episodes / self.batch_size)
-        self.ptx_dataset, self.ref_model = ptx_dataset, ref_model
+        self.ref_model = ref_model
         self.train_prompts = self._encode(train_dataset, "train_dataset")
         self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset, "eval_dataset")
 
@@ -152,6 +143,7 @@ class PPOTrainer(TwoModelTrainer):
         self.rollout_maker = RolloutMaker(
             args, self.accelerator, model, self.ref_model, scorer, eos_token_ids, self.packed, vllm
         )
+        self.learner = Learner(args, self.accelerator, self.packed, self.batch_size, ptx_dataset)
         self.monitor = Monitor(args, processing_class, scorer.names, reward_weights, self.max_steps)
         if args.kl_target is None:
             self.kl_controller = algorithm.FixedKL(args.kl_coef)
@@ -169,8 +161,8 @@ class PPOTrainer(TwoModelTrainer):
         started = time.time() - self.seconds_before
         self._set_up(checkpoint)
         if checkpoint is None:
-            probe = math.ceil(64 / self.accelerator.num_processes) * self.accelerator.num_processes
-            checks.check_rollouts(self._train_rollout(range(probe)), args)
+            multiple = math.lcm(self.accelerator.num_processes, args.num_generations)  # equal shares, whole groups
+            checks.check_rollouts(self._train_rollout(range(math.ceil(64 / multiple) * multiple)), args)
             if self.eval_dataset is not None and not args.eval_on_start:
                 n = min(len(self.eval_dataset), SIDE_BY_SIDE)
                 self.monitor.write_samples("eval", self._held_out(self.eval_dataset, self.eval_prompts, n), 0, n)
@@ -187,12 +179,13 @@ class PPOTrainer(TwoModelTrainer):
             self.lr_scheduler.step()
 
             self.state.global_step += 1
-            self.state.epoch = (seen + self.batch_size) / len(self.train_dataset)
+            answers = len(self.train_dataset) * args.num_generations  # of an epoch
+            self.state.epoch = (seen + self.batch_size) / answers
             self.monitor.add_update(self.state.global_step, metrics)
             if self.monitor.is_sample_step(self.state.global_step):
                 self.monitor.write_samples("train", batch, self.state.global_step)
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-            if int(self.state.epoch) > seen // len(self.train_dataset):
+            if int(self.state.epoch) > seen // answers:
                 self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
             self._log_evaluate_save()
 
@@ -213,7 +206,7 @@ class PPOTrainer(TwoModelTrainer):
 
     def _set_up(self, checkpoint: str | None) -> None:
         """Everything that is trained, and PPO's own state, from the checkpoint where there is one."""
-        self._begin(self.max_steps, self.batch_size, checkpoint)
+        self._begin(self.max_steps, self.batch_size // self.args.num_generations, checkpoint)
         self.monitor.unlogged.clear()
         if checkpoint is None:
             self.monitor.forget_samples_after(-1)  # of a run that was killed before its first checkpoint
@@ -224,6 +217,12 @@ class PPOTrainer(TwoModelTrainer):
                 f"{checkpoint} was made with batches of {state['batch_size']} answers, this run has "
                 f"{self.batch_size}: it would not continue with the right prompts. Keep "
                 "per_device_train_batch_size × gradient_accumulation_steps × processes as it was"
+            )
+        before = state.get("advantage", "gae"), state.get("num_generations", 1)
+        if before != (self.args.advantage, self.args.num_generations):
+            raise SetupError(
+                f"{checkpoint} was made with advantage: {before[0]}, num_generations: {before[1]}, this run has "
+                f"{self.args.advantage}, {self.args.num_generations}: it would not continue. Keep both as they were"
             )
         self.kl_controller.load_state_dict(state["kl_controller"])
         if self.score_normalizer is not None and state["score_normalizer"] is not None:
@@ -237,6 +236,8 @@ class PPOTrainer(TwoModelTrainer):
         if self.args.should_save and not self.args.save_only_model:
             state = {
                 "batch_size": self.batch_size,
+                "advantage": self.args.advantage,
+                "num_generations": self.args.num_generations,
                 "kl_controller": self.kl_controller.state_dict(),
                 "score_normalizer": self.score_normalizer and self.score_normalizer.state_dict(),
                 **self.monitor.state_dict(),
@@ -281,8 +282,8 @@ class PPOTrainer(TwoModelTrainer):
     # --- rollouts -------------------------------------------------------------------------------------------
 
     def _train_rollout(self, episodes: range) -> Rollouts:
-        """Answers number `episodes` of the run, each with its own prompt and random stream."""
-        rows = [self._row_of(episode) for episode in episodes]
+        """Answers number `episodes` of the run, each with its own random stream, `num_generations` to each prompt."""
+        rows = [self._row_of(episode // self.args.num_generations) for episode in episodes]
         seeds = [(self.args.seed, TRAIN, episode) for episode in episodes]
         return self._rollout(self.train_dataset, self.train_prompts, rows, seeds)
 
@@ -294,9 +295,9 @@ class PPOTrainer(TwoModelTrainer):
         rows = [i % n for i in range(math.ceil(n / world) * world)]
         return self._rollout(dataset, prompts, rows, [(self.args.seed, EVAL, row) for row in rows])
 
-    def _row_of(self, episode: int) -> int:
-        """The dataset row of the run's n-th episode: each epoch takes all rows in its own order."""
-        epoch, place = divmod(episode, len(self.train_prompts))
+    def _row_of(self, number: int) -> int:
+        """The dataset row of the run's n-th prompt: each epoch takes all rows in its own order."""
+        epoch, place = divmod(number, len(self.train_prompts))
         if getattr(self, "_epoch_order", (None,))[0] != epoch:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             order = np.random.default_rng((seed, epoch)).permutation(len(self.train_prompts))
@@ -328,163 +329,25 @@ class PPOTrainer(TwoModelTrainer):
 
     def _update(self, rollouts: Rollouts) -> dict[str, float]:
         """All optimizer steps on one batch of rollouts; returns the update's metrics."""
-        args, mask = self.args, rollouts.mask
+        args = self.args
         began = time.perf_counter()
         scores = self._training_scores(rollouts)
         kl = algorithm.kl_estimate(rollouts.logprobs, rollouts.ref_logprobs, args.kl_estimator)
         kl_coef = self.kl_controller.value
-        rewards = algorithm.token_rewards(scores, kl, mask, kl_coef if args.kl_placement == "reward" else 0.0)
-        if args.whiten_rewards:
-            rewards = algorithm.whiten(rewards, mask, shift_mean=False)
-        advantages, returns = algorithm.gae(rewards, rollouts.values, mask, args.gamma, args.lam)
-        advantages = algorithm.whiten(advantages, mask)
-
-        statistics, ptx_losses, grad_norms, minibatches, stopped = [], [], [], [], False
-        ptx = args.ptx_coef > 0 and self.state.global_step >= args.critic_warmup_steps
-        first = None
-        for epoch in range(args.num_ppo_epochs):
-            for number, minibatch in enumerate(chunks(self._order(epoch), self.mini_batch_size)):
-                ptx_losses += [self._ptx_backward(epoch, number)] if ptx else []
-                stats = self._backward(rollouts, advantages, returns, minibatch, first=epoch == 0)
-                first = stats if first is None else first
-                if args.max_approx_kl is not None:
-                    moved = self.accelerator.reduce(stats, "sum")[STATISTICS.index("policy/approxkl_avg")]
-                    if stopped := moved.item() > args.max_approx_kl:
-                        self.model_wrapped.zero_grad()
-                        break
-                grad_norms.append(self._clip_gradients())
-                minibatches.append(minibatch)
-                self.optimizer.step()
-                self.model_wrapped.zero_grad()
-                statistics.append(stats)
-            if stopped:
-                break
-        grad_norms = torch.stack(grad_norms).tolist() if grad_norms else []  # read at the end: reading waits
-        for norm, minibatch in zip(grad_norms, minibatches, strict=True):
+        goal = targets(args, rollouts, scores, kl, kl_coef)
+        update = self.state.global_step
+        steps = self.learner.learn(self.model_wrapped, self.optimizer, self._clip_gradients, rollouts, goal, update)
+        for norm, minibatch in zip(steps.grad_norms, steps.minibatches, strict=True):
             if not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16's scaler skips such steps
                 rows = rollouts.rows
                 raise NotFinite(self._where(f"the gradient norm is {norm}", self.train_dataset, rows, minibatch))
 
         seconds = rollouts.seconds | {"update": time.perf_counter() - began}
-        metrics = self.monitor.of_rollouts(rollouts, scores, kl, kl_coef, returns, seconds)
+        metrics = self.monitor.of_rollouts(rollouts, scores, kl, kl_coef, goal.returns, seconds)
         self.kl_controller.update(metrics["objective/kl"], self.batch_size)
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
-        metrics["episode"] = (self.state.global_step + 1) * self.batch_size
-        before = dict(zip(STATISTICS, self.accelerator.reduce(first, "sum").tolist(), strict=True))  # any step
-        metrics["val/first_ratio_rms"] = math.sqrt(2 * before["policy/approxkl_avg"])  # of log π/π_old, ideally 0
-        taken = self._order(0)[: self.mini_batch_size]  # if they were sampled from π, −log π is on average its entropy
-        surprise = -rollouts.logprobs.flatten()[rollouts.places(taken)]
-        metrics["val/surprise_gap"] = surprise.mean().item() - before["policy/entropy_avg"]
-        metrics["val/surprise_sem"] = surprise.std(unbiased=False).item() / math.sqrt(len(surprise))
-        if ptx_losses:
-            metrics["loss/ptx_avg"] = self.accelerator.reduce(torch.stack(ptx_losses).mean(), "sum").item()
-        if statistics:
-            table = self.accelerator.reduce(torch.stack(statistics), "sum")  # (optimizer steps, STATISTICS)
-            metrics |= dict(zip(STATISTICS, table.mean(0).tolist(), strict=True))
-            metrics["val/ratio_var"] = table[:, STATISTICS.index("val/ratio")].var(unbiased=False).item()
-            metrics["policy/entropy_avg"] = table[: args.num_mini_batches, -1].mean().item()
-            metrics["grad_norm"] = sum(grad_norms) / len(grad_norms)
-        return metrics | {"optimizer_steps": len(grad_norms)}
-
-    def _ptx_backward(self, epoch: int, number: int) -> Tensor:
-        """Gradients of `ptx_coef` × the mean loss per token on rows of pretraining text; returns that loss.
-
-        L = −γ E_{x∼D} log π(x) (InstructGPT eq. 2). Which rows depends only on the place in the run, so a resumed
-        run takes the same. The loss returned, (), is this process's part of it.
-        """
-        args, accelerator, world = self.args, self.accelerator, self.accelerator.num_processes
-        draw = np.random.default_rng((args.seed, PTX, self.state.global_step, epoch, number))
-        size = args.ptx_batch_size or self.mini_batch_size
-        size = math.ceil(size / world) * world
-        chosen = draw.choice(len(self.ptx_dataset), size, replace=size > len(self.ptx_dataset))
-        rows = [[int(i) for i in self.ptx_dataset[int(row)]["input_ids"]] for row in chosen]
-        tokens = sum(len(ids) - 1 for ids in rows)
-        total = torch.zeros((), device=accelerator.device)
-        for micro in chunks(rows[accelerator.process_index :: world], args.per_device_train_batch_size):
-            accelerator.gradient_state._set_sync_gradients(False)  # the minibatch's own backward comes last
-            batch = collate([(ids[:1], ids[1:]) for ids in micro], self.packed, accelerator.device)
-            with contextlib.nullcontext() if self.is_deepspeed_enabled else accelerator.no_sync(self.model_wrapped):
-                if self.is_deepspeed_enabled:  # ZeRO-3 keeps old gradients of what a step's first backward leaves out
-                    logprobs, _, values = self.model_wrapped(batch, temperature=1.0)
-                    loss = -logprobs.sum() / tokens + 0.0 * values.sum()
-                else:
-                    loss = -self.model_wrapped(batch, logprobs_only=True, temperature=1.0).sum() / tokens
-                scaling = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-                accelerator.backward(args.ptx_coef * loss * world, **scaling)
-            total += loss.detach()
-        return total
-
-    def _order(self, epoch: int) -> list[int]:
-        """The answers of the global batch in the order in which this epoch of this update takes them."""
-        shuffle = np.random.default_rng((self.args.seed, self.state.global_step, epoch))
-        return shuffle.permutation(self.batch_size).tolist()
-
-    def _backward(self, rollouts: Rollouts, advantages, returns, minibatch: list[int], first: bool) -> Tensor:
-        """Gradients of the loss of one minibatch (indices into the global batch); returns its STATISTICS.
-
-        The loss is the mean over all tokens of the minibatch, on all processes and in all micro-batches; the
-        statistics are this process's part of such means.
-        """
-        args, accelerator = self.args, self.accelerator
-        warming_up = self.state.global_step < args.critic_warmup_steps
-        policy_weight = 0.0 if warming_up else 1.0
-        tokens, bonus = sum(len(rollouts.responses[i]) for i in minibatch), args.entropy_coef > 0
-        micros = self._micro_batches(rollouts, minibatch)
-        stats = torch.zeros(len(STATISTICS), device=accelerator.device)
-        for number, micro in enumerate(micros, 1):
-            last = number == len(micros)
-            accelerator.gradient_state._set_sync_gradients(last)  # as Trainer does; DeepSpeed then steps by itself
-            share_gradients = last or self.is_deepspeed_enabled
-            places = rollouts.places(micro)  # the flat order (N,) of `collate`
-            old_logprobs, old_values, ref_logprobs, advantage, target = (
-                x.flatten()[places]
-                for x in (rollouts.logprobs, rollouts.values, rollouts.ref_logprobs, advantages, returns)
-            )
-            batch = collate(
-                [(rollouts.prompts[i], rollouts.responses[i]) for i in micro], self.packed, accelerator.device
-            )
-            with contextlib.nullcontext() if share_gradients else accelerator.no_sync(self.model_wrapped):
-                # entropy costs a pass over the vocabulary: to watch it, the first epoch is enough
-                logprobs, entropies, values = self.model_wrapped(
-                    batch,
-                    hold_trunk=warming_up,
-                    temperature=args.temperature,
-                    entropy=first or bonus,
-                    grad_entropy=bonus,
-                )
-                pg, pg_clipped = algorithm.policy_loss(logprobs, old_logprobs, advantage, args.cliprange)
-                vf, vf_clipped = algorithm.value_loss(values, old_values, target, args.cliprange_value)
-                of_policy = pg - args.entropy_coef * entropies if bonus else pg
-                if args.kl_placement == "loss":
-                    kl = algorithm.kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
-                    of_policy = of_policy + self.kl_controller.value * kl
-                loss = (policy_weight * of_policy + args.vf_coef * vf).sum() / tokens
-                scaling = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-                accelerator.backward(loss * accelerator.num_processes, **scaling)  # DDP averages over processes
-            with torch.no_grad():
-                moved = algorithm.approx_kl(logprobs, old_logprobs)
-                ratio = torch.exp(logprobs - old_logprobs)
-                entropies = torch.zeros_like(pg) if entropies is None else entropies
-                columns = (pg, vf, pg_clipped, vf_clipped, moved, ratio, entropies)
-                stats += torch.stack([column.detach().float().sum() for column in columns]) / tokens
-        return stats
-
-    def _micro_batches(self, rollouts: Rollouts, minibatch: list[int]) -> list[list[int]]:
-        """This process's share of a minibatch, cut to what fits in memory: as many cuts on every process.
-
-        A micro-batch holds about the tokens of `per_device_train_batch_size` answers of full length, hence
-        more answers than that when they are short (padded batches: just that many answers).
-        """
-        args, world = self.args, self.accelerator.num_processes
-        size = {i: len(rollouts.prompts[i]) + len(rollouts.responses[i]) for i in minibatch}
-        ordered = sorted(minibatch, key=lambda i: (size[i], i))
-        shares = [ordered[rank::world] for rank in range(world)]  # of like size
-        mine = shares[self.accelerator.process_index]
-        if not self.packed:
-            return chunks(mine, args.per_device_train_batch_size)
-        room = args.per_device_train_batch_size * (max(map(len, rollouts.prompts)) + args.response_length)
-        cuts = max(math.ceil(sum(size[i] for i in share) / room) for share in shares)
-        return [mine[cut::cuts] for cut in range(cuts)]
+        metrics["episode"] = (update + 1) * self.batch_size
+        return metrics | steps.metrics
 
     def _training_scores(self, rollouts: Rollouts) -> Tensor:
         """Scores (B,) as PPO sees them: normalised, clipped, less the penalty where an answer did not end."""

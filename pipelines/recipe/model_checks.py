@@ -24,6 +24,7 @@ from pipelines.kinds import CLASSIFIER, KINDS, LANGUAGE_MODEL, of_kind
 from pipelines.models import hub
 from pipelines.models.config import ModelSection
 from pipelines.models.loading import adapter_base, config_of, load_tokenizer
+from pipelines.ppo.config import has_critic
 from pipelines.recipe import schema
 from pipelines.recipe.stage import Stage, resolve
 
@@ -77,7 +78,11 @@ def of_model(
         kind = kinds.get(path.removeprefix("stage:").split("/")[0])
         if kind in KINDS and not KINDS[kind].leaves_model:
             yield key, f"that stage is of kind {kind} and leaves no model", path
-        elif kind in KINDS and not path.endswith("/critic") and (wrong := _other_kind(kind, auto_class, finished)):
+        elif path.endswith("/critic"):
+            earlier = stage.earlier.get(path.removeprefix("stage:").split("/")[0])
+            if earlier is not None and not leaves_critic(earlier):
+                yield key, "that stage leaves no critic", path
+        elif kind in KINDS and (wrong := _other_kind(kind, auto_class, finished)):
             yield key, wrong, path
         return
     folder = Path(resolve(path, Path()))
@@ -92,6 +97,12 @@ def of_model(
         yield from _adapter_folder(stage, kinds, key, path, auto_class)
     else:
         yield from ((key, message, path) for message in _wrong_config(folder, auto_class, finished))
+
+
+def leaves_critic(stage: Stage) -> bool:
+    """Whether the stage leaves a critic that is a model of its own, as far as its recipe tells."""
+    args, reward = stage.sections.get("args", {}), stage.sections.get("reward", {})
+    return stage.kind == "ppo" and has_critic(args.get("advantage")) and reward.get("critic") != "shared"
 
 
 def _adapter_folder(stage: Stage, kinds: dict[str, str], key: str, path: str, auto_class: str) -> Found:
@@ -404,7 +415,7 @@ def _named(stage: Stage) -> list[tuple[str, str, str]]:
         paths = sections.get(section, {}).get(key) or []
         named += [(f"{section}.{key}[{i}]", path, "config.json") for i, path in enumerate(paths)]
     critic, judge = reward.get("critic"), evaluate.get("judge")
-    named += [("reward.critic", None if critic == "shared" else critic, "config.json")]
+    named += [("reward.critic", None if critic in ("shared", "none") else critic, "config.json")]
     named += [("evaluate.judge", None if ":" in (judge or "") else judge, "config.json")]
     return [(key, path, file) for key, path, file in named if path and not path.startswith("stage:")]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.recipe.checks import check_recipe
-from pipelines.recipe.model_checks import hub_problems, without_weights
+from pipelines.recipe.model_checks import hub_problems, leaves_critic, without_weights
 from pipelines.recipe.problems import Problem, RecipeError
 from pipelines.recipe.stage import Recipe, Stage
 from pipelines.recipe.yaml_with_lines import apply_override, line_of, read_yaml
@@ -47,7 +47,7 @@ def adapters(stage: Stage) -> list[str]:
     scorers, shares = reward.get("models") or [], reward.get("share_base")
     critic = reward.get("critic") or (scorers or [base])[0]
     on = f"{base} ({'policy' if stage.kind == 'ppo' else 'frozen'})"
-    own_critic = stage.kind == "ppo" and critic != "shared"
+    own_critic = leaves_critic(stage)
     if own_critic and not shares:
         on += f" and {critic} (critic)"
     lines = [f"LoRA, r {model.get('lora_r', 16)}, on {on}" + (f", in {bits} bits" if bits else "")]

@@ -291,7 +291,8 @@ class RewardSection:
         default=None,
         metadata={
             "help": "What the critic starts from: a reward model, or the policy's (null: the first reward model, else "
-            "the policy's), or `shared`: a value head on the policy's own trunk, half the memory."
+            "the policy's), or `shared`: a value head on the policy's own trunk, half the memory. `none`: there is no "
+            "critic, as with args.advantage: rloo, grpo or reinforce."
         },
     )
     share_base: bool = field(

@@ -8,8 +8,9 @@
       args: {global_batch_size: 64, total_episodes: 20000, response_length: 64, learning_rate: 1e-5, kl_coef: 0.05}
 
 The critic starts from the first reward model (`reward.critic` names another, or `shared`). The folder holds the policy,
-and `critic/` beside it. The trainer is `pipelines/ppo/trainer.py`, the mathematics `pipelines/ppo/algorithm.py`, what
-goes wrong is named by `pipelines/ppo/diagnosis.py`; docs/ppo.md explains all of it.
+and `critic/` beside it. `args.advantage: rloo`, `grpo` or `reinforce` train without a critic. The trainer is
+`pipelines/ppo/trainer.py`, the mathematics `pipelines/ppo/algorithm.py`, what goes wrong is named by
+`pipelines/ppo/diagnosis.py`; docs/ppo.md explains all of it.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ from transformers import set_seed
 from pipelines import IGNORE_INDEX, errors, files, functions, launch
 from pipelines.data import fingerprint, mixing, plain_text, token_file
 from pipelines.errors import DataError, ModelError, SetupError
+from pipelines.kinds import CLASSIFIER
 from pipelines.models import adapters, chat_template, loading, scorers, tag_heads, tokenizer_setup
 from pipelines.ppo.checks import check_batch
+from pipelines.ppo.config import has_critic
 from pipelines.ppo.rewards import from_adapter, log_odds
 from pipelines.ppo.rollouts import prompt_limit, unique
 from pipelines.ppo.trainer import PPOTrainer
 from pipelines.recipe import data_checks
-from pipelines.recipe.model_checks import named_models
+from pipelines.recipe.model_checks import named_models, of_model
 from pipelines.recipe.stage import label_problems, resolve
 from pipelines.training import arguments, loop, saving
 from pipelines.training.trainer import ChainTrainer
@@ -75,8 +78,15 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
                 _gate(resolve(name, Path()), reward.get("min_accuracy", 0.55))
             except ModelError as error:
                 yield f"reward.models[{i}]", str(error), name
-    critic = reward.get("critic")
-    if critic not in (None, "shared", model.get("model_name_or_path")) and not critic.endswith("/critic"):
+    critic, advantage = reward.get("critic"), stage.sections.get("args", {}).get("advantage")
+    if has_critic(advantage) and critic == "none":
+        message = "args.advantage: gae (the default) trains a critic: choose rloo, grpo or reinforce, or drop this key"
+        yield "reward.critic", message, critic
+    if not has_critic(advantage) and critic not in (None, "none"):
+        yield "reward.critic", f"args.advantage: {advantage} has no critic: drop this key, or choose gae", critic
+    if critic is not None and critic.endswith("/critic"):
+        yield from of_model(stage, kinds, "reward.critic", critic, CLASSIFIER)
+    elif critic not in (None, "none", "shared", model.get("model_name_or_path")):
         yield from named_models(stage, kinds, "reward.critic", critic, *scoring)
     for name in models:
         kind = kinds.get(name.removeprefix("stage:")) if name.startswith("stage:") else "reward"
@@ -102,7 +112,7 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     if weights is not None and len(weights) != len(models) + len(named):
         yield "reward.weights", f"needs {len(models) + len(named)} numbers: models first, then functions", weights
     if reward.get("share_base"):
-        yield from _unshared(stage, model, models, reward.get("critic"))
+        yield from _unshared(stage, model, models, critic if has_critic(advantage) else "none")
     if reward.get("label") and not models:
         yield "reward.label", "is for a classifier in reward.models: drop this key", reward["label"]
     args, ptx = stage.sections.get("args", {}), stage.sections.get("data", {}).get("ptx")
@@ -113,9 +123,10 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     if known:
         batch = known.per_device_train_batch_size * known.gradient_accumulation_steps * hardware.processes
         try:
-            check_batch(batch, known.num_mini_batches, hardware.processes)
+            check_batch(batch, known.num_mini_batches, hardware.processes, known.num_generations)
         except SetupError as error:
-            yield "args.num_mini_batches", str(error), known.num_mini_batches
+            key = "num_generations" if batch % known.num_generations else "num_mini_batches"
+            yield f"args.{key}", str(error), getattr(known, key)
     for key in ("ptx_length", "ptx_batch_size"):
         if args.get(key) and not ptx:
             yield f"args.{key}", "is used only with data.ptx: drop this key", args[key]
@@ -133,7 +144,7 @@ def _columns(stage) -> list[str]:
 def _unshared(stage, model: dict, models: list[str], critic: str | None) -> Iterator[tuple[str, str, object]]:
     """What keeps reward models or critic from being adapters on the policy's base, as far as the recipe tells."""
     base = model.get("model_name_or_path")
-    if not model.get("use_peft") or not (models or critic != "shared"):
+    if not model.get("use_peft") or not (models or critic not in ("shared", "none")):
         yield "reward.share_base", "needs model.use_peft, and reward models or a critic to be adapters too", True
     for key, name in [*((f"reward.models[{i}]", name) for i, name in enumerate(models)), ("reward.critic", critic)]:
         earlier = stage.earlier.get((name or "").removeprefix("stage:"))
@@ -199,7 +210,10 @@ def run(stage) -> dict:
             _same_template(tokenizer, tokenizers[-1], path)
     if reward.label and not any(reward.label in f.config.id2label.values() for f in funcs):
         raise SetupError(f"reward.label: none of reward.models is a classifier with the label {reward.label!r}")
-    start = reward.critic or _critic_start(funcs, tokenizers, reward.models or [], tokenizer, section)
+    if has_critic(args.advantage):
+        start = reward.critic or _critic_start(funcs, tokenizers, reward.models or [], tokenizer, section)
+    else:
+        start = "none"
     for name in reward.functions or []:
         funcs.append(functions.load(name))
         tokenizers.append(None)
@@ -259,10 +273,12 @@ def _knows(theirs, tokenizer) -> bool:
 
 
 def _critic(start: str, section, reward, policy, tokenizer):
-    """The critic that starts from `start`: "shared", a reward model, or the policy's own model under a new head."""
+    """The critic that starts from `start`: "shared", a reward model, or the policy's own model under a new head; None
+    of "none".
+    """
 
-    if start == "shared":
-        return start
+    if start in ("shared", "none"):
+        return None if start == "none" else start
     if start == section.model_name_or_path:
         critic = adapters.on_base_of(policy) if reward.share_base else one_score(start, section, new_head=True)
     elif reward.share_base:

@@ -20,7 +20,8 @@ from pipelines.generation import decode
 from pipelines.generation.logprobs import collate, token_logprobs
 from pipelines.ppo import algorithm
 from pipelines.ppo.config import PPOConfig
-from pipelines.ppo.trainer import STATISTICS, PPOTrainer
+from pipelines.ppo.trainer import PPOTrainer
+from pipelines.ppo.update import STATISTICS
 
 STATS = {  # TRL's name: ours
     "pg_loss": "loss/policy_avg",
@@ -84,21 +85,21 @@ def roll_out(trainer, reference, lengths: str, responses: list, monkeypatch):
 
 def update(trainer, rollouts, orders, monkeypatch) -> dict:
     """One update. What it computed: rewards, advantages (before and after whitening), returns, STATISTICS by step."""
-    seen, gae, backward = {"stats": []}, algorithm.gae, trainer._backward
+    seen, gae, backward = {"stats": []}, algorithm.gae, trainer.learner.backward
 
     def recorded_gae(rewards, *rest):
         seen["rewards"] = rewards
         seen["raw_advantages"], seen["returns"] = gae(rewards, *rest)
         return seen["raw_advantages"], seen["returns"]
 
-    def recorded_backward(rollouts, advantages, *rest, **more):
-        seen["advantages"] = advantages
-        seen["stats"].append(backward(rollouts, advantages, *rest, **more))
+    def recorded_backward(model, rollouts, goal, *rest, **more):
+        seen["advantages"] = goal.advantages
+        seen["stats"].append(backward(model, rollouts, goal, *rest, **more))
         return seen["stats"][-1]
 
     monkeypatch.setattr(algorithm, "gae", recorded_gae)
-    monkeypatch.setattr(trainer, "_backward", recorded_backward)
-    monkeypatch.setattr(trainer, "_order", lambda epoch: orders[epoch].tolist())
+    monkeypatch.setattr(trainer.learner, "backward", recorded_backward)
+    monkeypatch.setattr(trainer.learner, "order", lambda update, epoch: orders[epoch].tolist())
     seen["metrics"] = trainer._update(rollouts)
     monkeypatch.setattr(algorithm, "gae", gae)
     table = torch.stack(seen["stats"]).view(len(orders), -1, len(STATISTICS))
@@ -143,7 +144,7 @@ def test_neither_micro_batches_nor_padding_change_it(reference, tmp_path, monkey
     for packed in (True, False):
         split = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4)
         trainer = our_trainer(reference, "full", tmp_path, **split)
-        trainer.packed = trainer.rollout_maker.packed = packed
+        trainer.learner.packed = trainer.rollout_maker.packed = packed
         trainer.rollout_maker.scorer.packed = [packed]
         rollouts = roll_out(trainer, reference, "full", answers_of(reference, "full")[1], monkeypatch)
         ours = update(trainer, rollouts, reference("full/k1/orders"), monkeypatch)

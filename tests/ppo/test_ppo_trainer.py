@@ -297,7 +297,7 @@ def test_architectures_that_cannot_be_packed_are_padded(tmp_path):
     results = []
     for packed, plain_head in ((True, True), (False, True), (True, False), (False, False)):
         trainer = make(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4)
-        trainer.packed = packed
+        trainer.learner.packed = trainer.rollout_maker.packed = packed
         trainer.policy._has_plain_head = trainer.ref_model._has_plain_head = plain_head
         trainer.train()
         results.append(weights_of(trainer))

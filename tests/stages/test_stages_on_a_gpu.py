@@ -15,6 +15,7 @@ from pipelines.chain import chain
 from pipelines.generation import decode, logprobs
 from pipelines.generation.decode import generate
 from pipelines.ppo import trainer as ppo_trainer
+from pipelines.ppo.update import Learner
 from pipelines.recipe.recipe import load
 from pipelines.training import loop
 from pipelines.training.trainer import ChainTrainer
@@ -187,7 +188,7 @@ def run(recipe, write, tiny_gpt2, monkeypatch):
             gpu.watch(patch, ChainTrainer, "training_step")
             gpu.watch(patch, decode, "lean_decode", "decode")
             gpu.watch(patch, logprobs, "has_plain_head")  # once per model
-            gpu.watch(patch, ppo_trainer.PPOTrainer, "_backward")
+            gpu.watch(patch, Learner, "backward")
             gpu.watch(patch, ppo_trainer.PPOTrainer, "_update")
             gpu.watch(patch, ppo_trainer.PPOTrainer, "_rollout")
             patch.setattr(ppo_trainer, "vllm_engine", Engine)
@@ -242,8 +243,8 @@ def test_a_stage_runs_on_the_device(run, name):
         assert quiet == 2 * ASKED_BY_TRANSFORMERS.get(name, 0), gpu.places
         assert per_call(gpu, "training_step", "operators") <= STEP[name]
     if final["kind"] == "ppo":
-        assert gpu.counts["_backward"]["wait"] == 0, gpu.places["_backward"]
-        assert per_call(gpu, "_backward", "operators") <= MINIBATCH[name]
+        assert gpu.counts["backward"]["wait"] == 0, gpu.places["backward"]
+        assert per_call(gpu, "backward", "operators") <= MINIBATCH[name]
         assert per_call(gpu, "_update", "wait") <= 12, gpu.places["_update"]  # metrics, once an update
         assert per_call(gpu, "decode", "operators") / 8 <= TOKEN[name]
     assert per_call(gpu, "decode", "wait") <= 1, gpu.places["decode"]  # eight tokens each
