@@ -161,6 +161,7 @@ class RolloutMaker:
         scorer: gives the rewards.
         eos_token_ids: what ends an answer.
         packed: whether sequences are laid end to end in one row, or padded.
+        share: whether answers may stand behind one copy of their prompt, as `collate` takes it.
         vllm: an engine with `sync_weights()` and `generate(prompts, None, 1)` that samples instead; or None.
     """
 
@@ -173,10 +174,12 @@ class RolloutMaker:
         scorer: RewardScorer,
         eos_token_ids: list[int],
         packed: bool,
+        share: int = 0,
         vllm=None,
     ):
         self.args, self.accelerator, self.policy, self.ref_model = args, accelerator, policy, ref_model
-        self.scorer, self.eos_token_ids, self.packed, self.vllm = scorer, eos_token_ids, packed, vllm
+        self.scorer, self.eos_token_ids, self.vllm = scorer, eos_token_ids, vllm
+        self.packed, self.share = packed, share
         self.decoder = None
         if runs_on_fsdp(accelerator):  # see `_whole_policy`; its weights come with each rollout, its buffers are there
             self.decoder = copy.deepcopy(policy).eval()
@@ -207,8 +210,9 @@ class RolloutMaker:
         began = time.perf_counter()
         answers = list(zip(my_prompts, responses, strict=True))
         per_token: list = [None] * share  # (2 or 3, length): log-probs of policy and reference, values
-        for chunk in chunks(_by_length(answers), args.local_rollout_forward_batch_size):
-            batch = collate([answers[i] for i in chunk], self.packed, device)
+        group = args.num_generations if self.share else 1
+        for chunk in chunks(_by_length(answers, group), args.local_rollout_forward_batch_size):
+            batch = collate([answers[i] for i in chunk], self.packed, device, self.share)
             if self.vllm is not None:
                 sampled, _, values = model(batch, temperature=args.temperature)
             else:
@@ -357,9 +361,11 @@ def chunks(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _by_length(items: list[tuple]) -> list[int]:
-    """Indices of `items` (tuples of token lists), shortest first."""
-    return sorted(range(len(items)), key=lambda i: sum(map(len, items[i])))
+def _by_length(items: list[tuple], group: int = 1) -> list[int]:
+    """Indices of `items` (tuples of token lists), shortest first; each `group` of neighbours stays together."""
+    size = [sum(map(len, item)) for item in items]
+    longest = [max(size[start : start + group]) for start in range(0, len(items), group)]
+    return sorted(range(len(items)), key=lambda i: (longest[i // group], i))
 
 
 def unique(names: list[str]) -> list[str]:

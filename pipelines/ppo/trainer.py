@@ -26,7 +26,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, get_last_check
 
 from pipelines.errors import NotFinite, SetupError
 from pipelines.generation.answers import end_tokens
-from pipelines.generation.logprobs import make_ready
+from pipelines.generation.logprobs import can_share, make_ready
 from pipelines.models.sharding import whole
 from pipelines.ppo import algorithm, checks
 from pipelines.ppo.base_trainer import STATE, TwoModelTrainer
@@ -101,6 +101,7 @@ class PPOTrainer(TwoModelTrainer):
                 ref_model = copy.deepcopy(model)
         together = [m for m in (model, value_model, ref_model) if m is not None and not isinstance(m, ValueHead)]
         self.packed = all([make_ready(module) for module in together])
+        share = min(map(can_share, together)) if self.packed else 0
         super().__init__(
             model,
             value_model,
@@ -141,9 +142,9 @@ class PPOTrainer(TwoModelTrainer):
         )
         self.ref_model = None if ref_model is None else place_frozen(ref_model, self.accelerator)
         self.rollout_maker = RolloutMaker(
-            args, self.accelerator, model, self.ref_model, scorer, eos_token_ids, self.packed, vllm
+            args, self.accelerator, model, self.ref_model, scorer, eos_token_ids, self.packed, share, vllm
         )
-        self.learner = Learner(args, self.accelerator, self.packed, self.batch_size, ptx_dataset)
+        self.learner = Learner(args, self.accelerator, self.packed, share, self.batch_size, ptx_dataset)
         self.monitor = Monitor(args, processing_class, scorer.names, reward_weights, self.max_steps)
         if args.kl_target is None:
             self.kl_controller = algorithm.FixedKL(args.kl_coef)

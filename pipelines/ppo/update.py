@@ -81,12 +81,15 @@ class Learner:
         args: `PPOConfig`.
         accelerator: of the trainer.
         packed: whether sequences are laid end to end in one row, or padded.
+        share: whether answers may stand behind one copy of their prompt, as `collate` takes it.
         batch_size: answers of the global batch.
         ptx_dataset: rows with `input_ids` of pretraining text, or None.
     """
 
-    def __init__(self, args: PPOConfig, accelerator: Accelerator, packed: bool, batch_size: int, ptx_dataset=None):
-        self.args, self.accelerator, self.packed = args, accelerator, packed
+    def __init__(
+        self, args: PPOConfig, accelerator: Accelerator, packed: bool, share: int, batch_size: int, ptx_dataset=None
+    ):
+        self.args, self.accelerator, self.packed, self.share = args, accelerator, packed, share
         self.batch_size, self.mini_batch_size = batch_size, batch_size // args.num_mini_batches
         self.ptx_dataset = ptx_dataset
         self.deepspeed = getattr(accelerator.state, "deepspeed_plugin", None) is not None
@@ -175,9 +178,8 @@ class Learner:
             old_logprobs, ref_logprobs, advantage = (
                 x.flatten()[places] for x in (rollouts.logprobs, rollouts.ref_logprobs, goal.advantages)
             )
-            batch = collate(
-                [(rollouts.prompts[i], rollouts.responses[i]) for i in micro], self.packed, accelerator.device
-            )
+            answers = [(rollouts.prompts[i], rollouts.responses[i]) for i in micro]
+            batch = collate(answers, self.packed, accelerator.device, self.share)
             with contextlib.nullcontext() if share_gradients else accelerator.no_sync(model):
                 # entropy costs a pass over the vocabulary: to watch it, the first epoch is enough
                 logprobs, entropies, values = model(
@@ -250,14 +252,23 @@ class Learner:
         """
         args, world = self.args, self.accelerator.num_processes
         size = {i: len(rollouts.prompts[i]) + len(rollouts.responses[i]) for i in minibatch}
-        ordered = sorted(minibatch, key=lambda i: (size[i], i))
-        shares = [ordered[rank::world] for rank in range(world)]  # of like size
+        units = chunks(minibatch, self.together(len(minibatch) // world))
+        units.sort(key=lambda unit: (sum(size[i] for i in unit), unit))
+        shares = [units[rank::world] for rank in range(world)]  # of like size
         mine = shares[self.accelerator.process_index]
         if not self.packed:
-            return chunks(mine, args.per_device_train_batch_size)
+            return chunks([i for unit in mine for i in unit], args.per_device_train_batch_size)
         room = args.per_device_train_batch_size * (max(map(len, rollouts.prompts)) + args.response_length)
-        cuts = max(math.ceil(sum(size[i] for i in share) / room) for share in shares)
-        return [mine[cut::cuts] for cut in range(cuts)]
+        cuts = max(math.ceil(sum(size[i] for unit in share for i in unit) / room) for share in shares)
+        return [[i for unit in mine[cut::cuts] for i in unit] for cut in range(cuts)]
+
+    def together(self, share: int) -> int:
+        """How many answers to a prompt stay together, where they may share it: what divides a group and a process's
+        `share` of a minibatch, and fits into a micro-batch.
+        """
+        group = self.args.num_generations
+        fits = [n for n in range(1, group + 1) if group % n == 0 and share % n == 0]
+        return max(n for n in fits if n <= self.args.per_device_train_batch_size) if self.share and self.packed else 1
 
     def ptx_backward(self, model: nn.Module, update: int, epoch: int, number: int) -> Tensor:
         """Gradients of `ptx_coef` × the mean loss per token on rows of pretraining text; returns that loss.

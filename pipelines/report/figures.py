@@ -27,6 +27,7 @@ CURVES = [
     ("answers that end with EOS", "share", ("eos_rate", "eval_eos_rate")),
     ("entropy of the policy", "nats per token", ("policy/entropy_avg",)),
     ("explained variance of the critic", "share, 1 is perfect", ("val/explained_variance",)),
+    ("prompts whose answers score alike", "share", ("objective/scores_alike",)),
     ("policy clipped", "share of tokens", ("policy/clipfrac_avg",)),
 ]
 SHARES = ("accuracy", "eos_rate")  # their axis goes from 0 to 1

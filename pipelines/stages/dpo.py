@@ -32,10 +32,9 @@ from transformers import Trainer, TrainerCallback, set_seed
 from pipelines import IGNORE_INDEX
 from pipelines.data import encoded_rows, mixing
 from pipelines.errors import CannotPack, DataError, SetupError, meant
-from pipelines.generation.logprobs import disable_dropout
+from pipelines.generation.logprobs import can_share, disable_dropout
 from pipelines.models import adapters, chat_template, loading, tokenizer_setup
 from pipelines.speed import fast_model, packed_attention
-from pipelines.speed.packed_attention import NAME
 from pipelines.training import arguments, loop, saving
 from pipelines.training.preferences import PAIR_LOSSES, collate_rankings, enable_answer_logprobs, rankings_loss
 from pipelines.training.rankings import decided, pair_scores
@@ -274,8 +273,7 @@ def _packs(model) -> tuple[bool, bool]:
     except CannotPack as error:
         logger.info("%s cannot be packed (%s): its batches are padded.", error.model, error.reason)
         return False, False
-    config = model.config.get_text_config()
-    return True, config._attn_implementation == NAME and getattr(config, "sliding_window", None) is None
+    return True, bool(can_share(model))
 
 
 def ready(stage, tokenizer):

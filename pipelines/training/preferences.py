@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pipelines.generation.logprobs import collate, token_logprobs
-from pipelines.speed.packing import alike, pack_branches
+from pipelines.generation.logprobs import collate, lay_out_groups, token_logprobs
 from pipelines.training.rankings import decided
 
 
@@ -35,22 +34,9 @@ def collate_rankings(rankings: list[dict], packed: bool, share: bool) -> dict:
     lengths = torch.tensor([len(answer) for _, answer in members])
     if not (packed and share):
         return {**collate(members, packed, "cpu"), "lengths": lengths}
-    states, start = [], 0
-    groups = [
-        [prompt + answer[:-1] for prompt, answer in zip(r["prompts"], r["answers"], strict=True)] for r in rankings
-    ]
-    for ranking, group in zip(rankings, groups, strict=True):
-        common = alike(group) if len(group) > 1 else 0
-        branch = start + common
-        for prompt, answer, member in zip(ranking["prompts"], ranking["answers"], group, strict=True):
-            places = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
-            states.append(torch.where(places < common, start + places, branch + places - common))
-            branch += len(member) - common
-        start = branch
-    inputs = pack_branches(groups)
-    del inputs["last"]
+    inputs, states = lay_out_groups([list(zip(r["prompts"], r["answers"], strict=True)) for r in rankings])
     labels = torch.tensor([token for _, answer in members for token in answer])
-    return {"inputs": inputs | {"use_cache": False}, "states": torch.cat(states), "labels": labels, "lengths": lengths}
+    return {"inputs": inputs, "states": states, "labels": labels, "lengths": lengths}
 
 
 def enable_answer_logprobs(model) -> None:

@@ -402,6 +402,10 @@ def test_a_whole_chain_is_planned_before_any_of_it_exists(recipe, write, capsys,
     assert "characters are taken" not in said  # the tokenizer was trained for it: the text is small
     monkeypatch.setattr(unmade, "SMALL", -1)
     monkeypatch.setattr(unmade, "_made", {})
+    policy = next(name for name in load(path).stages if name.kind == "ppo").name
+    assert main(["plan", str(path), policy, f"stages.{policy}.args.advantage=rloo"]) == 0
+    said = capsys.readouterr().out
+    assert "no critic (advantage: rloo): 0." in said and "GB less than with gae" in said and "critic:" not in said
     assert main(["plan", str(path), "sft", "stages.sft.args.max_steps=7"]) == 0
     said = capsys.readouterr().out
     assert "7 steps" in said and "characters are taken" in said

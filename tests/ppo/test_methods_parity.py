@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from ppo_reference.make import EOS, PAD, new_models, prompts, tokenizer
-from ppo_reference.make_methods import CASES, FIXTURE, SETTINGS
+from ppo_reference.make import EOS, PAD, new_models, tokenizer
+from ppo_reference.make_methods import CASES, FIXTURE, SETTINGS, prompts
 from torch.nn.utils import parameters_to_vector
 
 from pipelines.generation import decode
@@ -60,7 +60,7 @@ def ours(case: str, reference, folder, monkeypatch, micro: int = 16, packed: boo
             max_steps=1,
             output_dir=str(folder),
         ),
-        train_dataset=Dataset.from_dict({"prompt": prompts()[:4]}),
+        train_dataset=Dataset.from_dict({"prompt": prompts()}),
         processing_class=tokenizer(EOS),
     )
     trainer.learner.packed = trainer.rollout_maker.packed = packed

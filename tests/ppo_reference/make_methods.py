@@ -5,11 +5,12 @@ From the repository's root, in an environment with TRL 1.16: `ACCELERATE_USE_CPU
 tests/ppo_reference/make_methods.py`.
 
 TRL's trainers run unchanged. What they computed is read from what `_generate_and_score_completions` returns and
-`_compute_loss` is given and returns. The models are those of make.py.
+`_compute_loss` is given and returns. The models are those of make.py. All prompts are of one length: these trainers
+count positions from the left padding, and a GPT-2 then computes something else for a shorter prompt.
 
 Contents (float32 unless said; B = 16 answers, 4 to each of 4 prompts, T = 10 tokens):
 - `policy/…, ref/…`: the weights before the update.
-- `queries` (B, L) int, left-padded; `responses` (B, T) int; `scores` (B,); the same for all cases.
+- `queries` (B, L) int; `responses` (B, T) int; `scores` (B,); the same for all cases.
 - `CASE/advantages` (B,); `/orders` (steps, B / 2) int, the answers of each optimizer step; `/loss` (steps,);
   `/policy_after`: all parameters after the steps, end to end.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from ppo_reference.make import EOS, PAD, new_models, prompts, tokenizer
+from ppo_reference.make import EOS, NEVER, PAD, new_models, tokenizer
 
 FIXTURE = Path(__file__).with_name("trl_1_16.npz")
 GROUP = 4
@@ -64,6 +65,11 @@ CASES = {  # name: (method, their settings)
 }
 
 
+def prompts() -> list[str]:
+    """4 prompts of 4 words."""
+    return [" ".join(f"w{(7 * i + 3 * j) % NEVER}" for j in range(4)) for i in range(4)]
+
+
 def score(prompts, completions, completion_ids, **columns) -> list[float]:
     """A number for each answer, of the right size for advantages of about 1."""
     return [sum(7 * token % 11 for token in ids) / 20 for ids in completion_ids]
@@ -94,7 +100,7 @@ def run(method: str, case: dict) -> dict[str, np.ndarray]:
             model=models["policy"],
             reward_funcs=score,
             args=config_class(**SETTINGS, **THEIRS, **case, output_dir=folder),
-            train_dataset=Dataset.from_dict({"prompt": prompts()[:4]}),
+            train_dataset=Dataset.from_dict({"prompt": prompts()}),
             processing_class=tokenizer(EOS),
         )
         trainer.train()

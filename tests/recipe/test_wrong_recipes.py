@@ -295,6 +295,15 @@ CONTRADICTIONS = [
     ("reward", {"tags": ["rude", "rude"]}),
     ("policy", {"kl_coef": 0, "kl_target": 3}),
     ("policy", {"num_mini_batches": 3}),
+    ("policy", {"advantage": "rloo", "num_generations": 1}),
+    ("policy", {"advantage": "grpo", "num_generations": 5}),
+    ("policy", {"advantage": "grpo", "vf_coef": 0.5}),
+    ("policy", {"advantage": "grpo", "normalize_advantages": True}),
+    ("policy", {"advantage": "rloo", "lam": 0.9}),
+    ("policy", {"advantage": "rloo", "loss_type": "dapo"}),
+    ("policy", {"advantage": "reinforce", "critic_warmup_steps": 2}),
+    ("policy", {"scale_rewards": "group"}),
+    ("policy", {"advantage": "ppo"}),
     ("policy", {"ptx_coef": 0.5}),
     ("policy", {"ptx_length": 16}),
     ("policy", {"vllm_server_base_url": "http://localhost:8000"}),
@@ -358,7 +367,16 @@ def references(files: dict):
         [],
     ):
         yield "policy", ("reward", "models"), models
-    for critic in ("stage:none", files["gpt2"], files["empty"], "./none", "stage:samples"):
+    for critic in (
+        "none",
+        "stage:none",
+        "stage:none/critic",
+        "stage:sft/critic",
+        files["gpt2"],
+        files["empty"],
+        "./none",
+        "stage:samples",
+    ):
         yield "policy", ("reward", "critic"), critic
     for function in (
         "functions",

@@ -82,6 +82,22 @@ def test_the_whole_flow_ends_in_plain_model_folders(chain_of):
     assert samples and {"prompt", "completion", "score"} <= samples[0].keys()
 
 
+def test_without_a_critic_none_is_loaded_or_left(chain_of, caplog):
+    path, own = chain_of(critic="none"), "stages.policy.args"
+    with pytest.raises(RecipeError, match="gae .the default. trains a critic"):
+        load(path)
+    loaded = load(path, [f"{own}.advantage=grpo", f"{own}.num_generations=4"])
+    chain.run(loaded)
+    folder = loaded["policy"].folder
+    assert (folder / "model.safetensors").is_file() and not (folder / "critic").exists()
+    final = json.loads((folder / "stage.json").read_text())
+    assert final["args"]["num_generations"] == 4 and final["args"]["kl_placement"] == "loss"
+    assert "objective/scores_alike" in next(e for e in final["metrics"]["history"] if "objective/kl" in e)
+    path = chain_of(critic="stage:reward")
+    with pytest.raises(RecipeError, match="reward.critic.*advantage: rloo has no critic"):
+        load(path, [f"{own}.advantage=rloo"])
+
+
 def test_a_reward_model_that_cannot_judge_is_refused(chain_of, monkeypatch):
     monkeypatch.setitem(ranges.RANGES, "min_accuracy", ranges.ANY)  # more than any model can have
     with pytest.raises(ModelError, match="held-out accuracy of .* below reward.min_accuracy 1.01"):
