@@ -92,9 +92,9 @@ def collate(answers: list[tuple[list[int], list[int]]], packed: bool, device, sh
     """
     labels = torch.tensor([token for _, answer in answers for token in answer]).to(device)
     groups = [list(run) for _, run in itertools.groupby(answers, lambda pair: pair[0])] if packed and share else []
-    if any(sharing_pays(group, share) for group in groups):
-        parts = [[g] if sharing_pays(g, share) else [[pair] for pair in g] for g in groups]
-        inputs, states = lay_out_groups([group for part in parts for group in part])
+    pays = [sharing_pays(len(group[0][0]), [len(answer) for _, answer in group], share) for group in groups]
+    if any(pays):
+        inputs, states = lay_out_groups(_where_it_pays(groups, pays))
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         return {"inputs": inputs, "states": states.to(device), "labels": labels}
     # nothing is read behind an answer's last token, so it need not go through the model
@@ -104,6 +104,12 @@ def collate(answers: list[tuple[list[int], list[int]]], packed: bool, device, sh
         for start, (prompt, answer) in zip(starts.tolist(), answers, strict=True)
     ]
     return {"inputs": inputs, "states": torch.cat(states).to(device), "labels": labels}
+
+
+def _where_it_pays(groups: list[list], pays: list[bool]) -> list[list]:
+    """`groups`, those that do not pay as groups of one."""
+    parts = ([group] if good else [[member] for member in group] for group, good in zip(groups, pays, strict=True))
+    return [group for part in parts for group in part]
 
 
 def lay_out_groups(groups: list[list[tuple[list[int], list[int]]]]) -> tuple[dict, Tensor]:
@@ -136,16 +142,15 @@ def can_share(model: nn.Module) -> int:
     return config.hidden_size if able else 0
 
 
-def sharing_pays(group: list[tuple[list[int], list[int]]], width: int) -> bool:
-    """Whether answers behind one copy of their prompt are less work than each behind its own.
+def sharing_pays(prompt: int, lengths: list[int], width: int) -> bool:
+    """Whether answers of `lengths` tokens behind one copy of their prompt are less work than each behind its own.
 
     A token costs about 24 `width`² operations in a layer, a pair of positions that attention looks at 4 `width`; behind
     one copy it looks at every pair of the group and masks those of other answers, else at half of those of an answer.
     """
-    prompt, lengths = len(group[0][0]), [len(answer) for _, answer in group]
-    saved = 6 * width * (len(group) - 1) * prompt
+    saved = 6 * width * (len(lengths) - 1) * prompt
     pairs = (prompt + sum(lengths)) ** 2 - sum((prompt + n) ** 2 for n in lengths) / 2
-    return len(group) > 1 and saved > pairs
+    return len(lengths) > 1 and saved > pairs
 
 
 def states_of(model: nn.Module, batch: dict) -> Tensor:
@@ -210,19 +215,34 @@ def token_values(critic: nn.Module, batch: dict) -> Tensor:
 
 
 @torch.no_grad()
-def sequence_scores(model: nn.Module, sequences: list[list[int]], packed: bool, device) -> Tensor:
+def sequence_scores(model: nn.Module, sequences: list[list[int]], packed: bool, device, group: int = 1) -> Tensor:
     """Scores (b,) of a one-label sequence classifier, read at the last real token of each sequence.
 
-    A model with a `tag_heads.TagPenalty` in `tag_penalty` takes it off.
+    Each `group` of neighbours are answers to one prompt, which they share where it can be and pays. A model with a
+    `tag_heads.TagPenalty` in `tag_penalty` takes it off.
     """
-    inputs, starts = lay_out(sequences, packed, device)
+    groups = [sequences[i : i + group] for i in range(0, len(sequences), group)]
+    width = can_share(model) if packed and group > 1 else 0
+    pays = [width > 0 and len(g) > 1 and _begins_long(g, width) for g in groups]
+    if any(pays):
+        inputs = pack_branches(_where_it_pays(groups, pays))
+        last = inputs.pop("last")
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()} | {"use_cache": False}
+    else:
+        inputs, starts = lay_out(sequences, packed, device)
+        last = starts + torch.tensor([len(ids) for ids in sequences]) - 1
     if not hasattr(model, "score"):  # an encoder (BERT …): its own head knows where to look
         return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float()
-    last = starts + torch.tensor([len(ids) for ids in sequences]) - 1
     hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
     states = hidden[last.to(device)]
     scores = model.score(states)[:, 0].float()
     return scores - model.tag_penalty(states) if hasattr(model, "tag_penalty") else scores
+
+
+def _begins_long(group: list[list[int]], width: int) -> bool:
+    """Whether sharing what these sequences begin with pays."""
+    common = alike(group)
+    return sharing_pays(common, [len(ids) - common for ids in group], width)
 
 
 def within(model: nn.Module, function, *args):

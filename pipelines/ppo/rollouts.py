@@ -71,6 +71,7 @@ class RewardScorer:
         eos_token_ids: what ends an answer of the policy.
         batch_size: answers that a model scores at once.
         keep_thoughts: whether what the policy thinks before an answer (`<think>`) is scored as part of it.
+        group: answers to each prompt, one after the other.
     """
 
     def __init__(
@@ -83,8 +84,9 @@ class RewardScorer:
         batch_size: int,
         accelerator: Accelerator,
         keep_thoughts: bool = False,
+        group: int = 1,
     ):
-        self.keep_thoughts = keep_thoughts
+        self.keep_thoughts, self.group = keep_thoughts, group
         self.names = unique([checks.name_of(f) for f in functions])
         self.packed = [isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f) for f in functions]
         self.functions = [place_frozen(f, accelerator) if isinstance(f, nn.Module) else f for f in functions]
@@ -139,13 +141,13 @@ class RewardScorer:
             sequences = read_anew(tokenizer, answers, prompts, completions, self.eos_token_ids, tools)
             checks.check_lengths(sequences, model, self.names[i])
         scores = torch.empty(len(sequences))
-        for chunk in chunks(_by_length([(ids,) for ids in sequences]), self.batch_size):
+        for chunk in chunks(_by_length([(ids,) for ids in sequences], self.group), self.batch_size):
             with self.accelerator.autocast():
                 if isinstance(model, Classifier):
                     found = within(model, Classifier.forward, [features[j] for j in chunk])
                 else:
                     ids = [sequences[j] for j in chunk]
-                    found = within(model, sequence_scores, ids, packed, self.accelerator.device)
+                    found = within(model, sequence_scores, ids, packed, self.accelerator.device, self.group)
             scores[chunk] = found.cpu()
         return scores
 

@@ -139,6 +139,7 @@ class PPOTrainer(TwoModelTrainer):
             args.local_rollout_forward_batch_size,
             self.accelerator,
             args.keep_thoughts,
+            args.num_generations,
         )
         self.ref_model = None if ref_model is None else place_frozen(ref_model, self.accelerator)
         self.rollout_maker = RolloutMaker(

@@ -8,7 +8,15 @@ from datasets import Dataset
 from test_ppo_trainer import critic, gpt2, make, weights_of
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from pipelines.generation.logprobs import can_share, collate, make_ready, sharing_pays, token_logprobs, token_values
+from pipelines.generation.logprobs import (
+    can_share,
+    collate,
+    make_ready,
+    sequence_scores,
+    sharing_pays,
+    token_logprobs,
+    token_values,
+)
 from pipelines.ppo import update
 
 SHAPE = dict(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
@@ -63,10 +71,22 @@ def test_where_a_window_would_be_counted_over_other_answers_nothing_is_shared():
 
 
 def test_it_is_done_where_it_is_less_work():
-    pairs = lambda prompt, answer, count: [([1] * prompt, [2] * answer)] * count  # noqa: E731
-    assert sharing_pays(pairs(500, 50, 8), 768) and sharing_pays(pairs(200, 300, 4), 1024)
-    assert not sharing_pays(pairs(500, 50, 1), 768)
-    assert not sharing_pays(pairs(20, 1000, 16), 768)  # 16,000 positions that nearly all do not see each other
+    assert sharing_pays(500, [50] * 8, 768) and sharing_pays(200, [300] * 4, 1024)
+    assert not sharing_pays(500, [50], 768)
+    assert not sharing_pays(20, [1000] * 16, 768)  # 16,000 positions that nearly all do not see each other
+
+
+def test_scores_of_a_reward_model_too():
+    model, sequences = critic(), [prompt + answer for prompt, answer in answers(1) if len(prompt) > 1]
+    make_ready(model)
+    seen = []
+    model.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True, prepend=True
+    )
+    for group in (2, 3, 5):  # some of these groups hold answers to two prompts
+        alone, shared = (sequence_scores(model, sequences, True, "cpu", n) for n in (1, group))
+        torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-4)
+        assert seen[-1] < seen[-2]
 
 
 @pytest.mark.parametrize("method", ["gae", "grpo"])
