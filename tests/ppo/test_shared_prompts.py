@@ -77,13 +77,15 @@ def test_it_is_done_where_it_is_less_work():
 
 
 def test_scores_of_a_reward_model_too():
-    model, sequences = critic(), [prompt + answer for prompt, answer in answers(1) if len(prompt) > 1]
+    model, draw = critic(), random.Random(0)
+    begin = [[draw.randrange(30) for _ in range(25)] for _ in range(3)]
+    sequences = [prompt + [draw.randrange(30) for _ in range(1 + i)] for prompt in begin for i in range(6)]
     make_ready(model)
     seen = []
     model.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True, prepend=True
     )
-    for group in (2, 3, 5):  # some of these groups hold answers to two prompts
+    for group in (2, 3, 5, 6):  # some groups of 5 hold answers to two prompts
         alone, shared = (sequence_scores(model, sequences, True, "cpu", n) for n in (1, group))
         torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-4)
         assert seen[-1] < seen[-2]

@@ -29,6 +29,7 @@ STAGES = (
     "words",
     "translate",
     "best",
+    "alone",
     "sft_lora",
     "reward_lora",
     "classify_lora",
@@ -175,6 +176,13 @@ def chain(tmp_path_factory, tiny_gpt2):
             "data": {**prompts, "ptx": text["train"]},
             "reward": {"models": ["stage:reward"], "min_accuracy": 0.0, "critic": "shared"},
             "args": {**sampled, **best, "ptx_coef": 0.5, "ptx_length": 16, "diagnosis": "warn"},
+        },
+        "alone": {
+            "kind": "ppo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": {**prompts, "ptx": text["train"]},
+            "reward": {"models": ["stage:reward"], "min_accuracy": 0.0, "critic": "none"},
+            "args": {**sampled, "advantage": "grpo", "num_generations": 4, "ptx_coef": 0.5, "ptx_length": 16},
         },
         "sft_lora": {
             "kind": "sft",
