@@ -1,51 +1,60 @@
 """Nothing lost, nothing false: kills, corrupted checkpoints and full disks, and whether the end is that of a quiet run.
 
-    python benchmarks/torture.py                                    100 kills, 40 corruptions, 10 full disks (hours)
-    python benchmarks/torture.py --kills 3 --corruptions 12 --disks 2 --processes 1
+    python benchmarks/torture.py    100 kills, 40 corruptions of each training stage, 10 full disks, in all four worlds
+    python benchmarks/torture.py --kills 3 --corruptions 12 --disks 2 --worlds one --only base sft
 
-A recipe of all kinds of stages on tiny models runs once in peace. Then, through real launches on 1 and 2 processes:
+A recipe of all kinds of stages on tiny models runs once in peace, through `accelerate launch`. Then, in every world
+(one process, two, two with FSDP2 or ZeRO-2 over gloo):
 
-    kills        `kill -9` to all processes at random moments of the whole recipe, until so many were killed
-    corruptions  a file of a checkpoint is truncated, emptied, deleted, or one bit of it flipped: all files, all four
-    ways full disks   the run's folder lies on a file system (tmpfs, needs root) that is too small by so many degrees
+    kills         `kill -9` at random moments of the whole recipe, half of them as soon as something is written next, to
+                  all processes or to one of them (the launcher then ends the others); every second round is a `--redo`
+    corruptions   a file of a checkpoint, or of the encoded rows, is truncated, emptied, deleted, or one bit of it
+                  flipped: every file, all four ways
+    full disks    the run's folder lies on a file system (tmpfs, needs root) that is too small by so many degrees
 
 and the same command is given again. One table: `survived` ended with exit code 0 and without a traceback; `identical`
-left the same weights (byte by byte) and records (times and rates aside); `lost` did not end; `false` ended with others.
+left the same files (byte by byte) and records (times and rates aside); `lost` did not end; `false` ended with others.
+
+Libraries take seconds to import, so the launches that are killed are forked from a process that has imported them, each
+with the environment that the launcher gives. The quiet run is not: it shows that both end the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
+import importlib
 import json
 import os
+import platform
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 WORDS, COLOURS = "cat dog bird fish tree".split(), "red green blue".split()
-TIMES = (
-    "second",
-    "runtime",
-    "started",
-    "finished",
-    "checksum",
-    "files",
-    "output_dir",
-    "logging_dir",
-    "run_name",
-    "recipe",
-    "git",
-)
+# Fields of records that depend on the clock, on the folder, or (files, checksum) on the former two.
+TIMES = ("second", "runtime", "started", "finished", "checksum", "output_dir", "logging_dir", "run_name", "recipe")
+TIMES += ("files", "git_commit", "parents")
+DATED = ("stage.json", "history.jsonl", "README.md", "started.json")  # compared without times, or not at all
+COUNTED = ("corruptions", "kills", "disks")
 HOW = ("truncate", "empty", "delete", "flip")
+ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT |= {"TOKENIZERS_PARALLELISM": "false"}
+RANKED = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "MASTER_PORT", "TORCHELASTIC_", "PWD", "SHLVL", "_")
 
 
 def by_length(prompt, completions):
@@ -56,6 +65,26 @@ def by_length(prompt, completions):
 def many_e(prompts, completions, **columns):
     """A reward function."""
     return [float(c.count("e")) for c in completions]
+
+
+@dataclass(frozen=True)
+class World:
+    """How a recipe is launched."""
+
+    title: str
+    config: str  # of accelerate_configs/
+    processes: int
+    share: int  # of the trials, in proportion to those of the other worlds
+    script: tuple[str, ...] = ("-m", "pipelines")
+    without: tuple[str, ...] = ()  # stages that it cannot run
+
+
+WORLDS = {
+    "one": World("1 process", "cpu", 1, 8),
+    "two": World("2 processes", "cpu_2", 2, 6),
+    "fsdp2": World("2 processes, FSDP2", "fsdp2", 2, 3, (str(ROOT / "tests" / "fsdp_on_cpu.py"),)),
+    "zero2": World("2 processes, ZeRO-2", "zero2", 2, 3),
+}
 
 
 def recipe_of_all_kinds(folder: Path) -> dict:
@@ -147,6 +176,7 @@ def recipe_of_all_kinds(folder: Path) -> dict:
             "args": {**args, "max_length": 32, "eval_steps": 4, "load_best_model_at_end": True},
         },
         "reward": {"kind": "reward", "model": sft, "data": with_(pairs), "args": {**args, "max_length": 32}},
+        "dpo": {"kind": "dpo", "model": sft, "data": with_(pairs), "args": {**args, "max_length": 32}},
         "classify": {"kind": "classify", "model": base, "data": with_(labelled), "args": {**args, "max_length": 32}},
         "seq2seq": {
             "kind": "seq2seq",
@@ -179,69 +209,190 @@ def recipe_of_all_kinds(folder: Path) -> dict:
 # --- launching, killing, comparing ------------------------------------------------------------------------------
 
 
+class Launch:
+    """Processes forked from this one, each a rank of a run."""
+
+    def __init__(self, pids: list[int]):
+        self.codes: dict[int, int | None] = dict.fromkeys(pids)
+
+    def code(self) -> int | None:
+        """The exit code, of a process that failed where one did; None while any works. As a launcher does, it ends the
+        others when one has failed.
+        """
+        for pid in [pid for pid, code in self.codes.items() if code is None]:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                self.codes[pid] = os.waitstatus_to_exitcode(status)
+        if any(self.codes.values()) and None in self.codes.values():
+            self.kill(signal.SIGTERM)
+        return None if None in self.codes.values() else next(filter(None, self.codes.values()), 0)
+
+    def wait(self, seconds: float) -> int | None:
+        """`code` as soon as there is one, None after so many seconds."""
+        end = time.monotonic() + seconds
+        while (code := self.code()) is None and time.monotonic() < end:
+            time.sleep(0.02)
+        return code
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send all processes a signal and wait for them, five seconds (a launcher waits 30) until it is SIGKILL."""
+        end = time.monotonic() + 5
+        living = [pid for pid, code in self.codes.items() if code is None]
+        for pid in living:
+            os.kill(pid, number)
+        while living:
+            for pid in list(living):
+                if time.monotonic() > end:
+                    os.kill(pid, signal.SIGKILL)
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.codes[pid] = os.waitstatus_to_exitcode(status)
+                    living.remove(pid)
+            time.sleep(0.005)
+
+    def kill_one(self, rng: random.Random) -> None:
+        """SIGKILL to one process of several."""
+        os.kill(rng.choice([pid for pid, code in self.codes.items() if code is None]), signal.SIGKILL)
+
+
 class Runs:
-    """Launches of one recipe into folders of its own, on a number of processes."""
+    """Launches of one recipe in one world, into folders of its own."""
 
-    def __init__(self, home: Path, stages: dict, processes: int):
-        self.home, self.stages, self.processes = home, stages, processes
+    def __init__(self, home: Path, stages: dict, world: World):
+        self.home, self.world = home, world
+        self.stages = {name: stage for name, stage in stages.items() if name not in world.without}
+        for stage in self.stages.values():
+            for section in (stage.get("sample", {}), stage.get("evaluate", {})):
+                if "models" in section:
+                    section["models"] = [m for m in section["models"] if m.removeprefix("stage:") in self.stages]
+        script = home / "environment.py"
+        script.write_text("import json, os\nprint('environment', json.dumps(dict(os.environ)), flush=True)\n")
+        lines = self._launched(str(script)).communicate()[0].splitlines()
+        found = next(json.loads(line.partition(" ")[2]) for line in lines if line.startswith("environment "))
+        self.environment = {k: v for k, v in found.items() if not k.startswith(RANKED) and os.environ.get(k) != v}
 
-    def start(self, out: Path, *names: str, stages: dict | None = None) -> subprocess.Popen:
-        """A launch in the background, its output in `log(out)`."""
-        path = self.log(out).with_suffix(".yaml")
-        path.write_text(yaml.safe_dump({"output_dir": str(out), "stages": stages or self.stages}, sort_keys=False))
-        config = ROOT / "accelerate_configs" / ("cpu.yaml" if self.processes == 1 else "cpu_2.yaml")
+    def _launched(self, *words: str) -> subprocess.Popen:
+        config = ROOT / "accelerate_configs" / f"{self.world.config}.yaml"
         launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(config)]
         clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
-        environment = clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        with open(self.log(out), "a") as log:
-            return subprocess.Popen(
-                [*launcher, "-m", "pipelines", str(path), *names],
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        return subprocess.Popen(
+            [*launcher, "--num_processes", str(self.world.processes), *words],
+            cwd=ROOT,
+            env=clean | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def recipe(self, out: Path, stages: dict | None = None) -> Path:
+        path = self.log(out).with_suffix(".yaml")
+        path.write_text(yaml.safe_dump({"output_dir": str(out), "stages": stages or self.stages}, sort_keys=False))
+        return path
 
     def log(self, out: Path) -> Path:
-        """Where launches into `out` are written to: never on a disk that is to be full."""
+        """Where launches into `out` print to: never on a disk that is to be full."""
         return self.home / f"{out.parent.name}_{out.name}.log"
 
-    def finish(self, out: Path, *names: str, stages: dict | None = None) -> tuple[int, str]:
-        """Give the command and wait; `(exit code, what it printed)`."""
+    def quiet(self, out: Path) -> tuple[int, str]:
+        """A run by the real launcher, as people start it."""
+        process = self._launched(*self.world.script, str(self.recipe(out)))
+        output = process.communicate(timeout=3600)[0]
+        return process.returncode, output
+
+    def start(self, out: Path, *words: str, stages: dict | None = None) -> Launch:
+        """A launch in the background, of processes that begin where a new one has imported its libraries."""
+        line, log, port = [str(self.recipe(out, stages)), *words], self.log(out), free_port()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pids = []
+        for rank in range(self.world.processes):
+            pid = os.fork()
+            if not pid:
+                self._work(line, log, rank, port)
+            pids.append(pid)
+        return Launch(pids)
+
+    def _work(self, line: list[str], log: Path, rank: int, port: int) -> None:
+        """What a forked process does, to its end."""
+        import numpy as np  # with the others of `warm`
+        import torch
+
+        from pipelines import __main__ as main
+        from tests import fsdp_on_cpu
+
+        code = 1
+        try:
+            os.setsid()
+            stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(stream, 1)
+            os.dup2(stream, 2)
+            os.environ |= self.environment
+            if self.world.processes > 1:
+                world = str(self.world.processes)
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+                os.environ |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": str(port)}
+            random.seed()  # each is as random as a new process
+            np.random.seed()
+            torch.seed()
+            os.chdir(ROOT)
+            if self.world.config.startswith("fsdp"):
+                fsdp_on_cpu.allow()
+            code = main.main(["run", *line])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def finish(self, out: Path, *words: str, stages: dict | None = None) -> tuple[int | None, str]:
+        """Give the command and wait; `(exit code, what it printed)`, None for one that hangs."""
         log = self.log(out)
         log.unlink(missing_ok=True)
-        code = self.start(out, *names, stages=stages).wait(1800)
+        launch = self.start(out, *words, stages=stages)
+        code = launch.wait(1800)
+        launch.kill()
         return code, log.read_text(errors="replace")
 
-
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and all that it started."""
-    if process.poll() is None:
-        parent = psutil.Process(process.pid)
-        for one in [*parent.children(recursive=True), parent]:
-            try:
-                one.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                pass  # it ended by itself in the meantime
-    process.wait()
+    def peak(self, out: Path) -> int:
+        """Run all; the most bytes that the folder held at any moment, checkpoints included."""
+        launch, most = self.start(out), 0
+        while launch.wait(0.05) is None:
+            most = max(most, used(out))
+        return most
 
 
-def timeless(value, at: str = ""):
+def used(folder: Path) -> int:
+    """Bytes on a file system that gives each file whole pages, as tmpfs does."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += -(-os.stat(os.path.join(place, name)).st_size // 4096) * 4096
+    return total
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def timeless(value):
     """A record without what depends on the clock or the folder."""
     if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if not any(word in k for word in TIMES) and k != "parents"}
+        return {k: timeless(v) for k, v in value.items() if not any(word in k for word in TIMES)}
     return [timeless(v) for v in value] if isinstance(value, list) else repr(value)
 
 
 def fingerprint(stage: Path) -> dict:
-    """What a finished stage left: its weights and rows byte by byte, its record and history without times."""
+    """What a finished stage left: its files byte by byte, its record and history without times."""
     record = json.loads((stage / "stage.json").read_text())
     record.pop("stage")
     lines = (stage / "history.jsonl").read_text().splitlines()
     found = {"record": timeless(record), "history": [timeless(json.loads(line)) for line in lines]}
-    for pattern in ("**/*.safetensors", "samples.jsonl", "rankings.jsonl", "values.json"):
-        found |= {str(p.relative_to(stage)): p.read_bytes() for p in sorted(stage.glob(pattern))}
+    for path in sorted(p for p in stage.rglob("*") if p.is_file() and p.name not in DATED):
+        found[str(path.relative_to(stage))] = path.read_bytes()
     return found
 
 
@@ -250,7 +401,10 @@ def different(one, two, at: str = "") -> list[str]:
     if isinstance(one, dict) and isinstance(two, dict):
         keys = sorted(one.keys() | two.keys())
         return [line for key in keys for line in different(one.get(key), two.get(key), f"{at}/{key}")]
-    return [] if one == two else [at]
+    if one == two:
+        return []
+    shown = lambda x: f"{len(x)} bytes" if isinstance(x, bytes) else str(x)[:60]  # noqa: E731
+    return [f"{at} ({shown(one)} in peace, {shown(two)} now)"]
 
 
 class Table:
@@ -259,20 +413,29 @@ class Table:
     def __init__(self):
         self.rows, self.faults = {}, []
 
-    def add(self, row: str, fault: str = "", lost: bool = False) -> None:
+    def add(self, row: str, fault: str = "", lost: bool = False, times: int = 1, what: str = "") -> None:
+        """Count `times` trials that ended alike."""
         counts = self.rows.setdefault(row, {"tried": 0, "survived": 0, "identical": 0, "lost": 0, "false": 0})
-        counts["tried"] += 1
-        counts["lost" if lost else "survived"] += 1
+        counts["tried"] += times
+        counts["lost" if lost else "survived"] += times
         if not lost:
-            counts["false" if fault else "identical"] += 1
+            counts["false" if fault else "identical"] += times
         if fault:
-            self.faults.append(f"{row}: {fault}")
-        print(f"  {row}: {fault or 'ok'}", flush=True)
+            self.faults.append(f"{row}: {what}: {fault}")
+        print(f"  {row}: {what}: {fault or 'ok'}", flush=True)
 
     def __str__(self) -> str:
         head = ["", "tried", "survived", "identical", "lost", "false"]
         lines = [head, *([row, *map(str, counts.values())] for row, counts in self.rows.items())]
-        return "\n".join("".join(f"{cell:<26}" if i == 0 else f"{cell:>10}" for i, cell in enumerate(x)) for x in lines)
+        return "\n".join("".join(f"{cell:<34}" if i == 0 else f"{cell:>10}" for i, cell in enumerate(x)) for x in lines)
+
+
+def verdict(out: Path, whole: dict[str, dict], code: int | None, output: str) -> str:
+    """What is wrong with a run that ended; "" where nothing is."""
+    if code != 0 or "Traceback" in output:
+        return f"exit {code}: {output.strip()[-1500:]}"
+    wrong = {name: parts for name in whole if (parts := different(whole[name], fingerprint(out / name)))}
+    return f"other than in peace: {wrong}" if wrong else ""
 
 
 # --- the three tortures -------------------------------------------------------------------------------------------
@@ -280,68 +443,100 @@ class Table:
 
 def kills(runs: Runs, whole: dict[str, dict], seconds: float, count: int, rng: random.Random, table: Table) -> None:
     """Kill `count` launches at random moments; each time a run ends by itself, compare it and begin another."""
-    row, done, number = f"kills, {runs.processes} process(es)", 0, 0
+    row, done, number, out = f"kills, {runs.world.title}", 0, 0, None
     while done < count:
         number += 1
-        out, mine = runs.home / f"killed{runs.processes}_{number}", 0
-        while done < count:
-            process = runs.start(out)
-            try:
-                process.wait(rng.uniform(0.2, 1.0) * max(15.0, seconds / 3))
+        words: list[str] = []
+        if number % 2 or out is None:
+            out = runs.home / f"killed_{runs.world.config}_{number}"
+        else:  # the finished run, from one of its stages on
+            words = ["--redo", rng.choice(list(runs.stages))]
+        mine, code, torn = 0, None, ""
+        while done < count and code is None:
+            runs.log(out).unlink(missing_ok=True)
+            launch = runs.start(out, *words)
+            code = launch.wait(rng.uniform(1.0, max(6.0, seconds / 3)))
+            if code is None and rng.random() < 0.5:
+                wait_for_a_write(out, launch)
+                code = launch.code()
+            if code is not None:
                 break  # it got through
-            except subprocess.TimeoutExpired:
-                kill(process)
-                done, mine = done + 1, mine + 1
-        code, output = runs.finish(out)
-        fault = verdict(out, whole, code, output)
-        for _ in range(mine):
-            table.add(row, fault, lost=code != 0)
-        shutil.rmtree(out, ignore_errors=True)
+            if len(launch.codes) > 1 and rng.random() < 0.5:
+                launch.kill_one(rng)
+                launch.wait(60)
+            launch.kill()
+            done, mine = done + 1, mine + 1
+            if "Traceback" in (output := runs.log(out).read_text(errors="replace")):
+                torn = f"a traceback when killed: {output[-1500:]}"
+        code, output = runs.finish(out, *words) if code is None else (code, runs.log(out).read_text(errors="replace"))
+        fault = verdict(out, whole, code, output) or torn
+        if mine:
+            table.add(row, fault, code != 0, mine, f"{mine} kills{' ' if words else ''}{' '.join(words)}")
+        if fault or not number % 2:
+            shutil.rmtree(out)
+            out = None
 
 
-def verdict(out: Path, whole: dict[str, dict], code: int, output: str) -> str:
-    """What is wrong with a run that ended; "" where nothing is."""
-    if code or "Traceback" in output:
-        return f"exit {code}: {output.strip().splitlines()[-1] if output.strip() else ''}"
-    wrong = {name: parts for name in whole if (parts := different(whole[name], fingerprint(out / name)))}
-    return f"other than in peace: {wrong}" if wrong else ""
+def wait_for_a_write(out: Path, launch: Launch) -> None:
+    """Until a file or folder appears or changes in the folder of a run, at most five seconds."""
+
+    def state():
+        found = {}
+        for folder, _, names in os.walk(out):
+            for name in names:
+                try:
+                    found[folder, name] = os.stat(os.path.join(folder, name)).st_size
+                except FileNotFoundError:
+                    continue
+        return found
+
+    before, end = state(), time.monotonic() + 5
+    while state() == before and time.monotonic() < end and launch.code() is None:
+        pass
 
 
-def corruptions(runs: Runs, whole_run: Path, whole: dict[str, dict], kind: str, count: int, rng, table: Table) -> None:
-    """Stop the stage `kind` after its second checkpoint, copy it `count` times, damage a file of each, let all
-    go on.
-    """
-    row = f"corrupted {kind}, {runs.processes} proc."
-    out = runs.home / f"corrupt_{kind}_{runs.processes}"
-    shutil.copytree(whole_run, out)
-    shutil.rmtree(out / kind)
-    process = runs.start(out, kind)
-    while process.poll() is None and len(list(out.glob(f"{kind}/checkpoints/*/complete"))) < 2:
-        time.sleep(0.01)
-    kill(process)
-    newest = max(out.glob(f"{kind}/checkpoints/*/complete"), key=lambda p: int(p.parent.name.split("-")[1])).parent
-    names = sorted(str(p.relative_to(newest)) for p in newest.rglob("*") if p.is_file())
-    cases = [(name, how) for name in names for how in HOW]
+def corruptions(runs: Runs, quiet: Path, whole: dict[str, dict], name: str, count: int, rng, table: Table) -> None:
+    """Stop the stage `name` after its second checkpoint, copy it `count` times, damage a file of each, go on."""
+    row = f"corruptions, {runs.world.title}"
+    out = runs.home / f"corrupt_{runs.world.config}_{name}"
+    shutil.copytree(quiet, out)
+    for left in (out / name, out / ".tokens" / name):
+        shutil.rmtree(left, ignore_errors=True)
+    launch = runs.start(out, name)
+    while launch.code() is None and len(list(out.glob(f"{name}/checkpoints/*/complete"))) < 2:
+        time.sleep(0.005)
+    launch.kill()
+    marks = sorted(out.glob(f"{name}/checkpoints/*/complete"), key=lambda p: int(p.parent.name.split("-")[1]))
+    if len(marks) < 2:
+        table.add(row, "it was not killed in time: " + runs.log(out).read_text()[-1500:], lost=True, what=name)
+        return
+    places = [marks[-1].parent, marks[-2].parent, out / ".tokens" / name]
+    found = [p.relative_to(out) for place in places for p in sorted(place.rglob("*")) if p.is_file()]
+    cases = [(path, how) for path in found for how in HOW]
     cases = rng.sample(cases, min(count, len(cases)))
     # Copies of one stage under other names are the same training: one launch lets all of them go on.
     names = list(runs.stages)
-    stages = {name: runs.stages[name] for name in names[: names.index(kind)]}
-    copies = {f"{kind}_{i}": case for i, case in enumerate(cases)}
-    for copy, (name, how) in copies.items():
-        stages[copy] = runs.stages[kind]
-        shutil.copytree(out / kind, out / copy)
-        damage(out / copy / newest.relative_to(out / kind) / name, how, rng)
+    stages = {other: runs.stages[other] for other in names[: names.index(name)]}
+    copies = {f"{name}_{i}": case for i, case in enumerate(cases)}
+    for copy, (path, how) in copies.items():
+        stages[copy] = runs.stages[name]
+        shutil.copytree(out / name, out / copy)
+        if (out / ".tokens" / name).is_dir():
+            shutil.copytree(out / ".tokens" / name, out / ".tokens" / copy)
+        parts = [copy if part == name else part for part in path.parts]
+        damage(out.joinpath(*parts), how, rng)
     left = list(copies)
     while left:
         code, output = runs.finish(out, *left, stages=stages)
         for copy in [c for c in left if (out / c / "stage.json").exists()]:
-            wrong = different(whole[kind], fingerprint(out / copy))
-            table.add(row, f"{copies[copy]}: {wrong}" if wrong else "")
+            wrong = different(whole[name], fingerprint(out / copy))
+            path, how = copies[copy]
+            table.add(row, f"other than in peace: {wrong}" if wrong else "", what=f"{how} {path}")
             left.remove(copy)
-        if left:
-            last = output.strip().splitlines()[-1]
-            table.add(row, f"{copies[left[0]]}: exit {code}: {last}", lost=True)
-            left.pop(0)
+        if code or "Traceback" in output:
+            path, how = copies[left[0]] if left else ("?", "?")
+            table.add(row, f"exit {code}: {output[-1500:]}", lost=True, what=f"{how} {path}")
+            left = left[1:]
     shutil.rmtree(out)
 
 
@@ -356,73 +551,116 @@ def damage(path: Path, how: str, rng: random.Random) -> None:
     path.write_bytes({"truncate": data[: len(data) // 2], "empty": b"", "flip": data}[how])
 
 
-def full_disks(runs: Runs, whole: dict[str, dict], needed: int, count: int, table: Table) -> None:
-    """Run on a file system that holds a part of what is needed; then make room and give the command again."""
-    row = f"full disks, {runs.processes} process(es)"
+def full_disks(runs: Runs, whole: dict[str, dict], peak: int, count: int, table: Table) -> None:
+    """Run on a file system that holds a part of the `peak` bytes that a run needs; then make room, and once more."""
+    row = f"full disks, {runs.world.title}"
     for number in range(count):
-        mount = runs.home / f"disk{runs.processes}_{number}"
+        mount = runs.home / f"disk_{runs.world.config}_{number}"
         mount.mkdir()
-        size = int(needed * (number + 0.5) / count)
+        size = int(peak * (number + 0.5) / count)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount], check=True)
         try:
             code, output = runs.finish(mount / "run")
-            said = [line for line in output.splitlines() if "error:" in line and "full" in line]
-            subprocess.run(["mount", "-o", f"remount,size={needed * 40}", mount], check=True)
-            fault = "" if code == 0 or (code == 1 and said) else f"exit {code}, {said}"
-            if "Traceback" in output.partition("ChildFailedError")[0].replace(
-                'Traceback (most recent call last):\n  File "' + sys.prefix + "/bin/accelerate", ""
-            ):
-                fault = "a traceback"
-            code, output = runs.finish(mount / "run")
-            table.add(row, fault or verdict(mount / "run", whole, code, output), lost=code != 0)
+            told = [line for line in output.splitlines() if line.startswith("error:") and "full" in line]
+            fault = "" if code == 0 or (code == 1 and told) else f"exit {code}: {output[-1500:]}"
+            if "Traceback" in output:
+                fault = f"a traceback: {output[-3000:]}"
+            subprocess.run(["mount", "-o", f"remount,size={2 * peak}", mount], check=True)
+            again, output = runs.finish(mount / "run")
+            fault = "; ".join(filter(None, (fault, verdict(mount / "run", whole, again, output))))
+            what = f"{size / 1e6:.1f} of {peak / 1e6:.1f} MB: exit {code}: {told[0][:200] if told else 'no error'}"
+            table.add(row, fault, lost=again != 0, what=what)
         finally:
-            subprocess.run(["umount", mount], check=True)
+            subprocess.run(["umount", "-l", mount], check=True)
 
 
-def main() -> int:
-    """Run what is asked for, print the table; the exit code is 0 where everything survived and is identical."""
+def may_mount(home: Path) -> bool:
+    """Whether this user may mount a small file system."""
+    (home / "mount").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", home / "mount"]
+    try:
+        if subprocess.run(command, capture_output=True).returncode:
+            return False
+    except FileNotFoundError:
+        return False
+    subprocess.run(["umount", home / "mount"], check=True)
+    return True
+
+
+def torture(worlds: list[str], count: dict[str, int], only: list[str], seed: int) -> Table:
+    """All of it, shared by the worlds: `count` of each of `COUNTED`, corruptions for each training stage.
+
+    Args:
+        only: these stages of the recipe, with all that they build on.
+    """
+    rng, table, parts = random.Random(seed), Table(), sum(WORLDS[name].share for name in worlds)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        for name in worlds:
+            folder = Path(home) / name
+            folder.mkdir()
+            stages = {k: v for k, v in recipe_of_all_kinds(folder).items() if k in only or not only}
+            runs, quiet = Runs(folder, stages, WORLDS[name]), folder / "quiet"
+            began = time.monotonic()
+            code, output = runs.quiet(quiet)
+            if code:
+                table.add(f"quiet, {runs.world.title}", f"exit {code}: {output[-3000:]}", lost=True)
+                continue
+            print(f"a quiet run, {runs.world.title}: {time.monotonic() - began:.0f} s by the launcher", flush=True)
+            whole = {stage: fingerprint(quiet / stage) for stage in runs.stages}
+            began = time.monotonic()
+            code, output = runs.finish(folder / "forked")
+            seconds = time.monotonic() - began
+            table.add(f"forked, {runs.world.title}", verdict(folder / "forked", whole, code, output), bool(code))
+            print(f"the same, forked: {seconds:.0f} s", flush=True)
+            each, killed, disks = (round(count[key] * runs.world.share / parts) for key in COUNTED)
+            for stage in [s for s, of in runs.stages.items() if "args" in of and each]:
+                corruptions(runs, quiet, whole, stage, each, rng, table)
+            kills(runs, whole, seconds, killed, rng, table)
+            if disks and not may_mount(folder):
+                print("full disks: skipped, this user may not mount a small file system", flush=True)
+            elif disks:
+                peak, final = runs.peak(folder / "peak"), used(quiet)
+                print(f"finished it holds {final / 1e6:.1f} MB, at most {peak / 1e6:.1f} MB on the way", flush=True)
+                full_disks(runs, whole, peak, disks, table)
+            print(f"\n{table}\n", flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+    return table
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="in all, shared by the numbers of processes (100)")
-    parser.add_argument(
-        "--corruptions", type=int, default=40, help="of each of --kinds, on each number of processes (40)"
-    )
-    parser.add_argument("--disks", type=int, default=10, help="full disks, on one process; needs root (10)")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes (1 2)")
-    parser.add_argument(
-        "--kinds",
-        nargs="+",
-        default=["stream", "sft", "lora", "best", "reward", "policy"],
-        help="stages whose checkpoints are corrupted",
-    )
+    parser.add_argument("--kills", type=int, default=100, help="in all worlds together (100)")
+    parser.add_argument("--corruptions", type=int, default=40, help="of each training stage, likewise (40)")
+    parser.add_argument("--disks", type=int, default=10, help="full disks, likewise; needs root (10)")
+    parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=WORLDS, help="(all)")
     parser.add_argument("--only", nargs="+", default=[], help="stages of the recipe (with all that they build on)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    args = parser.parse_args()
-    rng, table = random.Random(args.seed), Table()
-    print(f"seed {args.seed}", flush=True)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
-        home = Path(home)
-        stages = recipe_of_all_kinds(home)
-        stages = {name: stage for name, stage in stages.items() if name in args.only or not args.only}
-        for processes in args.processes:
-            runs, began = Runs(home, stages, processes), time.monotonic()
-            quiet = home / f"quiet{processes}"
-            code, output = runs.finish(quiet)
-            if code:
-                print(f"the quiet run ended with {code}:\n{output[-2000:]}", file=sys.stderr)
-                return 1
-            seconds = time.monotonic() - began
-            print(f"a quiet run on {processes} process(es): {seconds:.0f} s", flush=True)
-            whole = {name: fingerprint(quiet / name) for name in stages}
-            for kind in [kind for kind in args.kinds if kind in stages and args.corruptions]:
-                corruptions(runs, quiet, whole, kind, args.corruptions, rng, table)
-            share = args.kills // len(args.processes)
-            kills(runs, whole, seconds, share, rng, table)
-            if args.disks and processes == 1:
-                needed = sum(p.stat().st_size for p in quiet.rglob("*") if p.is_file())
-                full_disks(runs, whole, needed, args.disks, table)
+    return parser.parse_args(argv)
+
+
+def run() -> int:
+    """Run what is asked for, print the table; the exit code is 0 where everything survived and is identical."""
+    args, began = parse(), time.monotonic()
+    os.environ |= ENVIRONMENT
+    warm()
+    print(f"{' '.join(sys.argv)} --seed {args.seed}", flush=True)
+    counts = {key: getattr(args, key) for key in COUNTED}
+    table = torture(args.worlds, counts, args.only, args.seed)
     print(f"\n{table}\n" + "\n".join(table.faults))
+    machine = (
+        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {version('torch')}"
+    )
+    print(f"{datetime.date.today()}, {machine}, {(time.monotonic() - began) / 60:.0f} minutes, seed {args.seed}")
     return 1 if table.faults else 0
 
 
+def warm() -> None:
+    """Import what a run imports, in this process, from which the launches are forked."""
+    for name in ("pipelines.commands.run_here", "transformers.models.gpt2.modeling_gpt2", "tests.fsdp_on_cpu"):
+        importlib.import_module(name)
+    for name in importlib.import_module("pipelines.kinds").KINDS:
+        importlib.import_module(f"pipelines.stages.{name}")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

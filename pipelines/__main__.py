@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import os
@@ -58,6 +59,7 @@ VERBS = (
     "init",
     "env",
 )
+NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # what was given as a path can be none
 COMPUTE = ("run", "evaluate", "chat", "plan")  # verbs that compute: they start again in the fast environment
 
 
@@ -92,6 +94,10 @@ def main(argv: list[str] | None = None) -> int:
         launch.last_words(f"error: {error}")
         return 2
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_PATH and error.filename:
+            shown = os.fsdecode(error.filename)
+            launch.last_words(f"error: {shown[:60]}{'…' * (len(shown) > 60)}: {os.strerror(error.errno)}: no such path")
+            return 2
         problem = error if isinstance(error, StorageError) else storage_error(error)
         if problem is None:
             raise

@@ -6,7 +6,9 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -22,6 +24,7 @@ STARTED, FINISHED = "started.json", "stage.json"
 HISTORY = "history.jsonl"  # every logged step of a finished stage
 LOG = "log.jsonl"  # the same while it runs, beside its checkpoints
 REDO = "redo.json"  # a `--redo` that has begun and is not through
+CARD = "README.md"  # of a finished model
 CHAIN = "chain.json"  # the stages of the run, those that are still to come too
 
 # What a record's fields must be where they are there: what is anything else was not written by us.
@@ -51,6 +54,7 @@ NEEDED = {  # and what every reader of the whole chain needs
     CHAIN: ("stages",),
     REDO: ("asked", "open", "aside"),
 }
+HERE = "…/"  # before the name of what was given by an absolute path
 REMAKE = "put the file back from a copy, or make the stage again with --redo {stage} (the old folder is kept aside)"
 REMEDIES = {
     STARTED: REMAKE,
@@ -273,14 +277,21 @@ def checksum(path: Path, sync: bool = False) -> str:
         file = stream.fileno()
         on_disk = pool.submit(os.fsync, file) if sync else None  # beside the reading
         starts = range(0, os.fstat(file).st_size, CHUNK)
-        digest = xxhash.xxh3_128(b"".join(pool.map(lambda start: _checksum_at(file, start), starts)))
+        digest = xxhash.xxh3_128(b"".join(pool.map(lambda start: _checksum_at(file, start, fresh=sync), starts)))
         if on_disk is not None:
             on_disk.result()
     return digest.hexdigest()
 
 
-def _checksum_at(file: int, start: int) -> bytes:
-    """XXH3 of a chunk. Read and not mapped: a bad sector would be a signal instead of an error."""
+def _checksum_at(file: int, start: int, fresh: bool) -> bytes:
+    """XXH3 of a chunk. What was written just now (`fresh`) is in memory and is mapped, which spares a copy; anything
+    else is read, since mapped a bad sector would be a signal instead of an error.
+    """
+    if fresh:
+        with mmap.mmap(
+            file, min(CHUNK, os.fstat(file).st_size - start), access=mmap.ACCESS_READ, offset=start
+        ) as chunk:
+            return xxhash.xxh3_128(chunk).digest()
     digest, block = xxhash.xxh3_128(), bytearray(2**18)
     view = memoryview(block)
     for at in range(start, start + CHUNK, len(block)):
@@ -321,6 +332,45 @@ def damage(folder: Path, listed: dict[str, dict], quick: bool = False) -> list[s
         elif checksum(folder / name) != then["xxh3"]:
             found.append(f"{name} holds other bytes than were written (checksum)")
     return found
+
+
+def refuse_edited(folder: str | Path, names: Iterable[str] | None = None, quick: bool = False) -> None:
+    """Raise `RecordError` where the folder of a finished stage no longer holds the model that the stage wrote.
+
+    Args:
+        folder: any folder or hub id; what no stage has made, or a version without checksums, passes.
+        names: look at these of its files; None: at those in the folder itself, which `from_pretrained` reads.
+        quick: see `damage`.
+    """
+    folder = Path(os.path.expanduser(folder))
+    listed = (read_json(folder / FINISHED) or {}).get("files", {})
+    wanted = [name for name in listed if "/" not in name] if names is None else names
+    mine = {name: listed[name] for name in wanted if name in listed and name not in (CARD, HISTORY)}
+    if wrong := damage(folder, mine, quick):
+        raise RecordError(
+            f"{folder}: changed since the stage was finished: {'; '.join(wrong[:3])}. Put the file back from a copy, "
+            f"or make the stage again with --redo {folder.resolve().name}; if the change is meant, use a copy of the "
+            f"folder without {FINISHED}"
+        )
+
+
+def portable(value, run: Path | None = None):
+    """`value` (any nesting) without absolute paths, which tell others nothing, and too much: a record may be published.
+
+    What lies in the folder `run` is called `stage:NAME/FILE`, and anything else "…/NAME (6 digits that tell two
+    apart)".
+    """
+    if isinstance(value, dict):
+        return {portable(k, run): portable(v, run) for k, v in value.items()}
+    if isinstance(value, list):
+        return [portable(v, run) for v in value]
+    if not isinstance(value, str):
+        return value
+    if run is not None and value.startswith(f"{run}/"):
+        return f"stage:{value.removeprefix(f'{run}/')}"
+    if value.startswith(("/", "~")) and "\n" not in value and len(Path(value).parts) > 1:
+        return f"{HERE}{Path(value).name} ({hashlib.sha256(value.encode()).hexdigest()[:6]})"
+    return value
 
 
 def set_aside(path: Path, home: Path, name: str) -> Path:

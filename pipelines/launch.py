@@ -38,7 +38,8 @@ def fast_environment() -> None:
     missing = {k: v for k, v in FAST.items() if k not in os.environ}
     if missing:
         os.environ |= missing
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        with contextlib.suppress(OSError):  # where this user may not start Python: slower, and nothing else
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def start(timeout: float = 1800):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import yaml
@@ -22,7 +23,7 @@ def card(stage: Stage, final: dict) -> str:
     record_, metrics = final["record"], final["metrics"]
     scalars = {k: v for k, v in metrics.items() if isinstance(v, (int, float, str))}
     ancestors, origin = _origin(stage)
-    local = origin is not None and (origin.startswith("…/") or Path(origin).expanduser().is_dir())
+    local = origin is not None and (origin.startswith("…/") or Path(os.path.expanduser(origin)).is_dir())
     if local and origin.startswith(("/", "~")):
         origin = f"…/{Path(origin).name}"  # a place on one machine tells others nothing
     task, auto = stage.spec.hub_task, stage.spec.auto_class

@@ -7,19 +7,19 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
+import re
 import subprocess
 from pathlib import Path
 
 from pipelines import files
 from pipelines.chain.model_card import card
 from pipelines.data import fingerprint
-from pipelines.files import FINISHED, HISTORY, STARTED, write_json
+from pipelines.files import CARD, FINISHED, HISTORY, STARTED, portable, write_json
 from pipelines.recipe.stage import Stage, resolve
 
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers", "bitsandbytes", "deepspeed"]
 
-CARD = "README.md"
-HERE = "…/"  # before the name of what was given by an absolute path
 UNUSED = (CARD, HISTORY)  # what people may edit: nothing is built on it
 
 # Settings that cannot change what is learned: a stage that differs only in these is the same stage.
@@ -77,7 +77,7 @@ def _base(path: str | None) -> dict | None:
     """Identity of a base model that no stage made: its folder's config and weights, or its hub id."""
     if path is None or path.startswith("stage:"):
         return None
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         return {"hub": path}
     config = folder / "config.json"
@@ -91,25 +91,6 @@ def _base(path: str | None) -> dict | None:
 def identity(finished: dict) -> str:
     """What a finished stage is called by those that build on it: changes whenever it is made again."""
     return hashlib.sha256(json.dumps([finished["record"], finished["finished"]]).encode()).hexdigest()[:16]
-
-
-def portable(value, run: Path | None = None):
-    """`value` (any nesting) without absolute paths, which tell others nothing, and too much: a record may be published.
-
-    What lies in the folder `run` is called `stage:NAME/FILE`, and anything else "…/NAME (6 digits that tell two
-    apart)".
-    """
-    if isinstance(value, dict):
-        return {portable(k, run): portable(v, run) for k, v in value.items()}
-    if isinstance(value, list):
-        return [portable(v, run) for v in value]
-    if not isinstance(value, str):
-        return value
-    if run is not None and value.startswith(f"{run}/"):
-        return f"stage:{value.removeprefix(f'{run}/')}"
-    if value.startswith(("/", "~")) and "\n" not in value and len(Path(value).parts) > 1:
-        return f"{HERE}{Path(value).name} ({hashlib.sha256(value.encode()).hexdigest()[:6]})"
-    return value
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -163,6 +144,9 @@ def finish(stage: Stage, made_from: dict, metrics: dict, started: str, seconds: 
     if stage.spec.leaves_model:
         files.write_text(stage.folder / CARD, card(stage, final))
     files.follow_umask(stage.folder)
+    for path in stage.folder.glob("logs/**/events.out.tfevents.*"):  # TensorBoard names them after this machine
+        name = re.sub(r"(tfevents\.\d+)\..*?(\.\d+\.\d+)$", r"\1\2", path.name)
+        path.rename(path.with_name(name))
     final["files"] = files.contents(stage.folder, written(stage.folder), sync=True)
     final["checksum"] = own_checksum(final)
     write_json(stage.folder / FINISHED, final)

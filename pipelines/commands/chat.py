@@ -7,6 +7,7 @@ dialogue. From a pipe there is one prompt, and only the answer goes to stdout.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def find(word: str) -> str:
 
     Raises `SetupError` for a stage that is not finished or does not write text, and for a name that is nearly one.
     """
-    folder = Path(word).expanduser()
+    folder = Path(os.path.expanduser(word))
     if not folder.is_dir():
         stages = _stages(folder.parent)
         if folder.parent != Path(".") and stages:
@@ -109,6 +110,8 @@ def main(argv: list[str]) -> int:
     text = sys.stdin.read().rstrip("\n") if piped else ""
     if piped and not text.strip():
         raise SetupError("nothing came through the pipe: echo PROMPT | pipelines chat RUN/STAGE")
+    for path in paths:
+        files.refuse_edited(path)
     speakers = [Speaker(path, args.trust_remote_code) for path in paths]
     for speaker, name in zip(speakers, _names(paths), strict=True):
         speaker.name = name

@@ -75,6 +75,8 @@ def main(argv: list[str]) -> int:
     if wrong := list(problems(settings)):
         raise SetupError("\n".join(f"{key}: {message}" for key, message, _ in wrong))
 
+    for path in [*args.models, *([args.judge] if args.judge else [])]:
+        files.refuse_edited(path)
     configure_logging()
     state = launch.start()
     short = {path: Path(path).name for path in args.models}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipelines.commands import command_line
 from pipelines.errors import SetupError
-from pipelines.files import FINISHED, STARTED, read_json
+from pipelines.files import FINISHED, STARTED, read_json, refuse_edited
 
 EXAMPLES = """
 pipelines push runs/demo/policy you/policy --dry-run   what would go up; nothing is sent
@@ -88,6 +88,7 @@ def main(argv: list[str]) -> int:
     except HFValidationError as error:
         raise SetupError(f"{args.hub_id}: not a hub id (owner/name): {error}") from error
     chosen = files(args.folder, args.also)
+    refuse_edited(args.folder, [path.as_posix() for path in chosen])
     sizes = [(args.folder / path).stat().st_size for path in chosen]
     for path, size in zip(chosen, sizes, strict=True):
         print(f"  {size / 1e6:10.3f} MB  {path}")

@@ -8,6 +8,7 @@ A source is a local file (.jsonl .json .csv .parquet .arrow .txt, each also .gz;
 from __future__ import annotations
 
 import glob
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,12 +42,12 @@ def fraction(section: dict) -> float:
 def is_local(path: str) -> bool:
     """Whether `path` is meant as a local file or folder rather than a hub id."""
     plain = path.removesuffix(".gz")
-    return plain.endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or "*" in path or Path(path).exists()
+    return plain.endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or "*" in path or os.path.exists(path)
 
 
 def files(path: str) -> list[Path]:
     """The files a local path or glob stands for, sorted; a folder stands for itself (read by `datasets`)."""
-    return sorted(Path(p) for p in glob.glob(str(Path(path).expanduser()), recursive=True))
+    return sorted(Path(p) for p in glob.glob(os.path.expanduser(path), recursive=True))
 
 
 def read(source: dict, place: dict | None = None, order: str | None = None) -> Iterator[tuple[str, dict]]:

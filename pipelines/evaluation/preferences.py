@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines import files
-from pipelines.errors import DataError
+from pipelines.errors import DataError, SetupError
 from pipelines.evaluation.batches import by_length, rows_of
 from pipelines.evaluation.figures import Items, drawn, ratio
 from pipelines.evaluation.texts import answer_nats
@@ -86,6 +86,11 @@ def implicit_rewards(name: str, path: str, model, tokenizer, settings, rows: lis
     The reference is the model that the stage dpo in `path` started from, which its folder records.
     """
     start = files.recorded(path, "model", "model_name_or_path")
+    if start.startswith(files.HERE):
+        raise SetupError(
+            f"{name}: its reference is the folder {start}, and a record does not tell where that lies: name it in the "
+            "recipe by a hub id, a relative path or stage:NAME to measure what a policy of dpo prefers"
+        )
     base = str(Path(path).parent / start.removeprefix("stage:")) if start.startswith("stage:") else start
     encoded = _encode(name, path, model, tokenizer, settings, rows)
     lengths = [len(prompt) + len(answer) for prompt, answer in encoded]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -14,6 +16,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 from trl import get_peft_config
 
+from pipelines import files
 from pipelines.errors import ModelError
 from pipelines.models import tokenizer_setup
 from pipelines.models.loading import heads, load_model
@@ -154,6 +157,25 @@ def merge(model, tokenizer):
     adapted = peft.get_peft_model(whole, config)
     peft.set_peft_model_state_dict(adapted, peft.get_peft_model_state_dict(model))
     return adapted.merge_and_unload()
+
+
+def save(model, folder: Path, run: Path) -> None:
+    """Write the adapter of `model` to `folder`, inside of the folder `run`, as peft reads it.
+
+    What it calls its base tells nothing of this machine: a hub id, a relative path as the recipe has it, the way from
+    `folder` to another stage of the run, or of any other absolute path the name alone (see `loading.adapter_base`).
+    """
+    model.save_pretrained(folder, selected_adapters=[model.active_adapter])
+    path = folder / "adapter_config.json"
+    config = files.read_json(path)
+    place = config["base_model_name_or_path"]
+    if not place:
+        return
+    inside = Path(place).is_absolute() and Path(place).is_relative_to(run)
+    name = os.path.relpath(place, folder) if inside else files.portable(place)
+    files.write_json(path, {**config, "base_model_name_or_path": name})
+    card = folder / files.CARD
+    files.write_text(card, card.read_text(encoding="utf-8").replace(place, name))
 
 
 def structure(model):

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from trl import get_quantization_config
 
-from pipelines import launch
+from pipelines import files, launch
 from pipelines.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ def load_model(section, auto_class: str, tokenizer=None, *, new_head: bool = Fal
             return auto.from_config(config, dtype=torch.float32 if dtype in (None, "auto") else dtype, **attention)
         except (ValueError, ImportError) as error:
             raise ModelError(f"model.config: {_first_line(error)}") from error
+    files.refuse_edited(section.model_name_or_path, quick=True)  # the chain, chat and evaluate have read every byte
     if "model_type" in overrides:
         logger.warning("model.config describes a new model and is not used: %s is", section.model_name_or_path)
         overrides = {}
@@ -170,7 +172,12 @@ def adapter_base(path: str) -> str | None:
     base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{file}: it does not name the model that the adapter belongs to (base_model_name_or_path)")
-    return base
+    if base.startswith(files.HERE):
+        raise ModelError(
+            f"{file}: the adapter was trained on the folder {base}, whose place is not published: set "
+            "base_model_name_or_path to where it lies here, or use the merged model beside the adapter"
+        )
+    return os.path.normpath(Path(path) / base) if base.startswith("../") else base
 
 
 def config_of(path: str, revision: str = "main", trust_remote_code: bool = False):
@@ -197,7 +204,7 @@ def _base_with_adapter(section, auto_class: str, tokenizer, new_head: bool, sett
             f"{folder} is a {config.peft_type.value} adapter, which no weights can be merged with: use LoRA"
         )
     base = dataclasses.replace(
-        section, model_name_or_path=config.base_model_name_or_path, model_revision=config.revision or "main"
+        section, model_name_or_path=adapter_base(folder), model_revision=config.revision or "main"
     )
     model = load_model(base, auto_class, tokenizer, new_head=True, **settings)
     weights = load_file(Path(folder) / "adapter_model.safetensors")
@@ -216,7 +223,7 @@ def _base_with_adapter(section, auto_class: str, tokenizer, new_head: bool, sett
         known = peft.get_peft_model_state_dict(adapted, save_embedding_layers=bool(given)).keys()
         if strange := sorted(weights.keys() - known) or sorted(known - weights.keys()):
             raise ModelError(
-                f"{folder}: the adapter does not fit {auto_class} of {config.base_model_name_or_path}: "
+                f"{folder}: the adapter does not fit {auto_class} of {base.model_name_or_path}: "
                 f"{', '.join(strange[:3])}"
             )
         peft.set_peft_model_state_dict(adapted, weights)
@@ -232,7 +239,7 @@ def _base_with_adapter(section, auto_class: str, tokenizer, new_head: bool, sett
         )
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    logger.info("the adapter in %s is merged into its base %s", folder, config.base_model_name_or_path)
+    logger.info("the adapter in %s is merged into its base %s", folder, base.model_name_or_path)
     return model
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import shutil
 import tempfile
 from dataclasses import replace
@@ -61,7 +62,7 @@ def _before(stage: Stage, train: bool):
     if path is None:
         return _own(stage, train)
     if not path.startswith("stage:"):
-        return _from_folder(str(Path(path).expanduser()), section.get("model_revision") or "main")
+        return _from_folder(os.path.expanduser(path), section.get("model_revision") or "main")
     name = path.removeprefix("stage:").split("/")[0]
     folder = Path(resolve(f"stage:{name}", stage.folder.parent))
     if (folder / "config.json").is_file():

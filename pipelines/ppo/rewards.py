@@ -83,7 +83,8 @@ def from_adapter(policy, folder: str | Path):
         )
     config.inference_mode = False
     model = on_base_of(policy)
-    model.config._name_or_path = model.name_or_path = config.base_model_name_or_path
+    base = policy.get_base_model().name_or_path
+    model.config._name_or_path = model.name_or_path = config.base_model_name_or_path = base
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())  # bitsandbytes has Linear
     model = peft.get_peft_model(model, config)
     peft.set_peft_model_state_dict(model, weights)

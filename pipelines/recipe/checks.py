@@ -16,6 +16,7 @@ from pipelines.recipe.problems import SECRET, Problem
 from pipelines.recipe.stage import Recipe, Stage, references, section_class
 from pipelines.training import arguments, best_checkpoint
 
+NAME = 255  # bytes that a file system allows
 TOP_KEYS = {"output_dir", "seed", "stages"}
 
 # Keys that the chain sets itself, and keys that transformers 5 dropped: what to write instead.
@@ -66,12 +67,8 @@ def check_recipe(file: Path, tree: dict, problems: list[Problem], read_data: boo
         bad(key, f"unknown key{errors.meant(key, TOP_KEYS)}; a recipe has {', '.join(sorted(TOP_KEYS))}")
     for path, message in _secrets(tree, ""):
         bad(path, message)
-    output, wrong = tree.get("output_dir", f"runs/{file.stem}"), None
-    if not isinstance(output, str) or not output.strip() or "\0" in output:
-        wrong = "must name a folder (a folder of that name in your home: ~/NAME)"
-    elif Path(os.path.expanduser(output)).is_file():
-        wrong = "is a file: name a folder"
-    if wrong:
+    output = tree.get("output_dir", f"runs/{file.stem}")
+    if wrong := _no_folder(output):
         bad("output_dir", wrong, output)
         output = "runs"
     seed = tree.get("seed", 42)
@@ -90,6 +87,25 @@ def check_recipe(file: Path, tree: dict, problems: list[Problem], read_data: boo
         if stage:
             recipe.stages.append(stage)
     return recipe
+
+
+def _no_folder(output) -> str | None:
+    """Why a run cannot have this `output_dir`; None where it can."""
+    if not isinstance(output, str) or not output.strip() or "\0" in output:
+        return "must name a folder (a folder of that name in your home: ~/NAME)"
+    path = os.path.expanduser(output)
+    if path.startswith("~"):
+        return f"this machine has no home folder {path.split('/')[0]} (a folder of that name: ./{output})"
+    if any(len(os.fsencode(part)) > NAME for part in Path(path).parts):
+        return f"a folder's name has at most {NAME} bytes"
+    for above in (path, *map(str, Path(path).parents)):
+        if os.path.lexists(above):
+            return None if os.path.isdir(above) else f"{above} is {_what(above)}: name a folder"
+    return None
+
+
+def _what(path: str) -> str:
+    return "a file" if os.path.exists(path) else "a link to what is not there"
 
 
 def _check_stage(recipe, name, body, kinds, bad, read_data) -> Stage | None:

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from pipelines.recipe import schema
 from pipelines.recipe.stage import Stage, resolve
 
 Found = Iterator[tuple[str, str, object]]  # (key path below the stage, what is wrong, value)
-HUB_ID = r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?"
+HUB_ID = r"(?=.{1,96}$)[A-Za-z0-9_][\w.-]*(/[\w.-]+)?"
 TEMPLATES = ("chatml", "plain")  # chat templates that are there by name; any other is a path
 LORA = ("use_peft", "lora_", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")  # quantized only under adapters
 BITS4 = ("bnb_", "use_bnb_")
@@ -49,7 +50,7 @@ def problems(stage: Stage, kinds: dict[str, str]) -> Found:
     if path is None and config is None:
         message = "needs `model_name_or_path` (a hub id, a folder or stage:NAME) or, for a new model, `config`"
         yield "model", message, None
-    if template is not None and template not in TEMPLATES and not Path(resolve(template, Path())).is_file():
+    if template is not None and template not in TEMPLATES and not os.path.isfile(resolve(template, Path())):
         message = f"is neither {' nor '.join(TEMPLATES)} nor a file{meant(template, TEMPLATES)}"
         yield "model.chat_template", f"{message}; paths count from where the command is given", template
     yield from _adapter_keys(stage.kind, model)
@@ -86,10 +87,18 @@ def of_model(
             yield key, wrong, path
         return
     folder = Path(resolve(path, Path()))
-    if not folder.is_dir():
+    if not path.strip():
+        yield (
+            key,
+            "must name a model: a hub id, a folder or stage:NAME (the folder where the command is given: .)",
+            path,
+        )
+        return
+    if not os.path.isdir(folder):
         if path.startswith(("/", ".", "~")) or not re.fullmatch(HUB_ID, path):
-            what = "is a file, not the folder of a model" if folder.is_file() else "no such folder, and not a hub id"
-            yield key, what + ("" if folder.is_file() else " (name or owner/name) either"), path
+            file = os.path.isfile(folder)
+            what = "is a file, not the folder of a model" if file else "no such folder, and not a hub id"
+            yield key, what + ("" if file else " (name or owner/name) either"), path
         return
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         yield key, "this folder holds no model (no config.json)", path
@@ -184,7 +193,7 @@ def _tokenizer(stage: Stage, kinds: dict[str, str], key: str, path: str) -> Foun
             yield key, f"that stage is of kind {kind} and leaves no tokenizer", path
         return
     folder = Path(resolve(path, Path()))
-    if folder.is_dir():
+    if os.path.isdir(folder) and path.strip():
         files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
         if not any((folder / name).is_file() for name in files):
             yield key, "this folder holds no tokenizer (no tokenizer.json)", path
@@ -205,14 +214,14 @@ def _ready(stage: Stage) -> Found:
     path = resolve(model.get(key) or "stage:", Path())
     template = resolve(model.get("chat_template"), Path())
     if template and template not in TEMPLATES:
-        if not Path(template).is_file():
+        if not os.path.isfile(template):
             return  # reported already
         try:
             jinja2.Environment().parse(Path(template).read_text(encoding="utf-8"))
         except (jinja2.TemplateError, OSError, UnicodeDecodeError) as error:
             yield "model.chat_template", f"is no Jinja template: {error}", model["chat_template"]
             return
-    if (model.get(key) or "stage:").startswith("stage:") or not Path(path).is_dir() or model.get("trust_remote_code"):
+    if (model.get(key) or "stage:").startswith("stage:") or not os.path.isdir(path) or model.get("trust_remote_code"):
         return
     try:
         tokenizer = copy.deepcopy(_tokenizer_at(path))
@@ -334,7 +343,7 @@ def base_config(stage: Stage, path: str | None = None):
             earlier = stage.earlier.get(path.removeprefix("stage:").split("/")[0])
             return base_config(earlier) if earlier and "/" not in path else None
         folder = resolve(path, Path())
-        return config_of(folder) if Path(folder).is_dir() or hub.cached(path) else None
+        return config_of(folder) if os.path.isdir(folder) or hub.cached(path) else None
     except Exception:  # reported where the model itself is checked
         return None
 
@@ -424,7 +433,7 @@ def hub_ids(stage: Stage) -> list[tuple[str, str, str, str]]:
     """`(key path, id, revision, file that must be there)` of all models of a stage that are looked for on the hub."""
     found = []
     for key, path, file in _named(stage):
-        if re.fullmatch(HUB_ID, path) and not Path(path).is_dir():
+        if re.fullmatch(HUB_ID, path) and not os.path.isdir(path):
             pinned = stage.sections.get("model", {}).get("model_revision")
             found.append((key, path, pinned if pinned and key == "model.model_name_or_path" else "main", file))
     return found

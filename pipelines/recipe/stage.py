@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,10 +72,12 @@ def section_class(name: str) -> type:
 
 
 def resolve(value, root: Path):
-    """`stage:NAME` (or `stage:NAME/critic`) inside any value becomes the folder of that stage, `~/` the home folder."""
+    """`stage:NAME` (or `stage:NAME/critic`) inside any value becomes the folder of that stage, `~/` and `~user/` home
+    folders.
+    """
     if isinstance(value, str) and value.startswith("stage:"):
         return str(root / value.removeprefix("stage:"))
-    if isinstance(value, str) and value.startswith("~/"):
+    if isinstance(value, str) and re.match(r"~[\w.-]*/", value):
         return os.path.expanduser(value)
     if isinstance(value, list):
         return [resolve(v, root) for v in value]

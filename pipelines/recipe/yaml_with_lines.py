@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -41,9 +42,9 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(file: Path) -> tuple[dict, dict[str, int]]:
     """The recipe as plain values, and the line of every key path."""
-    if not file.is_file():
+    if not os.path.isfile(file):
         near = sorted(p.as_posix() for p in Path("recipes").glob("**/*.yaml"))
-        what = "is a folder: give the recipe's file" if file.is_dir() else "no such file"
+        what = "is a folder: give the recipe's file" if os.path.isdir(file) else "no such file"
         raise RecipeError(file, [Problem("", f"{what}{errors.meant(file.as_posix(), near)}")])
     try:
         if file.stat().st_size > BYTES:

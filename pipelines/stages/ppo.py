@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -311,7 +312,8 @@ def _on_base(path: str, section, policy):
 
     folder = Path(path) / "adapter"
     base = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path if folder.is_dir() else None
-    if base != section.model_name_or_path:
+    base = os.path.normpath(folder / base) if base and base.startswith("../") else base
+    if base is None or files.portable(base) != files.portable(section.model_name_or_path):
         raise ModelError(
             f"reward.share_base: {path} was trained {'from ' + base if base else 'without adapters'}, not as an "
             "adapter "

@@ -4,6 +4,8 @@ log entry.
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 import signal
 import sys
@@ -14,6 +16,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from pipelines import files, launch
 from pipelines.data import token_file
@@ -101,6 +104,16 @@ class _EpochOfStream(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = state.global_step / state.max_steps
+
+
+class _TensorBoard(TensorBoardCallback):
+    """Transformers' own, but it writes no place on this machine into its logs: they may be published (`push`)."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        shown = copy.copy(args)
+        shown.to_json_string = lambda: json.dumps(files.portable(args.to_dict()), indent=2)
+        kwargs.pop("model", None)  # whose config lies in the stage's folder
+        super().on_train_begin(shown, state, control, **kwargs)
 
 
 class Progress(TrainerCallback):
@@ -232,6 +245,8 @@ def fit(stage, trainer) -> None:
     stopper = _StopOnSignal()
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
+    if trainer.pop_callback(TensorBoardCallback) is not None:
+        trainer.add_callback(_TensorBoard())
     if not hasattr(trainer, "policy"):  # an update of PPO is many optimizer steps
         trainer.add_callback(_Size(stage))
     progress = Progress()

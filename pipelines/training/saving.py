@@ -30,7 +30,7 @@ def save(trainer, folder: Path, tokenizer) -> None:
         if PartialState().is_main_process:
             for name, model in parts.items():
                 if hasattr(model, "peft_config"):
-                    model.save_pretrained(folder / name / "adapter", selected_adapters=[model.active_adapter])
+                    adapters.save(model, folder / name / "adapter", folder.parent)
                     model = adapters.merge(model, tokenizer)
                 if model is not None:
                     model.save_pretrained(folder / name)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from tiny_words import WORDS
 
+from pipelines import files
 from pipelines.commands import evaluate
 from pipelines.errors import DataError, SetupError
 from pipelines.evaluation.figures import figures, table
 from pipelines.evaluation.metrics import preference_metrics
-from pipelines.evaluation.preferences import pair_figures
+from pipelines.evaluation.preferences import implicit_rewards, pair_figures
 from pipelines.models import chat_template
 from pipelines.recipe.problems import RecipeError
 from pipelines.recipe.recipe import load
@@ -228,3 +229,11 @@ def test_a_policy_of_dpo_is_its_own_reward_model(write, recipe, tiny_gpt2, tmp_p
     keys = {key.removeprefix("eval_"): value for key, value in metrics.items() if isinstance(value, float)}
     assert margin == pytest.approx(keys["margin"], abs=1e-4) and abs(margin) > 1e-3
     assert accuracy == pytest.approx(keys["accuracy"])
+
+
+def test_a_policy_of_dpo_whose_reference_is_nowhere_is_refused(tmp_path):
+    section = {"model_name_or_path": files.portable("/home/ada/models/gpt2")}
+    record = {"kind": "dpo", "sections": {"model": section}, "data": {}, "parents": {}}
+    files.write_json(tmp_path / files.FINISHED, {"kind": "dpo", "record": record})
+    with pytest.raises(SetupError, match=r"m: its reference is the folder …/gpt2 .*by a hub id, a relative path"):
+        implicit_rewards("m", str(tmp_path), None, None, None, [])
