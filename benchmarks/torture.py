@@ -643,7 +643,7 @@ def run() -> int:
     args, began = parse(), time.monotonic()
     os.environ |= ENVIRONMENT
     warm()
-    print(f"{' '.join(sys.argv)} --seed {args.seed}", flush=True)
+    print(" ".join(sys.argv), flush=True)
     counts = {key: getattr(args, key) for key in COUNTED}
     table = torture(args.worlds, counts, args.only, args.seed)
     print(f"\n{table}\n" + "\n".join(table.faults))
