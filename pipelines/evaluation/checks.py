@@ -16,6 +16,7 @@ NEEDS = {
     "labelled": "a sequence classifier",
     "preferences": "a reward model or what a stage of kind dpo made",
 }
+FILES = ("text", "labelled", "preferences", "pairs", "prompts", "rankings")  # keys that name one
 ALONE = {"labelled": "classifier", "preferences": "reward model"}  # what only models of another kind can do
 
 
@@ -49,13 +50,14 @@ def problems(section: dict):
     yield from ranges.problems(section, "evaluate")
     if section.get("tasks") and importlib.util.find_spec("lm_eval") is None:
         yield "tasks", "need lm-eval: pip install 'finetune-pipelines[evaluate]'", None
-    paths = [
-        (key, section[key])
-        for key in ("text", "labelled", "preferences", "pairs", "prompts", "rankings")
-        if section.get(key)
-    ]
+    paths = [(key, section[key]) for key in FILES if section.get(key)]
     paths += [("tasks", task) for task in section.get("tasks") or [] if task.endswith(".yaml")]
-    for key, path in paths:
+    named = [*paths, *((key, section[key]) for key in FILES if section.get(key) == "")]
+    named += [("tasks", task) for task in section.get("tasks") or []]
+    for key, path in named:
+        if not path.strip():
+            yield key, "is empty: name a file, or drop the key", path
+    for key, path in [(key, path) for key, path in paths if path.strip()]:
         local = path.endswith(".yaml") or sources.is_local(path)
         if local and not path.startswith("stage:") and not sources.files(path):
             yield key, f"no such file (looked in {Path.cwd()})", path

@@ -165,17 +165,16 @@ def save(model, folder: Path, run: Path) -> None:
     What it calls its base tells nothing of this machine: a hub id, a relative path as the recipe has it, the way from
     `folder` to another stage of the run, or of any other absolute path the name alone (see `loading.adapter_base`).
     """
-    model.save_pretrained(folder, selected_adapters=[model.active_adapter])
-    path = folder / "adapter_config.json"
-    config = files.read_json(path)
-    place = config["base_model_name_or_path"]
-    if not place:
-        return
+    base = model.get_base_model()
+    place = model.peft_config[model.active_adapter].base_model_name_or_path or base.name_or_path
     inside = Path(place).is_absolute() and Path(place).is_relative_to(run)
     name = os.path.relpath(place, folder) if inside else files.portable(place)
-    files.write_json(path, {**config, "base_model_name_or_path": name})
-    card = folder / files.CARD
-    files.write_text(card, card.read_text(encoding="utf-8").replace(place, name))
+    base.config._name_or_path = name  # for peft's model card
+    model.save_pretrained(folder, selected_adapters=[model.active_adapter])
+    config, card = folder / "adapter_config.json", folder / files.CARD
+    files.write_json(config, {**files.read_json(config), "base_model_name_or_path": name})
+    if place:
+        files.write_text(card, card.read_text(encoding="utf-8").replace(place, name))
 
 
 def structure(model):

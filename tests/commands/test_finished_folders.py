@@ -109,7 +109,7 @@ def read_only():
             bind = ["mount", "--bind", str(folder), str(folder)]
             if not shutil.which("mount") or subprocess.run(bind, capture_output=True).returncode:
                 pytest.skip("root may write everywhere, and this machine allows no mounts")
-            undo.append(lambda: subprocess.run(["umount", str(folder)], check=True))
+            undo.append(lambda: subprocess.run(["umount", "-l", str(folder)], check=True))
             subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
 
     yield read_only_
