@@ -14,6 +14,10 @@ MARKS = (
 )
 
 
+# gpt-oss writes one message after another, each in a channel (OpenAI's harmony format): thoughts are in `analysis`.
+CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
+
+
 def split(tokenizer, responses: list[list[int]]) -> tuple[list[str], list[bool]]:
     """The answers in `responses` (token ids) as text without their thoughts, and whether a thought was taken from each.
 
@@ -36,6 +40,16 @@ def opens_thought(tokenizer) -> bool:
 
 def _split(tokenizer, ids: list[int], always: bool) -> tuple[str, bool]:
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    channel, message = _token(tokenizer, CHANNEL), _token(tokenizer, MESSAGE)
+    if channel is not None and channel in ids:
+        at = len(ids) - 1 - ids[::-1].index(channel)  # of the last message
+        name, has_text, text = ids[at + 1 :], message in ids[at:], []
+        if has_text:
+            cut = at + ids[at:].index(message)
+            name, text = ids[at + 1 : cut], ids[cut + 1 :]
+        if decode(name).strip().startswith("analysis") or not has_text:
+            return "", True  # it broke off
+        return decode(text), ids.index(channel) < at
     for first, last in MARKS:  # where they are tokens, perhaps special ones, which a decoded text does not show
         begin, end = (_token(tokenizer, mark) for mark in (first, last))
         if end is not None and end in ids:

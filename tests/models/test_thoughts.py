@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from dialogue_families import tokenizer_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from pipelines.errors import TemplateError
 from pipelines.generation import answers
@@ -37,6 +37,27 @@ def test_nothing_of_a_thought_is_an_answer(thinking, text, answer, thought):
     words = tokenizer_of("chatml")  # one that has no token for the marks
     ((found,), (had,)) = thoughts.split(words, [words(text)["input_ids"]])
     assert (found.strip(), had) == (answer, thought)
+
+
+@pytest.mark.parametrize(
+    "text, answer, thought",
+    [
+        (
+            "<|channel|>analysis<|message|>2+2<|end|><|start|>assistant<|channel|>final<|message|>four<|return|>",
+            "four",
+            1,
+        ),
+        ("<|channel|>final<|message|>four<|return|>", "four", 0),
+        ("<|channel|>analysis<|message|>2+2 is", "", 1),
+        ("<|channel|>analysis<|message|>2+2<|end|><|start|>assistant<|channel|>fin", "", 1),
+    ],
+)
+def test_channels_of_harmony(text, answer, thought):
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.add_tokens(
+        [AddedToken(f"<|{n}|>", special=True) for n in "channel message start end return".split()], True
+    )
+    assert thoughts.split(tokenizer, [tokenizer(text)["input_ids"]]) == ([answer], [bool(thought)])
 
 
 def test_a_prompt_that_opens_the_thought():
