@@ -86,3 +86,6 @@ def configure_logging() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # bars are for long work; the trainers have theirs
     # TRL still sets gradient_checkpointing, which transformers renamed: nothing the user could do about it
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated")
+    # the stage's record has compared every setting; the Trainer takes a fraction (eval_steps: 0.1) for a change
+    same = lambda record: "do not match the ones in the `trainer_state.json`" not in record.getMessage()
+    logging.getLogger("transformers.trainer_utils").addFilter(same)
