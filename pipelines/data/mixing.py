@@ -22,7 +22,8 @@ def stream(
 ) -> Iterator[dict]:
     """Normalised rows of one side, one after the other, with `where`: weights and the validation fraction applied.
 
-    Columns that hold something and are not read are logged, and listed in `report["ignored_columns"]`.
+    Columns that hold something and are not read are logged, and listed in `report["ignored_columns"]`; rows that
+    `section["bad_rows"]` lets drop are logged and counted in `report["bad_rows"]`.
 
     Which rows are held out or left out by a weight depends only on the seed and the row itself (its prompt, where it
     has one), never on its place, so a growing file keeps its split and the same prompt is never on both sides.
@@ -32,11 +33,13 @@ def stream(
     for source in sources(section, origin):
         weight = float(source.get("weight", 1.0)) if side == "train" else 1.0
         ignored: set[str] = set()
+        bad = BadRows(section, report)
         for where, raw in read(source):
             try:
                 row = normalise(raw, kind, source.get("columns"), task, ignored)
             except DataError as error:
-                raise DataError(f"{where}: {error}") from None
+                bad.add(where, error)
+                continue
             if share and (_draw(row, seed, "split") < share) != (side == "validation"):
                 continue
             copies = int(weight)
@@ -45,6 +48,27 @@ def stream(
             for _ in range(copies):
                 yield {**row, "where": where}
         _note_ignored(ignored, source, report)
+        bad.note(source)
+
+
+class BadRows:
+    """The rows of a source that `data.bad_rows: drop` leaves out; without it the first is a `DataError`."""
+
+    def __init__(self, section: dict, report: dict):
+        self.drop, self.report = section.get("bad_rows") == "drop", report
+        self.count, self.first = 0, ""
+
+    def add(self, where: str, error: DataError) -> None:
+        """Count a row, or raise."""
+        if not self.drop:
+            raise DataError(f"{where}: {error}") from None
+        self.count, self.first = self.count + 1, self.first or f"{where}: {error}"
+
+    def note(self, source: dict) -> None:
+        """Log and record what was left out, once it is all known."""
+        if self.count:
+            logger.warning("%s: %d rows left out (bad_rows: drop); %s", source["path"], self.count, self.first)
+            self.report.setdefault("bad_rows", {})[source["path"]] = self.count
 
 
 def given(section: dict) -> list[str]:
@@ -99,7 +123,7 @@ def endless(section: dict, kind: str, seed: int, places: list[dict], report: dic
     order each time. `report` as in `stream`.
     """
     found, report = sources(section, "train"), {} if report is None else report
-    readers = [_again(source, kind, seed, place, report) for source, place in zip(found, places, strict=True)]
+    readers = [_again(source, kind, seed, place, report, section) for source, place in zip(found, places, strict=True)]
     weights = [float(source.get("weight", 1.0)) for source in found]
     while True:
         behind = max(range(len(found)), key=lambda i: weights[i] / (places[i].get("taken", 0) + 1))
@@ -113,22 +137,26 @@ def first_block(section: dict, kind: str, seed: int, size: int, report: dict | N
     return list(islice(endless(section, kind, seed, [{} for _ in sources(section, "train")], report), size))
 
 
-def _again(source: dict, kind: str, seed: int, place: dict, report: dict) -> Iterator[dict]:
+def _again(source: dict, kind: str, seed: int, place: dict, report: dict, section: dict) -> Iterator[dict]:
     ignored: set[str] = set()
     named = 0
     while True:
         epoch = place.setdefault("epoch", 0)
+        bad = BadRows(section, report)
         for where, raw in read(source, place, f"{seed}|{epoch}"):
             try:
                 row = normalise(raw, kind, source.get("columns"), None, ignored)
             except DataError as error:
-                raise DataError(f"{where}: {error}") from None
+                bad.add(where, error)
+                continue
+            place["good"] = True
             if len(ignored) > named:
                 named = len(ignored)
                 _note_ignored(ignored, source, report)
             yield {**row, "where": where}
-        if not place.get("rows"):
-            raise DataError(f"{source['path']}: no rows")
+        bad.note(source)
+        if not place.get("rows") or (bad.count and not place.get("good")):
+            raise DataError(f"{source['path']}: no rows" + f" that can be read; {bad.first}" * bool(bad.count))
         taken = place.get("taken", 0)
         place.clear()
         place |= {"epoch": epoch + 1, "taken": taken}

@@ -58,7 +58,10 @@ def _one_of_each_shape(stage: Stage) -> Iterator[tuple[str, dict]]:
                 continue
             try:
                 for where, raw in islice(read(source), TRIED if stage.data.get("streaming") else None):
-                    row = {**normalise(raw, KINDS[stage.kind].rows, source.get("columns")), "where": where}
+                    try:
+                        row = {**normalise(raw, KINDS[stage.kind].rows, source.get("columns")), "where": where}
+                    except DataError:
+                        continue  # reported, or dropped, where rows are read
                     if (shape := chat_template.shape(row)) not in seen:
                         seen.add(shape)
                         yield side, row

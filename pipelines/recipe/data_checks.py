@@ -59,7 +59,9 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
                     yield f"{at}", f"no such file (looked in {Path.cwd()})", source["path"]
                 elif read_rows:
                     limit = tried if side == "train" else None
-                    bad_rows = list(wrong_rows(source, rows, task, limit, seen[side]))
+                    bad_rows = list(
+                        wrong_rows(source, rows, task, limit, seen[side], section.get("bad_rows") == "drop")
+                    )
                     seen[side].whole &= not bad_rows
                     yield from ((at, message, None) for message in bad_rows)
             seen[side].whole &= not wrong and not source["path"].startswith("stage:") and is_local(source["path"])
@@ -220,10 +222,18 @@ def _wrong_keys(source: dict, known: dict, at: str) -> Iterator[tuple[str, str, 
 
 
 def wrong_rows(
-    source: dict, kind: str, task: dict | None = None, limit: int | None = None, seen: Seen | None = None
+    source: dict,
+    kind: str,
+    task: dict | None = None,
+    limit: int | None = None,
+    seen: Seen | None = None,
+    drop: bool = False,
 ) -> Iterator[str]:
-    """The first `SHOWN` bad rows of a source (of its first `limit` rows), and how many more there are."""
-    bad = count = 0
+    """The first `SHOWN` bad rows of a source (of its first `limit` rows), and how many more there are.
+
+    Where they are to `drop`, only that all are bad is wrong.
+    """
+    bad, count, first = 0, 0, ""
     try:
         for where, row in islice(read(source), limit):
             count += 1
@@ -231,6 +241,9 @@ def wrong_rows(
                 (seen or Seen()).add(where, normalise(row, kind, source.get("columns"), task))
             except DataError as error:
                 bad += 1
+                first = first or f"{where}: {error}"
+                if drop:
+                    continue
                 if bad <= SHOWN:
                     yield f"{where}: {error}"
                 if "no column" in str(error) and bad == 1 and count == 1:
@@ -238,7 +251,9 @@ def wrong_rows(
     except DataError as error:
         yield str(error)
         return
-    if bad > SHOWN:
+    if drop and bad == count > 0:
+        yield f"{source['path']}: none of {count} rows can be read; {first}"
+    elif bad > SHOWN and not drop:
         yield f"… and {bad - SHOWN} more bad rows in {source['path']} ({bad} of {count})"
     if count == 0:
         yield f"{source['path']}: no rows"

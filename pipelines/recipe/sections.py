@@ -64,6 +64,14 @@ class DataSection:
             "choices": ["drop", "truncate", "error"],
         },
     )
+    bad_rows: str = field(
+        default="error",
+        metadata={
+            "help": "Rows that cannot be read as what the stage learns from, such as two dialogues without a common "
+            "beginning: stop with an `error` that names the first, or `drop` them (counted, logged and recorded).",
+            "choices": ["error", "drop"],
+        },
+    )
     streaming: bool = field(
         default=False,
         metadata={
