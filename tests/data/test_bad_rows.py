@@ -36,7 +36,9 @@ def test_a_stream_drops_them_in_every_round_and_ends_where_all_are_bad(write):
 def test_check_knows(write, recipe, tiny_gpt2):
     mixed, bad = write("p.jsonl", [GOOD] * 8 + [BAD]), write("q.jsonl", [BAD, BAD])
     load_it = lambda path, **data: load(
-        recipe({"r": {**stage(path, **data), "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "chatml"}}})
+        recipe(
+            {"r": {**stage(path, **data), "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "chatml"}}}
+        )
     )
     load_it(mixed, bad_rows="drop")
     for path, data, words in (
