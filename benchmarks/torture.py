@@ -110,10 +110,10 @@ def recipe_of_all_kinds(folder: Path) -> dict:
     prompts = write("prompts.jsonl", [{"prompt": f"what colour is the {w} {i}"} for i, (w, _) in enumerate(facts[:32])])
     args = {
         "global_batch_size": 8,
-        "max_steps": 24,
-        "save_steps": 4,
-        "eval_steps": 8,
-        "logging_steps": 3,
+        "max_steps": 12,
+        "save_steps": 3,
+        "eval_steps": 6,
+        "logging_steps": 2,
         "learning_rate": 1e-3,
         "report_to": [],
     }
@@ -132,7 +132,7 @@ def recipe_of_all_kinds(folder: Path) -> dict:
     plain = {**base, "chat_template": "plain"}
     ppo = {
         **args,
-        "max_steps": 8,
+        "max_steps": 6,
         "save_steps": 2,
         "response_length": 6,
         "num_ppo_epochs": 1,
@@ -173,7 +173,7 @@ def recipe_of_all_kinds(folder: Path) -> dict:
             "kind": "sft",
             "model": plain,
             "data": with_(answers),
-            "args": {**args, "max_length": 32, "eval_steps": 4, "load_best_model_at_end": True},
+            "args": {**args, "max_length": 32, "eval_steps": 3, "load_best_model_at_end": True},
         },
         "reward": {"kind": "reward", "model": sft, "data": with_(pairs), "args": {**args, "max_length": 32}},
         "dpo": {"kind": "dpo", "model": sft, "data": with_(pairs), "args": {**args, "max_length": 32}},
