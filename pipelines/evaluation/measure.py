@@ -10,6 +10,7 @@ from functools import partial
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from tqdm import tqdm
 from transformers import AutoConfig
 
 from pipelines import files
@@ -173,7 +174,10 @@ def answered(name: str, model, tokenizer, rows: list[dict], seeds: list, tempera
             f"first: {str(prompts[min(short)])[:80]!r}. Lower the response length or drop these prompts."
         )
     how = {"temperature": temperature} if temperature else {"top_k": 1}
-    how |= {"keep_thoughts": settings.keep_thoughts, "tools": tools}
-    return generation_answers.answers(
-        model, tokenizer, prompts, seeds, response_length=response_length, batch_size=64, **how
-    )
+    how |= {"keep_thoughts": settings.keep_thoughts, "response_length": response_length, "batch_size": 64}
+    found, some = [], max(1, 512 // max(map(len, seeds), default=1))
+    silent = not PartialState().is_main_process
+    for start in tqdm(range(0, len(prompts), some), f"{name}: writing", disable=silent, unit=f" times {some} prompts"):
+        part = slice(start, start + some)
+        found += generation_answers.answers(model, tokenizer, prompts[part], seeds[part], tools=tools[part], **how)
+    return found

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from tqdm import tqdm
 from transformers import LogitsProcessorList
 
 from pipelines import IGNORE_INDEX
@@ -26,6 +27,7 @@ def load(path: str, auto_class: str = "AutoModelForCausalLM"):
     section = ModelSection(model_name_or_path=path, dtype="bfloat16" if half else None)
     model, tokenizer = loading.load_model(section, auto_class), loading.load_tokenizer(section)
     tokenizer_setup.fit_vocabulary(model, tokenizer)
+    length_as_asked(model)
     logger.info("%s: on %s, %s", path, device.type, loading.described(model))
     return model.to(device).eval(), tokenizer
 
@@ -105,7 +107,8 @@ def translations(
     state = PartialState()
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     mine, found = order[state.process_index :: state.num_processes], []
-    for start in range(0, len(mine), batch_size):
+    silent = not state.is_main_process
+    for start in tqdm(range(0, len(mine), batch_size), "writing", disable=silent, unit=" batches", mininterval=0.5):
         rows = mine[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [sources[i] for i in rows]}, return_tensors="pt").to(model.device)
         how = {"do_sample": False, "max_new_tokens": response_length}
@@ -126,6 +129,14 @@ def read_generated(tokenizer, ids):
     ids = np.where(ids == IGNORE_INDEX, tokenizer.pad_token_id, ids)
     texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     return texts, (ids == tokenizer.eos_token_id)[:, 1:].any(1)  # the first may be EOS: decoding may start with it
+
+
+def length_as_asked(model) -> None:
+    """Forget the `max_length` of the model's generation config: every answer's length is asked for, and transformers
+    warns of two.
+    """
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.max_length = None
 
 
 def end_tokens(model, tokenizer) -> list[int]:

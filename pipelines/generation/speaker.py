@@ -15,7 +15,7 @@ from transformers import TextStreamer, set_seed
 from pipelines import errors, files
 from pipelines.data.plain_text import tokenize
 from pipelines.errors import SetupError
-from pipelines.generation.answers import end_tokens
+from pipelines.generation.answers import end_tokens, length_as_asked
 from pipelines.models import chat_template, loading, tokenizer_setup
 
 
@@ -70,6 +70,7 @@ class Speaker:
         auto = "AutoModelForSeq2SeqLM" if self.translates else "AutoModelForCausalLM"
         model = loading.load_model(section, auto)
         tokenizer_setup.fit_vocabulary(model, self.tokenizer)
+        length_as_asked(model)
         self.model = model.to(device).eval()
         self.limit = None if self.translates else loading.positions(self.model)
         self.keeps = bool(self.tokenizer.chat_template) and not self.translates

@@ -4,6 +4,7 @@ alike.
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pipelines.evaluation import measure as evaluation_measure
 from pipelines.evaluation.figures import CLASSES, Items, confusion, figures, interval, matrices, table, wins
 from pipelines.evaluation.judges import judge, ranked_values
 from pipelines.generation.answers import translations
+from pipelines.generation.speaker import Settings, Speaker
 from pipelines.models import chat_template
 from pipelines.recipe.problems import RecipeError
 from pipelines.recipe.recipe import load
@@ -419,8 +421,9 @@ def test_generation_of_a_causal_model(write, tiny_gpt2):
     check_generation("gpt2", str(tiny_gpt2), write("p.jsonl", [{"messages": turns}, *rows[1:]]), texts, references)
 
 
-def test_generation_of_an_encoder_decoder_with_its_prefix(write, tiny_t5):
+def test_generation_of_an_encoder_decoder_with_its_prefix(write, tiny_t5, tmp_path, monkeypatch, capsys):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers.generation import utils
 
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(tiny_t5).eval(), AutoTokenizer.from_pretrained(tiny_t5)
     ids = [tokenizer(f"is it {source}")["input_ids"] for source in SOURCES]
@@ -436,6 +439,15 @@ def test_generation_of_an_encoder_decoder_with_its_prefix(write, tiny_t5):
         for size in (1, 8)
     )
     assert one == all_  # a text does not depend on those beside it
+    assert "writing: 100%" in capsys.readouterr().err
+    stage = tmp_path / "stage"  # whose config names a length, as our seq2seq stages leave it
+    shutil.copytree(tiny_t5, stage)
+    (stage / "generation_config.json").write_text(json.dumps({**model.generation_config.to_dict(), "max_length": 25}))
+    warned = []
+    monkeypatch.setattr(utils.logger, "warning", lambda text, *args: warned.append(text))
+    evaluation_measure.measure({"t": str(stage)}, EvaluateSection(pairs=write("p.jsonl", rows), response_length=6), 3)
+    Speaker(str(stage)).answer("the cat", Settings(max_new_tokens=4), str, str)
+    assert warned == []
 
 
 def test_the_demos_tasks_ask_what_no_stage_asks_and_are_what_the_script_makes(tmp_path):
