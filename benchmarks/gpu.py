@@ -11,6 +11,7 @@ is a process of its own with a time box; what fails or runs out of time is a row
     kinds      all trained kinds in bf16 on CUDA against the CPU in float32: losses, relative difference
     resume     killed in mid-training on CUDA, resumed: largest difference of the weights to an uninterrupted run
     talk       sample and chat on CUDA
+    fast       what is chosen on a GPU (docs/gpus.md) against the way of a CPU: gradients, tokens, seconds
     pretrain   GPT-2 124M: tokens/s and MFU (goal 45 %; llm.c reports 40.6 % on an H100, Karpathy 2024)
     sft        rows of uneven lengths, packed: useful tokens/s against TRL's packing and padding in the same process
     reward     rankings of 4: pairs/s against TRL's RewardTrainer on all pairs
@@ -39,6 +40,7 @@ BOXES = {  # seconds that a part may take on an H100-class card
     "kinds": 110,
     "resume": 60,
     "talk": 40,
+    "fast": 60,
     "pretrain": 75,
     "sft": 60,
     "reward": 50,
@@ -582,6 +584,83 @@ def reward(folder: Path, data: dict, tiny: bool) -> list[dict]:
     return [{"what": "reward: pairs/s, ours / all pairs padded as TRL", "value": value, "good": ratio > 2}]
 
 
+def inside_fast(tiny: bool) -> dict:
+    """What is chosen on a GPU beside the way of a CPU: packed attention, and decoding with CUDA graphs."""
+    import copy
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pipelines.generation.decode import generate
+    from pipelines.speed import fast_model, packed_attention, varlen
+    from pipelines.speed.packing import pack
+
+    device, draw, found = torch.device("cuda" if torch.cuda.is_available() else "cpu"), random.Random(0), {}
+    shape = SMALL["gpt2"] | {"n_positions": 1024} if tiny else SMOL
+    config = AutoConfig.for_model(**shape, vocab_size=1000, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(device)
+    packed_attention.enable_packed_attention(model)
+    fast_model.fast_model(model)
+    lengths = [draw.randint(3, 200 if tiny else 700) for _ in range(8 if tiny else 24)]
+    batch = pack([[draw.randrange(1, 1000) for _ in range(n)] for n in lengths])
+    batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    found["reason"] = varlen.why_not(device, torch.bfloat16)
+    norms = {}
+    for way in ("varlen", ""):
+        os.environ["PIPELINES_GPU_OFF"] = way
+
+        def step(_, model=model):
+            with torch.autocast(device.type, torch.bfloat16):
+                model(**batch, use_cache=False).loss.backward()
+
+        model.zero_grad()
+        step(None)
+        norms[way] = {name: p.grad.float().clone() for name, p in model.named_parameters() if p.grad is not None}
+        found["blocks" if way else "kernel"] = timed(step, [None] * (4 if tiny else 12), device)
+    found["apart"] = max(
+        ((a - b).norm() / b.norm()).item() for a, b in zip(norms[""].values(), norms["varlen"].values())
+    )
+    prompts = [[draw.randrange(1, 1000) for _ in range(draw.randint(3, 30))] for _ in range(4 if tiny else 64)]
+    how = {"max_new_tokens": 12 if tiny else 200, "eos_token_ids": [0], "seeds": list(range(len(prompts)))}
+    answers, model = {}, copy.deepcopy(model).eval()
+    for way in ("graphs,bf16_decoding", "graphs", ""):
+        os.environ["PIPELINES_GPU_OFF"] = way
+
+        def decode(_, way=way):
+            with torch.autocast(device.type, torch.bfloat16):
+                answers[way] = generate(model, prompts, **how)
+
+        found[way or "all"] = timed(decode, [None] * 3, device)
+    plain, ours = answers["graphs,bf16_decoding"], answers[""]
+    found["cast"] = answers["graphs"][0] == plain[0]
+    found["same"] = statistics.mean(a[:8] == b[:8] for a, b in zip(plain[0], ours[0], strict=True))
+    found["not recorded"] = vars(model).get("not_recorded", "")
+    return found
+
+
+def fast(folder: Path, data: dict, tiny: bool) -> list[dict]:
+    """The choices of docs/gpus.md: right beside the way of a CPU, and faster."""
+    found = child("fast", {"tiny": tiny}, 200)
+    speed = found["blocks"] / found["kernel"]
+    decoding = found["graphs,bf16_decoding"] / found["all"]
+    on_card = card()["device"] != "cpu"
+    return [
+        {
+            "what": "packed attention: largest difference of a gradient, varlen_attn / blocks",
+            "value": f"{found['apart']:.1%}" + (f" (blocks: {found['reason']})" if found["reason"] else ""),
+            "good": found["apart"] < 0.05 and not (on_card and found["reason"]),
+        },
+        {"what": "packed step: blocks / varlen_attn", "value": f"{speed:.2f}", "good": speed > 0.9},
+        {
+            "what": "decoding: answers whose first 8 tokens are the same with graphs and without",
+            "value": f"{found['same']:.0%} {found['not recorded']}".strip(),
+            "good": found["same"] > 0.8 and found["cast"] and not found["not recorded"],
+        },
+        {"what": "decoding: operator by operator / graphs", "value": f"{decoding:.2f}", "good": decoding > 0.9},
+    ]
+
+
 def random_model(folder: Path, shape: dict, tokenizer, half: bool = False) -> str:
     """A folder with a random model of this shape and the tokenizer beside it."""
     import torch
@@ -707,8 +786,8 @@ def card() -> dict:
     return {**found, "cuda": torch.version.cuda, "versions": versions(), "date": time.strftime("%Y-%m-%d")}
 
 
-PARTS = {f.__name__: f for f in (kinds, resume, talk, pretrain, sft, reward, ppo, qlora)}
-INSIDE = {"stage": stage_figures, "sft": inside_sft, "reward": inside_reward, "make": inside_make}
+PARTS = {f.__name__: f for f in (kinds, resume, talk, fast, pretrain, sft, reward, ppo, qlora)}
+INSIDE = {"stage": stage_figures, "fast": inside_fast, "sft": inside_sft, "reward": inside_reward, "make": inside_make}
 
 
 def main() -> int:

@@ -25,21 +25,45 @@ FAST = {
     "MALLOC_TOP_PAD_": "67108864",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+# Batches of packs are of a different size each: CUDA's allocator then keeps freed pieces that fit none of the next,
+# unless its segments can grow. The first name is PyTorch's since 2.9, the second the one before.
+ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+SEGMENTS = "expandable_segments:True"
 SWITCH = "PIPELINES_FAST_ENV"
+# What is chosen on a GPU where the recipe is silent (docs/gpus.md), each left out where this variable names it.
+OFF_ON_GPU = "PIPELINES_GPU_OFF"
+ON_GPU = ("expandable_segments", "tf32", "varlen", "graphs", "bf16_decoding", "bf16_frozen")
 ASKED = "PIPELINES_PROCESSES"  # how many processes `pipelines run --on` asked the launcher for
 CONFIGS = "accelerate_configs"
 
 
 def fast_environment() -> None:
-    """Start this process again with the allocator settings of `FAST`, once; `PIPELINES_FAST_ENV=0` switches it off."""
+    """Start this process again with the allocator settings of `FAST`, once; `PIPELINES_FAST_ENV=0` switches it off.
+
+    Where an NVIDIA GPU is here, its allocator too is set, before PyTorch reads the variable.
+    """
     if os.environ.get(SWITCH, "1") != "1" or not sys.platform.startswith("linux"):
         return
     os.environ[SWITCH] = "set"
+    if any(Path("/dev").glob("nvidia[0-9]*")) and os.environ.keys().isdisjoint(ALLOCATORS):
+        with contextlib.suppress(SetupError):  # of a misspelt choice: `start` raises it
+            if chosen_on_gpu("expandable_segments"):
+                os.environ |= dict.fromkeys(ALLOCATORS, SEGMENTS)
     missing = {k: v for k, v in FAST.items() if k not in os.environ}
     if missing:
         os.environ |= missing
         with contextlib.suppress(OSError):  # where this user may not start Python: slower, and nothing else
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def chosen_on_gpu(choice: str) -> bool:
+    """Whether `choice`, one of `ON_GPU`, is not switched off by the variable `OFF_ON_GPU` ("all", or some of them)."""
+    off = set(os.environ.get(OFF_ON_GPU, "").replace(",", " ").split())
+    if unknown := sorted(off - {*ON_GPU, "all"}):
+        raise SetupError(
+            f"{OFF_ON_GPU}: no {unknown[0]!r}{meant(unknown[0], ON_GPU)}; there are {', '.join(ON_GPU)}, all"
+        )
+    return off.isdisjoint((choice, "all"))
 
 
 def start(timeout: float = 1800):
@@ -70,6 +94,7 @@ def start(timeout: float = 1800):
             "model without a word. Use `accelerate launch --config_file accelerate_configs/cpu_2.yaml`."
         )
     asked, how = asked_world()
+    chosen_on_gpu("all")  # raises for a choice that does not exist
     if state.num_processes != asked:
         raise WorldError(
             f"{asked} processes were asked for ({how}), but this run sees {state.num_processes}. On CPU use "
@@ -84,6 +109,9 @@ def start(timeout: float = 1800):
         if state.is_main_process:
             said = " ".join(FAST) + (f", {threads} threads per process" if threads else "")
             logger.info("fast environment: %s (switch off with %s=0)", said, SWITCH)
+            if not on_cpu:
+                memory = next((os.environ[name] for name in ALLOCATORS if name in os.environ), "PyTorch's defaults")
+                logger.info("memory of the GPU: %s (switch off with %s=expandable_segments)", memory, OFF_ON_GPU)
     return state
 
 

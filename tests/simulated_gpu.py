@@ -28,7 +28,7 @@ import torch._dynamo  # reads, once, which functions torch has: before they are 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 PACKAGE = str(Path(__file__).parents[1] / "pipelines") + "/"
@@ -79,6 +79,7 @@ class SimulatedGPU(TorchDispatchMode):
         self.counts = collections.defaultdict(collections.Counter)
         self.places = collections.defaultdict(collections.Counter)
         self.phases = ["other"]
+        self.tape = None  # what is computed while a CUDA graph is recorded
 
     @contextlib.contextmanager
     def phase(self, name: str):
@@ -102,6 +103,8 @@ class SimulatedGPU(TorchDispatchMode):
 
     def count(self, kind: str) -> None:
         """One more of "wait" or "copy", at the line of the project that is running."""
+        if self.tape is not None:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         self.counts[self.phases[-1]][kind] += 1
         frames = [f for f in traceback.extract_stack(limit=80) if "simulated_gpu" not in f.filename]
         ours = [f for f in frames if f.filename.startswith(PACKAGE)]
@@ -124,6 +127,8 @@ class SimulatedGPU(TorchDispatchMode):
             if base not in VIEWS:
                 self.counts[self.phases[-1]]["operators"] += 1
         out = func(*args, **kwargs)
+        if there and self.tape is not None:
+            self.tape.append((func, args, kwargs, None if base in VIEWS else out))
         if there and base not in ("copy", "_foreach_copy"):
             for x in pytree.tree_leaves(out):
                 if isinstance(x, torch.Tensor):
@@ -146,6 +151,39 @@ class SimulatedGPU(TorchDispatchMode):
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
                 f"(in {func}; a CPU tensor of shape {tuple(x.shape)})"
             )
+
+
+class Graph:
+    """In `torch.cuda.CUDAGraph`'s place: what was computed is computed again, into the same tensors.
+
+    A real one computes nothing while it is recorded; this one does, and nothing the first time it is replayed.
+    """
+
+    def __init__(self, gpu: SimulatedGPU):
+        self.gpu, self.tape, self.replays = gpu, [], 0
+
+    @contextlib.contextmanager
+    def record(self, **_):
+        """What `torch.cuda.graph` does around the lines that are recorded."""
+        self.gpu.tape = self.tape
+        try:
+            yield
+        finally:
+            self.gpu.tape = None
+
+    def replay(self) -> None:
+        """All of it again: one launch."""
+        self.replays += 1
+        self.gpu.counts[self.gpu.phases[-1]]["operators"] += 1
+        self.gpu.counts[self.gpu.phases[-1]]["replays"] += 1
+        if self.replays == 1:
+            return
+        with _disable_current_modes():
+            for func, args, kwargs, before in self.tape:
+                out = func(*args, **kwargs)
+                for old, new in zip(pytree.tree_leaves(before), pytree.tree_leaves(out), strict=before is not None):
+                    if isinstance(old, torch.Tensor) and old is not new:
+                        old.copy_(new)
 
 
 def _is_cuda(device) -> bool:
@@ -202,6 +240,10 @@ def _fake_cuda(monkeypatch, gpu: SimulatedGPU, bf16: bool, devices: int) -> None
         "get_device_name": lambda *_: card.name,
         "is_current_stream_capturing": lambda: False,
         "mem_get_info": lambda *_: (70 * 2**30, 80 * 2**30),
+        "CUDAGraph": lambda: Graph(gpu),
+        "graph": lambda graph, **how: graph.record(**how),
+        "current_stream": lambda *_: None,
+        "set_stream": nothing,
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
         "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)] * devices,
     }

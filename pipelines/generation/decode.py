@@ -7,6 +7,7 @@ prompts beside it in the batch, nor on how many processes share the work, nor on
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -17,8 +18,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicLayer
 
+from pipelines import launch
+from pipelines.generation import fixed_step
 from pipelines.speed import packed_attention
 from pipelines.speed.cpu_products import packed_products
+from pipelines.speed.half_products import half_products
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +55,7 @@ def generate(
     responses: list = [None] * len(prompts)
     logprobs: list = [None] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with packed_products(model):
+    with packed_products(model), half_where_it_pays(model):
         for start in range(0, len(prompts), batch_size):
             rows = by_length[start : start + batch_size]
             draw = Sampler(uniforms([seeds[i] for i in rows], max_new_tokens), temperature, top_k, top_p)
@@ -76,8 +80,8 @@ class Sampler:
     def __init__(self, uniforms: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
         self.uniforms, self.temperature, self.top_k, self.top_p = uniforms, temperature, top_k, top_p
 
-    def __call__(self, logits: Tensor, step: int, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Tokens (b,) and their log-probs (b,) from logits (b, V) of the batch's `rows` at `step`."""
+    def __call__(self, logits: Tensor, step: int | Tensor, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Tokens (b,) and their log-probs (b,) of logits (b, V) of the `rows` at `step`, perhaps a tensor (1,)."""
         self.uniforms = self.uniforms.to(logits.device)
         probabilities = torch.softmax(logits.float() / self.temperature, -1)
         kept = truncate(probabilities, self.top_k, self.top_p)
@@ -160,7 +164,8 @@ def lean_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sample
 
     What `generate` of transformers does, less what costs: keys and values are written into buffers that never
     grow, rows that have ended are dropped as soon as they are a quarter of the batch, and nothing but the
-    last logits is computed. On an accelerator the host waits for it every `CHECK` tokens and once at the end.
+    last logits is computed. On an accelerator the host waits for it every `CHECK` tokens and once at the end. On a GPU
+    the step behind the first is recorded and replayed (`fixed_step`).
     """
     device, room = model.device, max(map(len, prompts)) + max_new_tokens
     ids, mask = left_padded(prompts, device)
@@ -169,6 +174,10 @@ def lean_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sample
     config = model.config.get_text_config()
     every = 1 if device.type == "cpu" else CHECK
     masks = device.type != "cpu" and takes_ready_masks(config)
+    reason = fixed_step.obstacle(model, masks)
+    if reason and device.type != "cpu":
+        fixed_step.log_eager(type(model).__name__, reason)
+    fixed, keys, fewer = None, 0, 3 if reason else 2  # recording costs more than a row too many
     wide = device.type == "cpu" and config._attn_implementation == packed_attention.NAME
     cache = Cache(layers=[KVBuffer(room, wide) for _ in range(config.num_hidden_layers)])
     ends = torch.tensor(list(eos_token_ids), device=device)
@@ -178,29 +187,55 @@ def lean_decode(model, prompts, max_new_tokens: int, eos_token_ids, draw: Sample
     ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         seen = room - max_new_tokens + step
-        output = model(
-            input_ids=ids,
-            attention_mask=ready_mask(mask[:, :seen], ids.shape[1]) if masks else mask[:, :seen],
-            position_ids=position,
-            use_cache=True,
-            logits_to_keep=1,
-            **{cache_argument(model): cache},
-        )
-        chosen, logprob = draw(output.logits[:, -1], step, rows)
-        tokens[rows, step], logprobs[rows, step] = chosen, logprob
-        ended |= torch.isin(chosen, ends)
-        ids, position = chosen[:, None], position[:, -1:] + 1
+        if step and reason is None:
+            if fixed is None or seen > keys:
+                keys = min(-(-seen // fixed_step.KEYS) * fixed_step.KEYS, room)
+                place, at = (torch.full((1,), x, device=device) for x in (seen - 1, step))
+                for layer in cache.layers:
+                    layer.fix(place, keys)
+                kept = (mask, place, at, rows, ended, tokens, logprobs, ends, keys, {cache_argument(model): cache})
+                fixed = fixed_step.Recorded(model, draw, fixed_step.State(ids, position, *kept))
+            fixed()
+        else:
+            output = model(
+                input_ids=ids,
+                attention_mask=ready_mask(mask[:, :seen], ids.shape[1]) if masks else mask[:, :seen],
+                position_ids=position,
+                use_cache=True,
+                logits_to_keep=1,
+                **{cache_argument(model): cache},
+            )
+            chosen, logprob = draw(output.logits[:, -1], step, rows)
+            tokens[rows, step], logprobs[rows, step] = chosen, logprob
+            ended |= torch.isin(chosen, ends)
+            ids, position = chosen[:, None], position[:, -1:] + 1
         if (step + 1) % every or step + 1 == max_new_tokens:
             continue
         left = [row for row, gone in enumerate(ended.tolist()) if not gone]
         if not left:
             break
-        if len(left) * 4 <= len(rows) * 3:
-            left = torch.tensor(left, device=device)
+        if len(left) * 4 <= len(rows) * fewer:
+            left, fixed = torch.tensor(left, device=device), None
             cache.batch_select_indices(left)
             ids, position, mask, rows, ended = (x[left] for x in (ids, position, mask, rows, ended))
     found = torch.stack([tokens.double(), logprobs.double()]).cpu()  # both at once: exact, and one wait
     return found[0].long(), found[1].float()
+
+
+def half_where_it_pays(model):
+    """On a GPU, under autocast to bfloat16: `half_products`."""
+    kind = model.device.type
+    cast = kind == "cuda" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    if not cast or not launch.chosen_on_gpu("bf16_decoding"):
+        return contextlib.nullcontext()
+    _log_half(type(model).__name__)
+    return half_products(model)
+
+
+@functools.cache
+def _log_half(architecture: str) -> None:
+    text = "%s is decoded from bfloat16 copies of its linear maps (switch off with %s=bf16_decoding)"
+    logger.info(text, architecture, launch.OFF_ON_GPU)
 
 
 def takes_ready_masks(config) -> bool:
@@ -232,6 +267,14 @@ class KVBuffer(DynamicLayer):
     def __init__(self, room: int, wide: bool = False):
         super().__init__()
         self.room, self.wide, self.used, self.buffers = room, wide, 0, None
+        self.place, self.keys = None, 0  # see `fix`
+
+    def fix(self, place: Tensor, keys: int) -> None:
+        """From now on a new key is written at `place`, (1,) on the device, and `update` returns the first `keys`."""
+        if self.place is None:
+            for buffer in self.buffers:
+                buffer[:, :, self.used :] = 0.0  # masked, they are multiplied by 0 all the same
+        self.place, self.keys = place, keys
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append (b, heads, new, d) each; returns all so far as views of the buffers."""
@@ -241,6 +284,10 @@ class KVBuffer(DynamicLayer):
                 for x in (key_states, value_states)
             ]
             self.is_initialized = True
+        if self.place is not None:
+            for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+                buffer.index_copy_(2, self.place, new.to(buffer.dtype))
+            return tuple(buffer[:, :, : self.keys] for buffer in self.buffers)
         begin, self.used = self.used, self.used + key_states.shape[2]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, begin : self.used] = new
@@ -252,7 +299,8 @@ class KVBuffer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows (ascending), moved to the front of the same buffers."""
         for i, buffer in enumerate(self.buffers):
-            buffer[: len(indices), :, : self.used] = buffer[indices, :, : self.used]
+            used = self.used if self.place is None else self.room
+            buffer[: len(indices), :, :used] = buffer[indices, :, :used]
             self.buffers[i] = buffer[: len(indices)]
 
 

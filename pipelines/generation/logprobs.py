@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipelines.errors import CannotPack
 from pipelines.speed.fast_model import fast_gelu, float32_head
-from pipelines.speed.fused_head import linear_logprobs
+from pipelines.speed.fused_head import in_head, linear_logprobs
 from pipelines.speed.packed_attention import NAME, enable_packed_attention
 from pipelines.speed.packing import alike, pack, pack_branches
 
@@ -175,10 +175,13 @@ def token_logprobs(
     model = plain_model(model)
     if has_plain_head(model):
         head = model.get_output_embeddings()
-        hidden, bias = states_of(model, batch) if hidden is None else hidden, getattr(head, "bias", None)
-        small = len(hidden) * len(head.weight) <= KEPT and torch.is_grad_enabled()
-        keep = small and not grad_entropy
-        return linear_logprobs(hidden, head.weight, batch["labels"], bias, temperature, entropy, keep)
+        hidden = states_of(model, batch) if hidden is None else hidden
+
+        def found(hidden, weight, bias):
+            keep = len(hidden) * len(weight) <= KEPT and torch.is_grad_enabled() and not grad_entropy
+            return linear_logprobs(hidden, weight, batch["labels"], bias, temperature, entropy, keep)
+
+        return in_head(head, found, hidden)
     if "cu_seq_lens_q" in batch["inputs"]:
         logits = model(**batch["inputs"], logits_to_keep=batch["states"]).logits[0].float() / temperature
     else:
@@ -192,18 +195,17 @@ def token_logprobs(
 def has_plain_head(model: nn.Module) -> bool:
     """Whether logits are just the output embedding applied to the last hidden state (no soft-capping …).
 
-    Found out once per model on four tokens, whatever its config says. A head that ZeRO-3 has cut up can only
-    be reached through the model.
+    Found out once per model on four tokens, whatever its config says.
     """
     head = model.get_output_embeddings()
-    if hasattr(head.weight, "ds_id"):
-        return False
     if not hasattr(model, "_has_plain_head"):
-        ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+        weight = model.get_input_embeddings().weight
+        vocabulary = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 has cut it up
+        ids = torch.arange(4, device=model.device)[None] % vocabulary
         own = model(input_ids=ids, use_cache=False).logits.float()
         ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
         near = torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
-        model._has_plain_head = type(head) is nn.Linear and near
+        model._has_plain_head = isinstance(head, nn.Linear) and head.weight.is_floating_point() and near
         if not model._has_plain_head:
             logger.warning("%s: log-probs from its own logits (slower, more memory).", type(model).__name__)
     return model._has_plain_head

@@ -12,6 +12,7 @@ import peft
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
 
+from pipelines import launch
 from pipelines.generation.logprobs import KEPT
 from pipelines.planning import costs, devices
 from pipelines.planning.anatomy import activations, examine
@@ -198,8 +199,8 @@ class Planner:
             out,
             activations=out.activations + (self.traced("critic", setup) if "critic" in job.models else 0.0),
             critic=critic.total - critic.buffers,
-            reference=0.0 if setup.lora else self.states("model", setup, trained=False).weights,
-            rewards=sum(self.states(name, setup, trained=False).weights for name in scorers),
+            reference=0.0 if setup.lora else self.frozen("model", setup),
+            rewards=sum(self.frozen(name, setup) for name in scorers),
             kv_cache=self.cache(setup),
             rollouts=self.rollouts(setup),
         )
@@ -222,19 +223,35 @@ class Planner:
         share = math.ceil(max(self.per_step(setup), 64) / setup.world)
         return min(setup.rollout, share)
 
+    def halved(self, name: str, setup: Setup, choice: str) -> float:
+        """Bytes of `name`'s linear maps in bf16, where autocast on a GPU would cast them for each product; else 0."""
+        autocast = setup.gpu and setup.bf16 and setup.size == 4 and not setup.sharded
+        if not autocast or not launch.chosen_on_gpu(choice):
+            return 0.0
+        a = self.anatomy(name)
+        return 2.0 * ((0 if setup.quantize else a.linear) + a.vocabulary * a.hidden)
+
+    def frozen(self, name: str, setup: Setup) -> float:
+        """Bytes of a reference or reward model: its linear maps in bf16 where the policy trains in it on a GPU."""
+        weights, a = self.states(name, setup, trained=False).weights, self.anatomy(name)
+        half = 0.0 if self.shares_base else self.halved(name, replace(setup, quantize=False), "bf16_frozen")
+        copied = 4.0 * a.vocabulary * a.hidden if half and a.tied else 0.0  # a head that shares the embeddings' weights
+        return weights - half + copied
+
     def cache(self, setup: Setup) -> float:
-        """KV cache of the answers that are decoded at once."""
+        """KV cache of the answers that are decoded at once, allocated for their full length."""
         a, tokens = self.anatomy("model"), self.decoded(setup) * (self.job.longest + self.job.target)
         return costs.kv_cache(tokens, a.layers, a.kv, setup.compute)
 
     def rollouts(self, setup: Setup) -> float:
-        """What scoring the answers of one batch takes beside weights and cache, and sampling's float32
-        probabilities.
+        """What scoring the answers of one batch takes beside weights and cache, sampling's float32 probabilities, and
+        the weights that are held in bf16 for decoding.
         """
         a, rows = self.anatomy("model"), self.decoded(setup)
         tokens, answers = rows * (self.job.longest + self.job.target), rows * self.job.target
-        chunk = self.chunk(setup) if a.fusable and setup.strategy not in costs.SHARDED else answers
+        chunk = self.chunk(setup) if a.fusable else answers
         sampling = 3 * rows * a.vocabulary * 4
+        sampling += self.halved("model", setup, "bf16_decoding")
         return sampling + costs.scoring(tokens, a.widest, answers, a.vocabulary, chunk, setup.compute)
 
     def chunk(self, setup: Setup) -> int:
@@ -261,7 +278,7 @@ class Planner:
             return costs.full_logits(hidden, a.vocabulary, size, tied)
         if kind == "ppo":
             tokens = rows * self.job.target
-        if setup.strategy in costs.SHARDED or not a.fusable:
+        if not a.fusable:
             return costs.full_logits(tokens, a.vocabulary, size, tied)
         chunk = self.chunk(setup)
         wide = chunk if setup.gpu else fused_head.CPU_WIDE_ROWS

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import types
 from pathlib import Path
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trl.models import prepare_deepspeed
 
+from pipelines import launch
 from pipelines.generation.logprobs import plain_model, states_of, token_logprobs, token_values
+from pipelines.models.scorers import Classifier
 from pipelines.speed.fast_model import float32_head
+from pipelines.speed.half_products import hold_half
+
+logger = logging.getLogger(__name__)
 
 
 class ValueHead(nn.Module):
@@ -55,6 +62,11 @@ def place_frozen(model: nn.Module, accelerator) -> nn.Module:
         return prepare_deepspeed(model, accelerator).module
     if runs_on_fsdp(accelerator):
         return shard_frozen(model, accelerator)
+    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())  # on the base of another model
+    on_gpu, bf16 = accelerator.device.type == "cuda", accelerator.mixed_precision == "bf16"
+    if on_gpu and bf16 and not adapted and launch.chosen_on_gpu("bf16_frozen"):
+        hold_half(model.model if isinstance(model, Classifier) else model)
+        logger.info("%s, frozen: the weights of its products are held in bfloat16", type(model).__name__)
     return model.to(accelerator.device).eval()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from trl.import_utils import is_vllm_available
 from trl.models import unwrap_model_for_generation
 
 from pipelines.errors import SetupError
@@ -29,6 +31,8 @@ from pipelines.ppo import checks
 from pipelines.ppo.config import PPOConfig, has_critic
 from pipelines.ppo.policy_and_critic import PolicyAndCritic, ValueHead, place_frozen, runs_on_fsdp
 from pipelines.ppo.rewards import read_anew
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -182,6 +186,8 @@ class RolloutMaker:
         self.args, self.accelerator, self.policy, self.ref_model = args, accelerator, policy, ref_model
         self.scorer, self.eos_token_ids, self.vllm = scorer, eos_token_ids, vllm
         self.packed, self.share = packed, share
+        if vllm is None and accelerator.device.type == "cuda" and is_vllm_available():
+            logger.info("vLLM is installed here: with args.use_vllm: true it would sample the answers, faster")
         self.decoder = None
         if runs_on_fsdp(accelerator):  # see `_whole_policy`; its weights come with each rollout, its buffers are there
             self.decoder = copy.deepcopy(policy).eval()
@@ -335,8 +341,6 @@ def vllm_engine(policy, tokenizer, accelerator: Accelerator, args: PPOConfig, lo
 
     `longest` is the length of the longest prompt in tokens.
     """
-    from trl.import_utils import is_vllm_available
-
     if not is_vllm_available():
         raise SetupError("use_vllm: vLLM is not installed here: `pip install trl[vllm]` (NVIDIA GPUs), or leave it out")
     from trl.generation.vllm_generation import VLLMGeneration  # needs vLLM

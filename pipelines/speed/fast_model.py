@@ -10,7 +10,7 @@ import types
 import torch
 from transformers import masking_utils
 
-from pipelines.speed.fused_head import linear_cross_entropy
+from pipelines.speed.fused_head import in_head, linear_cross_entropy
 
 logger = logging.getLogger(__name__)
 
@@ -37,22 +37,31 @@ def _why_not_fused(model) -> str | None:
             return f"its config sets {name}"
     if model.base_model is model:
         return "it has no separate backbone"
-    if any(hasattr(p, "ds_id") for p in model.parameters()) or _sharded(head):
-        return "its weights are sharded over processes"
     if head.weight.device.type == "meta":
         return "its weights are not loaded yet"
-    # Anything else a forward may do between backbone and logits shows on four tokens.
-    ids = torch.arange(4, device=head.weight.device)[None] % head.weight.size(0)
+    if _in_shards(model):
+        return None  # asked again when it first computes, see `_fuse`
+    with attention_for_any_device(config):
+        return _why_not_plain(model, model.forward, head.weight.device, head.weight.size(0))
+
+
+def _in_shards(model) -> bool:
+    """Whether ZeRO-3 has cut up the weights."""
+    return any(hasattr(weight, "ds_id") for weight in model.parameters())
+
+
+@torch.no_grad()
+def _why_not_plain(model, own_forward, device, vocabulary: int, slack: float = 1e-3) -> str | None:
+    """Whatever else a forward does between backbone and logits shows on four tokens; or None."""
+    ids, head = torch.arange(4, device=device)[None] % vocabulary, model.get_output_embeddings()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    with torch.no_grad(), attention_for_any_device(config):
-        own = model(input_ids=ids, use_cache=False).logits.float()
-        ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    own = own_forward(input_ids=ids, use_cache=False).logits.float()
+    ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
     for module, training in modes:
         module.training = training
-    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item()):
-        return "its logits are not head(last hidden states)"
-    return None
+    near = own.shape == ours.shape and torch.allclose(own, ours, rtol=slack, atol=slack * own.abs().max().item())
+    return None if near else "its logits are not head(last hidden states)"
 
 
 @contextlib.contextmanager
@@ -87,13 +96,6 @@ def float32_linear(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
 
-def _sharded(head: torch.nn.Linear) -> bool:
-    """Whether ZeRO-3 or a DTensor (FSDP2, tensor parallel) holds only part of the head here and now."""
-    from torch.distributed.tensor import DTensor
-
-    return hasattr(head.weight, "ds_id") or isinstance(head.weight, DTensor)
-
-
 def fuse_loss(model) -> bool:
     """Let `model(..., labels=...)` compute its loss with `linear_cross_entropy`; its `logits` are None then.
 
@@ -111,40 +113,57 @@ def fuse_loss(model) -> bool:
         reason = _why_not_fused(model)
         model.loss_is_fused = reason is None
         if reason:
-            logger.warning("%s keeps its own loss (slower, more memory): %s.", type(model).__name__, reason)
+            _log_own_loss(type(model).__name__, reason)
         else:
             _fuse(model)
     return model.loss_is_fused
+
+
+def _log_own_loss(architecture: str, reason: str) -> None:
+    logger.warning("%s keeps its own loss (slower, more memory): %s.", architecture, reason)
+
+
+@torch.compiler.disable  # with `torch_compile: true` the backbone is compiled around it: chunks would only recompile
+def _loss_in_head(head: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, divisor, on_host) -> torch.Tensor:
+    targets = None if on_host is None else on_host.targets
+
+    def loss(hidden, weight, bias):
+        return linear_cross_entropy(hidden, weight, labels, bias, divisor=divisor, targets=targets)
+
+    return in_head(head, loss, hidden)
 
 
 def _fuse(model) -> None:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     model.unfused_forward = model.forward  # an attribute, so that deepcopy binds it to the copy
-    # With `torch_compile: true` the backbone is compiled around it: chunks of varying size only recompile.
-    cross_entropy = torch.compiler.disable(linear_cross_entropy)
+    model.is_plain = not _in_shards(model)  # whether that is known, see `_why_not_plain`
 
     @functools.wraps(type(model).forward)  # Trainer and generate read the signature
     def forward(self, *args, labels=None, num_items_in_batch=None, **kwargs):
         head = self.get_output_embeddings()
         elsewhere = kwargs.get("fused_lm_head") or kwargs.get("output_router_logits")
         elsewhere = elsewhere or kwargs.get("shift_labels") is not None
-        # PEFT may have wrapped the head, FSDP2 or ZeRO-3 may have sharded it since
-        if labels is None or elsewhere or type(head) is not torch.nn.Linear or _sharded(head):
+        if labels is not None and not self.is_plain:
+            self.is_plain, vocabulary = True, self.config.get_text_config().vocab_size
+            reason = _why_not_plain(self, self.unfused_forward, labels.device, vocabulary, 5e-2)  # perhaps in bfloat16
+            self.loss_is_fused = reason is None
+            if reason:
+                _log_own_loss(type(self).__name__, reason)
+        # PEFT may have wrapped the head since
+        if labels is None or elsewhere or not self.loss_is_fused or not isinstance(head, torch.nn.Linear):
             extra = {"labels": labels, "num_items_in_batch": num_items_in_batch}
             return self.unfused_forward(*args, **{k: v for k, v in extra.items() if v is not None}, **kwargs)
         kwargs["use_cache"] = False  # nothing generates from a forward with labels
         kwargs.pop("return_dict", None), kwargs.pop("logits_to_keep", None)
-        targets = kwargs["on_host"].targets if "on_host" in kwargs else None
+        on_host = kwargs.get("on_host")
         alone = head.weight.device.type != "cpu" and kwargs.get("position_ids") is None
         with one_sequence_per_row(self.base_model) if alone else contextlib.nullcontext():
             out = self.base_model(*args, **kwargs)
         hidden, labels = out.last_hidden_state[:, :-1], labels[:, 1:]
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(hidden.device)
-        loss = cross_entropy(
-            hidden, head.weight, labels.to(hidden.device), head.bias, divisor=num_items_in_batch, targets=targets
-        )
+        loss = _loss_in_head(head, hidden, labels.to(hidden.device), num_items_in_batch, on_host)
         return CausalLMOutputWithPast(
             loss=loss, hidden_states=out.get("hidden_states"), attentions=out.get("attentions")
         )
@@ -167,6 +186,22 @@ def one_sequence_per_row(backbone):
     finally:
         masking_utils.find_packed_sequence_indices = find
         del vars(backbone)[warn]
+
+
+@contextlib.contextmanager
+def masks_made(device: torch.device):
+    """Within it padding is masked without a look at whether there is any, for which an accelerator had to be waited."""
+    names = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa") if device.type != "cpu" else ()
+    before = {name: getattr(masking_utils, name) for name in names if hasattr(masking_utils, name)}
+
+    def unless_padded(real):
+        return lambda padding_mask, *args, **kwargs: padding_mask is None and real(padding_mask, *args, **kwargs)
+
+    vars(masking_utils).update({name: unless_padded(real) for name, real in before.items()})
+    try:
+        yield
+    finally:
+        vars(masking_utils).update(before)
 
 
 def fast_model(model) -> None:

@@ -88,6 +88,21 @@ class _Chunk:
             self.logits[span].copy_(part)
 
 
+def in_head(head: torch.nn.Linear, function, hidden: torch.Tensor):
+    """`function(hidden, weight, bias)` of the head's weights, called as its own forward.
+
+    There FSDP2 and ZeRO-3 gather the weights, and reduce their gradients after the backward.
+    """
+    before = vars(head).get("forward")
+    head.forward = lambda hidden: function(hidden, head.weight, head.bias)
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
+
+
 # A probability this small may have lost its precision: the log is then taken from the logits.
 UNDERFLOW = 1e-30
 

@@ -1,8 +1,9 @@
 """Attention within each sequence of a pack: no padding, no dense mask, exactly the losses of separate sequences.
 
-Everything but attention is token-wise and does not care for the seams of a pack; attention un-flattens the row into a
-few right-padded blocks of similar length and runs PyTorch's causal SDPA on each. That is exact (a causal query never
-sees the padding behind it), needs no flash-attn, and works on any device.
+Everything but attention is token-wise and does not care for the seams of a pack. A GPU that computes in half precision
+takes the seams as they are (`varlen`). Elsewhere attention un-flattens the row into a few right-padded blocks of
+similar length and runs PyTorch's causal SDPA on each. That is exact (a causal query never sees the padding behind it),
+needs no flash-attn, and works on any device.
 
     enable_packed_attention(model)                       # once
     loss = model(**PackedCollator()(rows)).loss          # each step
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from pipelines.errors import CannotPack, SetupError
+from pipelines.speed import varlen
 from pipelines.speed.packing import OnHost, pack, packed_positions
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,22 @@ NAME = "packed_sdpa"
 BLOCK_COST = 128 * 128
 # The longest sequences whose attention is computed by products where that is faster: it holds length^2 scores.
 PRODUCTS_UP_TO = 256
+
+
+@dataclass
+class Seams:
+    """Where the sequences of one packed row begin, for all layers of a forward."""
+
+    cu: torch.Tensor  # (sequences + 1,) int32
+    longest: int  # tokens of the longest
+    on_host: OnHost | None = None
+    branches: torch.Tensor | None = None  # (tokens,), see `pack_branches`
+    kernel: torch.dtype | None = None  # what `varlen` computes in; None: blocks
+
+    @functools.cached_property
+    def rows(self) -> PackedRows:
+        """The blocks that the row un-flattens into."""
+        return PackedRows.of(self.cu, self.branches, self.on_host)
 
 
 @dataclass
@@ -137,8 +155,8 @@ def packed_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    seams, rows = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("packed_rows", None)
-    if seams is None:
+    cu, seams = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("seams", None)
+    if cu is None:
         if attention_mask is not None and attention_mask.numel() == 0:  # the stand-in of _before_forward
             reason = "its model does not hand it `cu_seq_lens_q`, so sequences would see each other"
             raise CannotPack(type(module).__name__, reason)
@@ -150,14 +168,32 @@ def packed_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unsupported:
         raise CannotPack(type(module).__name__, f"packed SDPA attention cannot do {', '.join(unsupported)}")
-    rows = PackedRows.of(seams) if rows is None else rows
-    if query.size(0) != 1 or not query.size(2) == key.size(2) == rows.places.numel():
+    seams = Seams(cu, kwargs.get("max_length_q", 0)) if seams is None else seams
+    if query.size(0) != 1 or query.size(2) != key.size(2):
         raise SetupError(
-            f"a packed forward takes one row, no KV cache; cu_seq_lens_q ends at {rows.places.numel()} but "
-            f"the queries are {tuple(query.shape)} and the keys {tuple(key.shape)} (batch, heads, tokens, d)."
+            f"a packed forward takes one row, no KV cache; but the queries are {tuple(query.shape)} and the keys "
+            f"{tuple(key.shape)} (batch, heads, tokens, d)."
         )
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
+    if seams.kernel is not None:
+        dropout, window = kwargs.get("dropout") or 0.0, kwargs.get("sliding_window")
+        reason = varlen.why_not_layer(query, key, value, dropout, window, seams.longest)
+        if reason is None:
+            parts = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, d)
+            return varlen.attention(*parts, cu, seams.longest, seams.kernel, causal, kwargs.get("scaling"))[None], None
+        varlen.log_blocks(type(module).__name__, reason)
+    return _attention_in_blocks(module, query, key, value, seams, causal, **kwargs), None
+
+
+@torch.compiler.disable
+def _attention_in_blocks(module, query, key, value, seams: Seams, causal: bool, **kwargs) -> torch.Tensor:
+    """(1, heads, tokens, d) -> (1, tokens, heads, d), a call of SDPA for each block of the row."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    rows = seams.rows
+    if query.size(2) != rows.places.numel():
+        raise SetupError(f"cu_seq_lens_q ends at {rows.places.numel()}, but there are {query.size(2)} tokens.")
     window = kwargs.get("sliding_window")
 
     # one block of equal lengths is a view; anything else is gathered into blocks, back to back
@@ -182,7 +218,7 @@ def packed_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
         outputs.append(out.flatten(0, 1))  # (slots, heads, d)
         slot, sequence = slot + size, sequence + count
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return (output if straight else _Flatten.apply(output, rows.places))[None], None
+    return (output if straight else _Flatten.apply(output, rows.places))[None]
 
 
 def _products_pay(query: torch.Tensor, length: int) -> bool:
@@ -210,6 +246,7 @@ def _attention_by_products(query, key, value, mask, causal, scaling=None, dropou
     return (weights @ repeat_kv(value, groups)).transpose(1, 2)
 
 
+@torch.compiler.disable
 def _before_forward(backbone, args, kwargs):
     """Prepare a packed forward once for all layers. Without `cu_seq_lens_q`, nothing changes."""
     seams = kwargs.get("cu_seq_lens_q")
@@ -221,8 +258,16 @@ def _before_forward(backbone, args, kwargs):
         raise SetupError(
             "a packed forward cannot continue a KV cache: drop past_key_values (cache since transformers 5.24)."
         )
-    rows = PackedRows.of(seams, kwargs.pop("branches", None), on_host)
-    kwargs |= {"packed_rows": rows, "use_cache": False}  # a cache mixes the sequences up
+    branches, longest = kwargs.pop("branches", None), kwargs.get("max_length_q")
+    if longest is None:
+        longest = max(seams.diff().tolist() if on_host is None else on_host.lengths)
+    dtype, kernel = backbone.dtype, None
+    if torch.is_autocast_enabled(seams.device.type):
+        dtype = torch.get_autocast_dtype(seams.device.type)
+    if branches is None and varlen.why_not(seams.device, dtype) is None:
+        kernel = dtype
+    kwargs |= {"max_length_q": longest, "seams": Seams(seams, longest, on_host, branches, kernel)}
+    kwargs["use_cache"] = False  # a cache mixes the sequences up
     # Left alone, transformers would build a tokens x tokens mask from the positions. It passes 4-D masks on
     # as they are; an empty one cannot be used by mistake.
     kwargs["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=seams.device)

@@ -21,8 +21,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer
 from transformers.optimization import get_scheduler
+from transformers.utils import is_torch_tf32_available
 
-from pipelines import files
+from pipelines import files, launch
 from pipelines.errors import SetupError
 from pipelines.models import loading
 from pipelines.training import best_checkpoint
@@ -65,10 +66,11 @@ def build_args(stage):
     if state.is_main_process:
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * state.num_processes
         logger.info(
-            "%s: %s (%s) on %d x %s, %d %s per step (%d per device x %d accumulated x %d processes)",
+            "%s: %s (%s)%s on %d x %s, %d %s per step (%d per device x %d accumulated x %d processes)",
             stage.name,
             precision(args),
             why,
+            ", its float32 products in TF32" if args.tf32 else "",
             state.num_processes,
             state.device.type,
             per_step,
@@ -159,6 +161,8 @@ def _defaults(stage, hardware: Hardware) -> dict:
     if hardware.device == "cpu":
         values["dataloader_pin_memory"] = False
         values |= {"ddp_backend": "gloo"} if hardware.deepspeed else {"use_cpu": True}
+    elif is_torch_tf32_available() and launch.chosen_on_gpu("tf32"):
+        values["tf32"] = True  # what stays float32 beside bf16, and fp32 runs: args.tf32: false switches it off
     return (
         values
         | stage.module.DEFAULTS

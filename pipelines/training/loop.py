@@ -22,6 +22,7 @@ from pipelines import files, launch
 from pipelines.data import token_file
 from pipelines.errors import Interrupted
 from pipelines.models import adapters, loading
+from pipelines.speed import packed_attention, varlen
 from pipelines.speed.packing import PackedCollator
 from pipelines.training import checkpoints, masked_words
 from pipelines.training.arguments import precision
@@ -187,7 +188,7 @@ def _set_up(trainer) -> str:
     args, model = trainer.args, getattr(trainer, "policy", trainer.model)
     collator = getattr(trainer.data_collator, "collator", trainer.data_collator)
     if getattr(trainer, "packed", False) or getattr(collator, "packed", isinstance(collator, PackedCollator)):
-        batches = "packed"
+        batches = f"packed{_way_of_packs(model, args)}"
     else:
         batches = "full windows" if collator in (token_file.stack_windows, masked_words.stack) else "padded"
     fused = getattr(model, "loss_is_fused", None)
@@ -198,6 +199,16 @@ def _set_up(trainer) -> str:
         f"{loading.described(model)}, batches {batches}{loss}, optimizer {getattr(args.optim, 'value', args.optim)}, "
         f"activation checkpointing {checkpointing}, torch.compile {compiled}"
     )
+
+
+def _way_of_packs(model, args) -> str:
+    """On a GPU, how packs are attended to, and why not by its kernel; empty where it is the attention that is named."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if args.device.type == "cpu" or model.config.get_text_config()._attn_implementation != packed_attention.NAME:
+        return ""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    reason = varlen.why_not(args.device, half.get(precision(args), model.dtype))
+    return " (attended to by varlen_attn)" if reason is None else f" (attended to in blocks, not varlen_attn: {reason})"
 
 
 def _warn_of_space(stage, trainer) -> None:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from pipelines import files
 from pipelines.errors import NotFinite, SetupError, StorageError
 from pipelines.models import sharding
+from pipelines.speed.fast_model import masks_made
 from pipelines.training import checkpoints
 from pipelines.training.saving import untied
 
@@ -155,7 +156,8 @@ class ChainTrainer:
         return loss, logits, labels
 
     def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+        with masks_made(self.args.device):
+            loss = super().training_step(*args, **kwargs)
         self._note("the loss", loss.detach())
         return loss
 

@@ -1,12 +1,14 @@
 """`plan`: counts equal real models, the formulae equal what is worked out by hand, and what it suggests fits."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
 from pipelines.__main__ import main
 from pipelines.commands import plan
@@ -19,6 +21,7 @@ from pipelines.planning.job import Job, Model, describe
 from pipelines.planning.planner import Planner, Setup, micro_batch
 from pipelines.recipe.recipe import load
 from pipelines.speed import packed_attention, packing
+from pipelines.speed.half_products import hold_half
 from pipelines.training.rankings import RankingCollator
 
 SMALL = {
@@ -317,6 +320,25 @@ def test_ppo_holds_reference_critic_reward_model_and_cache():
     assert memory.kv_cache == 2 * 64 * (512 + 64) * 8 * 1024 * 4
     lora = planner.memory(Setup(micro=2, lora=True))
     assert lora.reference == 0 and lora.optimizer < 0.05 * memory.optimizer and lora.weights < 1.05 * memory.weights
+
+
+def test_on_a_gpu_in_bf16_frozen_models_and_decoding_hold_products_in_half(monkeypatch):
+    """As `hold_half` and `half_products` leave a real model of that shape."""
+    planner = Planner(a_job("ppo"))
+    fp32, bf16 = (Setup(micro=2, gpu="h100", bf16=bf16) for bf16 in (False, True))
+    a, plain = planner.anatomy("model"), planner.memory(fp32)
+    model = anatomy._build(planner.job.models["model"].config, "AutoModelForCausalLM").requires_grad_(False)
+    assert plain.reference == 4 * a.parameters == sum(p.numel() * p.itemsize for p in model.parameters())
+    maps = [m for m in hold_half(model).modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    assert all(m.weight.dtype == torch.bfloat16 for m in maps)
+    held = sum(p.numel() * p.itemsize for p in model.parameters())
+    memory = planner.memory(bf16)
+    assert memory.reference == pytest.approx(held, rel=2e-3)  # biases are not counted
+    copies = 2 * sum(m.weight.numel() for m in maps)
+    assert memory.rollouts - planner.memory(replace(bf16, size=2)).rollouts == copies
+    monkeypatch.setenv("PIPELINES_GPU_OFF", "bf16_frozen, bf16_decoding")
+    off = Planner(a_job("ppo")).memory(bf16)
+    assert off.reference == plain.reference and off.rollouts == memory.rollouts - copies
 
 
 def test_ppo_on_one_base_holds_adapters_and_a_value_head_weighs_nothing():

@@ -13,17 +13,19 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AttentionInterface, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
+from pipelines import launch
 from pipelines.chain import chain
 from pipelines.errors import SetupError
 from pipelines.generation.decode import Sampler, generate, lean_decode, ready_mask, takes_ready_masks, uniforms
-from pipelines.generation.logprobs import collate, make_ready, sequence_scores, token_values
+from pipelines.generation.logprobs import collate, make_ready, sequence_scores, token_logprobs, token_values
 from pipelines.models import sharding
 from pipelines.ppo import checks, rollouts
-from pipelines.ppo.policy_and_critic import ValueHead
+from pipelines.ppo.policy_and_critic import ValueHead, place_frozen
 from pipelines.recipe.recipe import load
 from pipelines.speed import packed_attention
 from pipelines.speed.fast_model import fuse_loss
 from pipelines.speed.fused_head import linear_cross_entropy, linear_logprobs
+from pipelines.training import arguments
 
 
 def gpt2(kind=GPT2LMHeadModel, **settings):
@@ -183,3 +185,76 @@ def test_a_ready_mask_lets_the_last_queries_see_what_is_before_them_and_no_paddi
         [[True, True, False], [True, True, True]],
     ]
     assert ready_mask(mask, 1)[0, 0].tolist() == [[False, True, True]]
+
+
+def test_float32_products_of_a_gpu_are_in_tf32_unless_the_recipe_or_the_environment_says_no(monkeypatch):
+    stage = types.SimpleNamespace(
+        sections={"args": {}}, module=types.SimpleNamespace(DEFAULTS={}), checkpoints="x", seed=0, name="x"
+    )
+    monkeypatch.setattr(arguments.best_checkpoint, "defaults", lambda *_: {})
+    monkeypatch.setattr(arguments.best_checkpoint, "reported", lambda *_: ())
+    monkeypatch.setattr(arguments, "is_torch_tf32_available", lambda: True)
+
+    def tf32(device):
+        return arguments.settings(stage, arguments.Hardware(device), lambda stage: ("bf16", "so"))[0].get("tf32")
+
+    assert tf32("cuda") is True and tf32("cpu") is None
+    monkeypatch.setenv("PIPELINES_GPU_OFF", "tf32")
+    assert tf32("cuda") is None
+    monkeypatch.delenv("PIPELINES_GPU_OFF")
+    stage.sections["args"]["tf32"] = False
+    assert tf32("cuda") is False
+    monkeypatch.setattr(arguments, "is_torch_tf32_available", lambda: False)  # a T4
+    stage.sections["args"].clear()
+    assert tf32("cuda") is None
+
+
+@pytest.mark.parametrize(
+    ("cards", "before", "expected"),
+    [
+        (["nvidia0"], {}, "expandable_segments:True"),
+        (["nvidiactl", "null"], {}, None),
+        (["nvidia0"], {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+        (["nvidia0"], {"PIPELINES_GPU_OFF": "expandable_segments"}, None),
+        (["nvidia0"], {"PIPELINES_FAST_ENV": "0"}, None),
+    ],
+)
+def test_segments_of_a_gpus_memory_can_grow(cards, before, expected, monkeypatch, tmp_path):
+    for name in cards:
+        (tmp_path / name).touch()
+    environment = dict.fromkeys(launch.FAST, "set") | before
+    monkeypatch.setattr(launch.os, "environ", environment)
+    monkeypatch.setattr(launch, "Path", lambda _: tmp_path)
+    launch.fast_environment()  # nothing is missing of FAST: it does not start again
+    assert environment.get("PYTORCH_ALLOC_CONF") == expected
+    assert environment.get("PYTORCH_CUDA_ALLOC_CONF") == before.get("PYTORCH_CUDA_ALLOC_CONF", expected)
+
+
+def test_frozen_models_hold_their_products_in_bf16_where_the_policy_trains_in_it(monkeypatch):
+    """The log-probs and scores are those of autocast, bit for bit; on a CPU and in float32 nothing changes."""
+    here = types.SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16", state=types.SimpleNamespace())
+    gpu = types.SimpleNamespace(**{**vars(here), "device": torch.device("cuda", 0)})
+    batch = collate([([1, 2, 3], [4, 5, 6])], True, "cpu")
+
+    def placed(model, where):
+        make_ready(model)
+        monkeypatch.setattr(model, "to", lambda device: model)
+        return place_frozen(model, where)
+
+    for kind, found in (
+        (GPT2LMHeadModel, lambda m: token_logprobs(m, batch, 0.7)[0]),
+        (GPT2ForSequenceClassification, lambda m: sequence_scores(m, [[1, 2, 3], [4, 5]], True, "cpu")),
+    ):
+        settings = {} if kind is GPT2LMHeadModel else {"num_labels": 1}
+        half, plain = placed(gpt2(kind, **settings), gpu), placed(gpt2(kind, **settings), here)
+        assert half.transformer.h[1].attn.c_proj.weight.dtype == torch.bfloat16
+        assert {weight.dtype for weight in plain.parameters()} == {torch.float32}
+        assert not hasattr(half, "score") or half.score.weight.dtype == torch.float32
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            mine, theirs = found(half), found(plain)
+        assert mine.dtype == torch.float32 and torch.equal(mine, theirs)
+    monkeypatch.setenv("PIPELINES_GPU_OFF", "bf16_frozen")
+    assert {weight.dtype for weight in placed(gpt2(), gpu).parameters()} == {torch.float32}
+    monkeypatch.delenv("PIPELINES_GPU_OFF")
+    gpu.mixed_precision = "no"
+    assert {weight.dtype for weight in placed(gpt2(), gpu).parameters()} == {torch.float32}
