@@ -261,6 +261,9 @@ def _before_forward(backbone, args, kwargs):
     branches, longest = kwargs.pop("branches", None), kwargs.get("max_length_q")
     if longest is None:
         longest = max(seams.diff().tolist() if on_host is None else on_host.lengths)
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if on_host is not None and ids is not None and ids.numel() != sum(on_host.lengths):
+        raise SetupError(f"the sequences of the pack have {sum(on_host.lengths)} tokens, the row {ids.numel()}.")
     dtype, kernel = backbone.dtype, None
     if torch.is_autocast_enabled(seams.device.type):
         dtype = torch.get_autocast_dtype(seams.device.type)

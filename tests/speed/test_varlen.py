@@ -140,3 +140,11 @@ def test_a_card_on_which_it_fails_attends_in_blocks(fault, monkeypatch):
         expected = {"raises": "no kernel image is available", "other numbers": "other numbers than SDPA"}
         assert expected[fault] in varlen.why_not(CUDA, torch.bfloat16)
     varlen._trial.cache_clear()
+
+
+def test_seams_that_are_not_those_of_the_row_are_refused(kernel):
+    model, batch = build("gpt2"), pack(sequences([5, 4]))
+    enable_packed_attention(model)
+    batch["on_host"] = pack(sequences([5, 3]))["on_host"]
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(SetupError, match="have 8 tokens, the row 9"):
+        packed_loss(model, batch)
