@@ -195,13 +195,14 @@ def token_logprobs(
 def has_plain_head(model: nn.Module) -> bool:
     """Whether logits are just the output embedding applied to the last hidden state (no soft-capping …).
 
-    Found out once per model on four tokens, whatever its config says.
+    Found out once per model on four tokens, whatever its config says. A head that ZeRO-3 has cut up can only
+    be reached through the model.
     """
     head = model.get_output_embeddings()
+    if hasattr(head.weight, "ds_id"):
+        return False
     if not hasattr(model, "_has_plain_head"):
-        weight = model.get_input_embeddings().weight
-        vocabulary = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 has cut it up
-        ids = torch.arange(4, device=model.device)[None] % vocabulary
+        ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
         own = model(input_ids=ids, use_cache=False).logits.float()
         ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
         near = torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())

@@ -249,7 +249,7 @@ class Planner:
         """
         a, rows = self.anatomy("model"), self.decoded(setup)
         tokens, answers = rows * (self.job.longest + self.job.target), rows * self.job.target
-        chunk = self.chunk(setup) if a.fusable else answers
+        chunk = self.chunk(setup) if a.fusable and setup.strategy != "zero3" else answers
         sampling = 3 * rows * a.vocabulary * 4
         sampling += self.halved("model", setup, "bf16_decoding")
         return sampling + costs.scoring(tokens, a.widest, answers, a.vocabulary, chunk, setup.compute)
@@ -278,7 +278,7 @@ class Planner:
             return costs.full_logits(hidden, a.vocabulary, size, tied)
         if kind == "ppo":
             tokens = rows * self.job.target
-        if not a.fusable:
+        if setup.strategy == "zero3" or not a.fusable:
             return costs.full_logits(tokens, a.vocabulary, size, tied)
         chunk = self.chunk(setup)
         wide = chunk if setup.gpu else fused_head.CPU_WIDE_ROWS

@@ -37,31 +37,22 @@ def _why_not_fused(model) -> str | None:
             return f"its config sets {name}"
     if model.base_model is model:
         return "it has no separate backbone"
+    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+        return "ZeRO-3 has cut its weights up"
     if head.weight.device.type == "meta":
         return "its weights are not loaded yet"
-    if _in_shards(model):
-        return None  # asked again when it first computes, see `_fuse`
-    with attention_for_any_device(config):
-        return _why_not_plain(model, model.forward, head.weight.device, head.weight.size(0))
-
-
-def _in_shards(model) -> bool:
-    """Whether ZeRO-3 has cut up the weights."""
-    return any(hasattr(weight, "ds_id") for weight in model.parameters())
-
-
-@torch.no_grad()
-def _why_not_plain(model, own_forward, device, vocabulary: int, slack: float = 1e-3) -> str | None:
-    """Whatever else a forward does between backbone and logits shows on four tokens; or None."""
-    ids, head = torch.arange(4, device=device)[None] % vocabulary, model.get_output_embeddings()
+    # Anything else a forward may do between backbone and logits shows on four tokens.
+    ids = torch.arange(4, device=head.weight.device)[None] % head.weight.size(0)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    own = own_forward(input_ids=ids, use_cache=False).logits.float()
-    ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    with torch.no_grad(), attention_for_any_device(config):
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
     for module, training in modes:
         module.training = training
-    near = own.shape == ours.shape and torch.allclose(own, ours, rtol=slack, atol=slack * own.abs().max().item())
-    return None if near else "its logits are not head(last hidden states)"
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item()):
+        return "its logits are not head(last hidden states)"
+    return None
 
 
 @contextlib.contextmanager
@@ -113,14 +104,10 @@ def fuse_loss(model) -> bool:
         reason = _why_not_fused(model)
         model.loss_is_fused = reason is None
         if reason:
-            _log_own_loss(type(model).__name__, reason)
+            logger.warning("%s keeps its own loss (slower, more memory): %s.", type(model).__name__, reason)
         else:
             _fuse(model)
     return model.loss_is_fused
-
-
-def _log_own_loss(architecture: str, reason: str) -> None:
-    logger.warning("%s keeps its own loss (slower, more memory): %s.", architecture, reason)
 
 
 @torch.compiler.disable  # with `torch_compile: true` the backbone is compiled around it: chunks would only recompile
@@ -137,21 +124,15 @@ def _fuse(model) -> None:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     model.unfused_forward = model.forward  # an attribute, so that deepcopy binds it to the copy
-    model.is_plain = not _in_shards(model)  # whether that is known, see `_why_not_plain`
 
     @functools.wraps(type(model).forward)  # Trainer and generate read the signature
     def forward(self, *args, labels=None, num_items_in_batch=None, **kwargs):
         head = self.get_output_embeddings()
         elsewhere = kwargs.get("fused_lm_head") or kwargs.get("output_router_logits")
         elsewhere = elsewhere or kwargs.get("shift_labels") is not None
-        if labels is not None and not self.is_plain:
-            self.is_plain, vocabulary = True, self.config.get_text_config().vocab_size
-            reason = _why_not_plain(self, self.unfused_forward, labels.device, vocabulary, 5e-2)  # perhaps in bfloat16
-            self.loss_is_fused = reason is None
-            if reason:
-                _log_own_loss(type(self).__name__, reason)
-        # PEFT may have wrapped the head since
-        if labels is None or elsewhere or not self.loss_is_fused or not isinstance(head, torch.nn.Linear):
+        # PEFT may have wrapped the head since, ZeRO-3 have cut it up
+        plain = isinstance(head, torch.nn.Linear) and not hasattr(head.weight, "ds_id")
+        if labels is None or elsewhere or not plain:
             extra = {"labels": labels, "num_items_in_batch": num_items_in_batch}
             return self.unfused_forward(*args, **{k: v for k, v in extra.items() if v is not None}, **kwargs)
         kwargs["use_cache"] = False  # nothing generates from a forward with labels

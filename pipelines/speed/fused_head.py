@@ -91,7 +91,7 @@ class _Chunk:
 def in_head(head: torch.nn.Linear, function, hidden: torch.Tensor):
     """`function(hidden, weight, bias)` of the head's weights, called as its own forward.
 
-    There FSDP2 and ZeRO-3 gather the weights, and reduce their gradients after the backward.
+    There FSDP2 gathers the weights, and reduces their gradients after the backward.
     """
     before = vars(head).get("forward")
     head.forward = lambda hidden: function(hidden, head.weight, head.bias)
