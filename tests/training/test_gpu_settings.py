@@ -23,7 +23,7 @@ from pipelines.ppo import checks, rollouts
 from pipelines.ppo.policy_and_critic import ValueHead, place_frozen
 from pipelines.recipe.recipe import load
 from pipelines.speed import packed_attention
-from pipelines.speed.fast_model import fuse_loss
+from pipelines.speed.fast_model import float32_linear, fuse_loss
 from pipelines.speed.fused_head import linear_cross_entropy, linear_logprobs
 from pipelines.training import arguments
 
@@ -82,6 +82,18 @@ def test_scores_and_values_are_not_rounded_by_autocast():
     torch.testing.assert_close(found[1], (states @ shared.score.weight.T)[:, 0], atol=1e-6, rtol=1e-6)
     for values in found:
         assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
+
+
+def test_the_score_of_a_gpu_is_no_matrix_product():
+    """TF32, which is on there, would round the states and the weights of one."""
+    head, states = nn.Linear(16, 1), torch.randn(5, 3, 16, dtype=torch.bfloat16)
+    expected = nn.functional.linear(states.float(), head.weight, head.bias).detach()
+    called = []
+    with pytest.MonkeyPatch.context() as patch, simulated_gpu(patch):
+        patch.setattr(nn.functional, "linear", lambda *_: called.append(1))
+        found = float32_linear(head.to("cuda"), states.to("cuda")).detach().cpu()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    assert not called
 
 
 def test_a_quantized_base_is_probed_in_the_precision_of_its_products():
