@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pipelines.errors import SetupError, meant
 
@@ -43,8 +43,14 @@ def load(name: str) -> Callable:
     return function
 
 
-def problem(name: str, *arguments: str, **named: object) -> str | None:
-    """Why the function cannot be called with these arguments (`arguments` name the positional ones), or None."""
+def problem(name: str, *arguments: str, columns: Iterable[str] = (), more: bool = False) -> str | None:
+    """Why the function cannot be called with these arguments, or None.
+
+    Args:
+        arguments: names of the positional ones.
+        columns: names of those that are given by name.
+        more: whether further ones may be given by name, which nobody knows yet.
+    """
     try:
         function = load(name)
         signature = inspect.signature(function)
@@ -53,8 +59,9 @@ def problem(name: str, *arguments: str, **named: object) -> str | None:
     except ValueError:  # written in C: nothing is known about it
         return None
     try:
-        signature.bind(*arguments, **named)
+        bind = signature.bind_partial if more else signature.bind
+        bind(*arguments, **dict.fromkeys(columns))
     except TypeError as error:
-        given = ", ".join([*arguments, *(f"{key}=…" for key in named)])
+        given = ", ".join([*arguments, *(f"{key}=…" for key in columns)])
         return f"cannot be called with ({given}): {error}. It is {function.__name__}{signature}"
     return None

@@ -120,6 +120,35 @@ def check_batch(batch: int, mini_batches: int, world: int, group: int = 1) -> No
         )
 
 
+def check_rows(functions: list, rows: list[dict], weights: list[float] | None = None, models: int = 0) -> None:
+    """Raise SetupError where a reward function cannot read a row, or a row has nothing that rewards an answer to it.
+
+    Functions with an attribute `try_rows` that is true are called once with all rows and empty answers: what they
+    refuse, they would refuse in the middle of training. Others are left alone, they may be slow.
+
+    Args:
+        functions: reward models, which are left alone too, and functions; or functions alone.
+        rows: of one side, all with the same columns.
+        weights: of `models` reward models that are not in `functions`, then of these. None: all 1.
+    """
+    if not rows:
+        return
+    counted = [True] * len(functions) if weights is None else [weight != 0 for weight in weights[models:]]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    given = {"prompts": [row["prompt"] for row in rows], "completions": [""] * len(rows)}
+    given["completion_ids"] = [[] for _ in rows]
+    tried = [getattr(function, "try_rows", False) for function in functions]
+    found = [function(**given, **columns) for function, yes in zip(functions, tried, strict=True) if yes]
+    other = models > 0 or any(yes and not known for yes, known in zip(counted, tried, strict=True))
+    counted = [yes for yes, known in zip(counted, tried, strict=True) if known]
+    if other or not found:
+        return
+    for row, scores in zip(rows, zip(*found, strict=True), strict=True):
+        if all(score is None for score, yes in zip(scores, counted, strict=True) if yes):
+            names = ", ".join(name_of(function) for function in functions)
+            raise SetupError(f"{row.get('where', 'a row')}: {names} does not apply to this row, so nothing rewards it")
+
+
 def check_lengths(sequences: list[list[int]], model, name: str) -> None:
     """Raise ValueError where the reward model called `name` cannot read the longest of `sequences`."""
     limit, longest = positions(model), max(map(len, sequences))

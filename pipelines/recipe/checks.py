@@ -168,6 +168,8 @@ def _check_stage(recipe, name, body, kinds, bad, read_data) -> Stage | None:
     if read_data and "data" in sections and not any(path.startswith("data") for path in found):
         for path, message in data_checks.too_few_rows(stage, per_step):
             note(path, message)
+        for path, message in getattr(stage.module, "row_problems", lambda _: ())(stage):
+            note(path, message)
     return stage
 
 

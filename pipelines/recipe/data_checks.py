@@ -75,7 +75,7 @@ def too_few_rows(stage, per_step: int) -> Iterator[tuple[str, str]]:
     if (
         section.get("streaming")
         or references(stage.sections["data"])
-        or not all(_at_hand(source) for side in SIDES for source in sources(section, side))
+        or not all(at_hand(source) for side in SIDES for source in sources(section, side))
     ):
         return  # nobody knows yet how many there are
     try:
@@ -95,7 +95,8 @@ def too_few_rows(stage, per_step: int) -> Iterator[tuple[str, str]]:
         yield "data", str(error)
 
 
-def _at_hand(source: dict) -> bool:
+def at_hand(source: dict) -> bool:
+    """Whether the files of a source are local, and there already."""
     return is_local(source["path"]) and bool(files(source["path"]))
 
 

@@ -30,10 +30,11 @@ from transformers import set_seed
 
 from pipelines import IGNORE_INDEX, errors, files, functions, launch
 from pipelines.data import fingerprint, mixing, plain_text, token_file
+from pipelines.data.sources import sources
 from pipelines.errors import DataError, ModelError, SetupError
 from pipelines.kinds import CLASSIFIER
 from pipelines.models import adapters, chat_template, loading, scorers, tag_heads, tokenizer_setup
-from pipelines.ppo.checks import check_batch
+from pipelines.ppo.checks import check_batch, check_rows
 from pipelines.ppo.config import has_critic
 from pipelines.ppo.rewards import from_adapter, log_odds
 from pipelines.ppo.rollouts import prompt_limit, unique
@@ -95,8 +96,10 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
             for message, value in label_problems(stage, name, reward.get("label")):
                 yield "reward.label", message, value
     for i, name in enumerate(named):
-        if wrong := functions.problem(name, **dict.fromkeys(_columns(stage), [])):
-            yield f"reward.functions[{i}]", wrong, name
+        columns, more = _columns(stage)
+        if wrong := functions.problem(name, columns=columns, more=more):
+            hint = ". A column is renamed with `columns: {OURS: THEIRS}`" if "missing a required" in wrong else ""
+            yield f"reward.functions[{i}]", wrong + hint, name
     for tag, penalty in (reward.get("tag_penalties") or {}).items():
         for name in models:
             judge = stage.earlier.get(name.removeprefix("stage:")) if name.startswith("stage:") else None
@@ -133,13 +136,37 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
             yield f"args.{key}", "is used only with data.ptx: drop this key", args[key]
 
 
-def _columns(stage) -> list[str]:
-    """What a reward function is called with, as far as the first row of each local source of prompts tells."""
-    section, columns = stage.sections.get("data", {}), []
+def row_problems(stage) -> Iterator[tuple[str, str]]:
+    """`(key path, what is wrong)` where a reward function cannot read the rows, as far as they are at hand."""
+    reward, (columns, more) = stage.sections.get("reward", {}), _columns(stage)
+    named, models, weights = (reward.get(key) or [] for key in ("functions", "models", "weights"))
+    wrong = any(functions.problem(name, columns=columns, more=more) for name in named)
+    if wrong or not _at_hand(stage) or len(weights) not in (0, len(models) + len(named)):
+        return
+    funcs = [functions.load(name) for name in named]
+    if any(hasattr(function, "try_rows") for function in funcs):
+        try:
+            for rows in mixing.load(stage.data, stage.spec.rows, stage.seed):
+                check_rows(funcs, rows, weights or None, len(models))
+        except SetupError as error:
+            yield "data", str(error)
+
+
+def _columns(stage) -> tuple[list[str], bool]:
+    """`(what a reward function is called with, whether there may be more)`, by the first row of each local source."""
+    section, columns, more = stage.sections.get("data", {}), [], True
     if not list(data_checks.problems(section, stage.spec.rows, None, False)):
         with contextlib.suppress(DataError):  # a row that is wrong is named by the check of the rows
             columns = mixing.columns(section, stage.spec.rows)
-    return list(dict.fromkeys(["prompts", "completions", "completion_ids", *(c for c in columns if c != "prompt")]))
+            more = not _at_hand(stage)
+    columns = ["prompts", "completions", "completion_ids", *(c for c in columns if c != "prompt")]
+    return list(dict.fromkeys(columns)), more
+
+
+def _at_hand(stage) -> bool:
+    """Whether all prompts are in local files that are there already."""
+    section = stage.sections.get("data", {})
+    return all(data_checks.at_hand(s) for side in ("train", "validation") for s in sources(section, side))
 
 
 def _unshared(stage, model: dict, models: list[str], critic: str | None) -> Iterator[tuple[str, str, object]]:
@@ -221,6 +248,8 @@ def run(stage) -> dict:
     critic = _critic(start, section, reward, policy, tokenizer)
 
     train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed, report=stage.report)
+    for rows in (train, validation):
+        check_rows(funcs, rows, reward.weights)
     stage.report["prompts"] = {"train": len(train), "validation": len(validation)}
     for side, rows in (("train", train), ("validation", validation)):
         plain_text.report(stage.report, side, rows, partial(chat_template.holds_control_text, tokenizer))
