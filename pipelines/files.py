@@ -420,6 +420,7 @@ def storage_error(error: BaseException, folder: Path | None = None, needed: int 
             if code in CLOSED:
                 return StorageError(f"{at}not allowed here ({os.strerror(code)}): change the rights, or the output_dir")
             near = free_bytes(place) if place is not None else None
+            full = full or (near is not None and near < max(needed or 0, 2**16))  # torch.save does not say why
             room = "" if near is None else f", {size(near)} free"
             need = "" if needed is None else f"{size(needed)} needed"
             why = "the disk is full" if full else f"writing failed ({words.splitlines()[0]})"

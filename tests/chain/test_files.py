@@ -159,7 +159,7 @@ def test_files_get_the_rights_of_the_umask(tmp_path):
         os.umask(before)
 
 
-def test_errors_of_the_disk_are_one_sentence(tmp_path):
+def test_errors_of_the_disk_are_one_sentence(tmp_path, monkeypatch):
     full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "w"))
     text = str(files.storage_error(full, needed=3 * 10**9))
     assert text.startswith(f"{tmp_path / 'w'}: the disk is full (3.0 GB needed, ") and "free" in text
@@ -169,5 +169,8 @@ def test_errors_of_the_disk_are_one_sentence(tmp_path):
     assert "the disk is full" in str(files.storage_error(wrapped, tmp_path))
     torch_ = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 192 vs 86")
     assert "writing failed" in str(files.storage_error(torch_, tmp_path))
+    for free, needed in ((0, None), (900, 2000), (4096, None)):
+        monkeypatch.setattr(files, "free_bytes", lambda path, free=free: free)
+        assert "the disk is full" in str(files.storage_error(torch_, tmp_path, needed)), free
     assert "not allowed" in str(files.storage_error(PermissionError(errno.EACCES, "x", "/a/b")))
     assert files.storage_error(ValueError("no")) is None and files.storage_error(FileNotFoundError(2, "x")) is None
