@@ -115,3 +115,28 @@ def test_the_readme_is_short_and_names_every_kind():
 def test_every_document_is_reached_from_the_readme():
     linked = set(re.findall(r"\]\((docs/[\w.-]+\.md)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert {str(page.relative_to(ROOT)) for page in ROOT.glob("docs/*.md")} - linked == set()
+
+
+def kinds_in(path: str) -> set[str]:
+    """The kinds of the stages that a test file makes."""
+    return set(re.findall(r'(?:"kind": |\bstage\()"(\w+)"', (ROOT / path).read_text(encoding="utf-8"))) & set(KINDS)
+
+
+def test_what_is_called_run_on_gpus_is_what_the_tests_run():
+    """The table of docs/gpus.md, kind by kind and launcher by launcher."""
+    rows = re.findall(r"^\| (\w+) \|(.+)\|$", (ROOT / "docs" / "gpus.md").read_text(encoding="utf-8"), flags=re.M)
+    rows = {kind: [cell.strip() for cell in cells.split("|")] for kind, cells in rows if kind in KINDS}
+    heads = ("one GPU", "ddp", "fsdp2", "zero2", "zero3", "offload", "vLLM", "bits")
+    assert set(rows) == set(KINDS) - {"rank"} and all(len(cells) == len(heads) for cells in rows.values())
+    column = lambda head, mark: {kind for kind, cells in rows.items() if cells[heads.index(head)].startswith(mark)}
+    simulated = kinds_in("tests/stages/test_stages_on_a_gpu.py") - {"rank"}
+    gloo = kinds_in("tests/training/test_launchers.py")
+    assert column("one GPU", "simulated") == simulated
+    assert column("ddp", "gloo") == gloo | {"sample", "evaluate"} & kinds_in(
+        "tests/feedback/test_feedback_two_processes.py"
+    )
+    assert all(column(head, "gloo") == gloo for head in ("fsdp2", "zero2", "zero3"))
+    assert column("fsdp2", "gloo, bf16") == gloo
+    assert column("vLLM", "stand-in") == kinds_in("tests/generation/test_with_vllm.py") | {"ppo"}
+    assert column("bits", "CPU") == kinds_in("tests/models/test_lora.py")
+    assert not column("offload", "gloo") | column("offload", "simulated")

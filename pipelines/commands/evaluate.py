@@ -68,6 +68,7 @@ def main(argv: list[str]) -> int:
         "--max-length", type=int, help="window in tokens, or where texts are cut (default: where training did)"
     )
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--use-vllm", action="store_true", help="vLLM writes the answers to prompts and pairs")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--json", type=Path, help="write the figures and intervals to this file too")
     args = parser.parse_args(argv)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipelines import functions, ranges
 from pipelines.data import sources
+from pipelines.generation import with_vllm
 
 NEEDS = {
     "text": "a causal language model",
@@ -47,6 +48,9 @@ def problems(section: dict):
     classifier = judge and (judge.startswith("stage:") or not functions.is_function(judge))
     if section.get("label") and not classifier and not section.get("preferences"):
         yield "label", "is for a classifier as judge: drop this key", section["label"]
+    if section.get("use_vllm") and not {"prompts", "pairs"} & set(asked):
+        yield "use_vllm", "writes answers to prompts or pairs, which are not asked for: drop this key", True
+    yield from with_vllm.problems(section)
     yield from ranges.problems(section, "evaluate")
     if section.get("tasks") and importlib.util.find_spec("lm_eval") is None:
         yield "tasks", "need lm-eval: pip install 'finetune-pipelines[evaluate]'", None

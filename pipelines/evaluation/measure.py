@@ -4,6 +4,7 @@ model.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import defaultdict
 from functools import partial
@@ -27,6 +28,7 @@ from pipelines.evaluation.preferences import preference_values
 from pipelines.evaluation.tasks import task_values
 from pipelines.evaluation.texts import pair_losses, split_row, text_of_answer, text_values
 from pipelines.generation import answers as generation_answers
+from pipelines.generation import with_vllm
 from pipelines.generation.answers import fitting, load, translations
 from pipelines.models import chat_template, loading, scorers
 
@@ -46,7 +48,7 @@ def measure(models: dict[str, str], settings, seed: int) -> Values:
     for number, (name, path) in enumerate(models.items()):
         if not asked:
             break
-        model, tokenizer = load(path, auto_class(name, path, asked))
+        model, tokenizer = load(path, auto_class(name, path, asked, settings.use_vllm))
         if settings.text:
             values[name] |= text_values(name, model, tokenizer, settings, seed)
         if settings.labelled:
@@ -76,7 +78,7 @@ def measure(models: dict[str, str], settings, seed: int) -> Values:
     return values
 
 
-def auto_class(name: str, path: str, asked: list[str]) -> str:
+def auto_class(name: str, path: str, asked: list[str], use_vllm: bool = False) -> str:
     """The class of transformers that does all that is `asked` (keys of `NEEDS`) of the model at `path`.
 
     Raises `SetupError` where the model is of another kind: some would load all the same, and give figures of nothing.
@@ -101,6 +103,8 @@ def auto_class(name: str, path: str, asked: list[str]) -> str:
         found, able = "AutoModelForCausalLM", ("text", "tasks", "prompts", "pairs")
         if files.kind_of(path) == "dpo":  # its log-probs and its reference's are a reward
             able += ("preferences",)
+    if use_vllm and config.is_encoder_decoder:
+        raise SetupError(f"{name}: use_vllm is for causal language models, and this is a {architecture}")
     for key in asked:
         if key not in able:
             raise SetupError(f"{name}: {key} needs {NEEDS[key]}, and this is a {architecture}")
@@ -174,10 +178,19 @@ def answered(name: str, model, tokenizer, rows: list[dict], seeds: list, tempera
             f"first: {str(prompts[min(short)])[:80]!r}. Lower the response length or drop these prompts."
         )
     how = {"temperature": temperature} if temperature else {"top_k": 1}
-    how |= {"keep_thoughts": settings.keep_thoughts, "response_length": response_length, "batch_size": 64}
+    how |= {"response_length": response_length}
+    writer = contextlib.nullcontext()
+    if settings.use_vllm:
+        encoded = generation_answers.encode_prompts(tokenizer, prompts, tools)
+        ends = generation_answers.end_tokens(model, tokenizer)
+        writer = with_vllm.writer(model, tokenizer, encoded, ends, **how)
+    how |= {"keep_thoughts": settings.keep_thoughts, "batch_size": 64}
     found, some = [], max(1, 512 // max(map(len, seeds), default=1))
     silent = not PartialState().is_main_process
-    for start in tqdm(range(0, len(prompts), some), f"{name}: writing", disable=silent, unit=f" times {some} prompts"):
-        part = slice(start, start + some)
-        found += generation_answers.answers(model, tokenizer, prompts[part], seeds[part], tools=tools[part], **how)
+    with writer as how["write"]:
+        for start in tqdm(
+            range(0, len(prompts), some), f"{name}: writing", disable=silent, unit=f" times {some} prompts"
+        ):
+            part = slice(start, start + some)
+            found += generation_answers.answers(model, tokenizer, prompts[part], seeds[part], tools=tools[part], **how)
     return found

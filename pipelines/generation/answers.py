@@ -56,27 +56,32 @@ def answers(
     batch_size: int = 64,
     keep_thoughts: bool = False,
     tools: list | None = None,
+    write=None,
     **settings,
 ) -> list[list[tuple]]:
     """To each prompt one answer per seed of it, `(text, ended)`; the same on every process, at any number of them.
 
     `ended` is False where the answer broke off at `response_length` tokens. `settings`: response_length, temperature,
     top_k, top_p. Every process calls this with the same arguments and writes its share, long prompts spread evenly.
+    `write`, of `with_vllm.writer`, writes instead of the model; it knows the settings and does without the seeds.
     What a model thinks before an answer (`<think>`) is left out unless `keep_thoughts`.
     """
     state, ends = PartialState(), end_tokens(model, tokenizer)
     encoded = encode_prompts(tokenizer, prompts, tools)
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     mine = [(i, k) for i in order[state.process_index :: state.num_processes] for k in range(len(seeds[i]))]
-    responses, _ = generate(
-        model,
-        [encoded[i] for i, _ in mine],
-        seeds=[seeds[i][k] for i, k in mine],
-        eos_token_ids=ends,
-        max_new_tokens=settings.pop("response_length"),
-        batch_size=batch_size,
-        **settings,
-    )
+    if write is not None:
+        responses = write([encoded[i] for i, _ in mine]) if mine else []
+    else:
+        responses, _ = generate(
+            model,
+            [encoded[i] for i, _ in mine],
+            seeds=[seeds[i][k] for i, k in mine],
+            eos_token_ids=ends,
+            max_new_tokens=settings.pop("response_length"),
+            batch_size=batch_size,
+            **settings,
+        )
     if keep_thoughts:
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     else:

@@ -161,6 +161,25 @@ def answer_policy_loss(
     return (loss / counts)[owner], clipped[owner]
 
 
+def importance(
+    logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, mode: str, low: float | None, high: float | None
+) -> Tensor:
+    """Weights (B, T) of tokens that another program sampled than the policy: π / μ, as TRL's GRPO bounds it.
+
+    `logprobs` are the policy's, `sampler_logprobs` those of what sampled, μ; a token without (NaN) has the ratio 1.
+    `mode`: of each token or of a whole answer ("token_…", "sequence_…"); out of [`low`, `high`] it is cut to the bound
+    ("…_truncate") or 0 ("…_mask"). Yao et al. 2025 (https://fengyao.notion.site/off-policy-rl).
+    """
+    log_ratio = torch.where(mask, torch.nan_to_num(logprobs - sampler_logprobs, nan=0.0), 0.0)
+    if mode.startswith("sequence"):
+        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
+    ratio = torch.exp(log_ratio)
+    if low is None and high is None:
+        return ratio
+    cut = ratio.clamp(min=low, max=high)
+    return cut if mode.endswith("truncate") else torch.where(cut == ratio, ratio, 0.0)
+
+
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
     """Clipped squared error (…) of the critic, ½·max, and (…) whether its clip was active (N+).
 

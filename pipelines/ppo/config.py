@@ -153,8 +153,8 @@ class PPOConfig(TrainingArguments):
     use_vllm: bool = field(
         default=False,
         metadata={
-            "help": "Sample with vLLM (NVIDIA GPUs; `pip install trl[vllm]`). Its own log-probs are not used, ours "
-            "are computed anew. Its random streams are its own: a resumed run goes on, but not with the same answers."
+            "help": "Sample with vLLM (NVIDIA GPUs; `pip install trl[vllm]`). Log-probs are computed anew, by the "
+            "policy. vLLM's random streams are its own: a resumed run goes on, but not with the same answers."
         },
     )
     vllm_mode: Literal["colocate", "server"] = field(
@@ -169,6 +169,35 @@ class PPOConfig(TrainingArguments):
         metadata={
             "help": "Share of GPU memory for vLLM with 'colocate'. Higher samples faster and leaves less to train."
         },
+    )
+    vllm_tensor_parallel_size: int = field(
+        default=1,
+        metadata={"help": "Processes that hold one copy of vLLM's model together ('colocate'). Higher: larger models."},
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False,
+        metadata={"help": "vLLM gives its memory back while training ('colocate'); waking it up costs time."},
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=True,
+        metadata={
+            "help": "Weigh the policy's loss by the ratio of its own probability to vLLM's, which rounds otherwise."
+        },
+    )
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        field(
+            default="sequence_mask",
+            metadata={
+                "help": "That ratio is of each token or of a whole answer (sequence); where it is out of bounds it is "
+                "cut to them (truncate), or the token or answer does not count (mask)."
+            },
+        )
+    )
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=3.0, metadata={"help": "Its upper bound. Higher lets answers that vLLM likes too little weigh more."}
+    )
+    vllm_importance_sampling_clip_min: float | None = field(
+        default=None, metadata={"help": "Its lower bound. Higher: what vLLM likes too much weighs more, or is masked."}
     )
 
     # Reward
@@ -357,9 +386,33 @@ class PPOConfig(TrainingArguments):
             self.vllm_mode in ("colocate", "server"),
             f"vllm_mode must be colocate or server, is {self.vllm_mode!r}",
         )
+        given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        of_vllm = sorted(name for name in given if name.startswith("vllm_"))
+        need(self.use_vllm or not of_vllm, f"{', '.join(of_vllm)} needs use_vllm: true, or leave it out")
         need(
-            self.vllm_server_base_url is None or (self.use_vllm and self.vllm_mode == "server"),
-            "vllm_server_base_url is used only with use_vllm and vllm_mode: server",
+            not self.use_vllm or self.vllm_server_base_url is None or self.vllm_mode == "server",
+            "vllm_server_base_url is used only with vllm_mode: server",
+        )
+        for name in ("gpu_memory_utilization", "tensor_parallel_size", "enable_sleep_mode"):
+            need(
+                self.vllm_mode == "colocate" or f"vllm_{name}" not in given,
+                f"vllm_{name} is for vllm_mode: colocate; with server it is set where the server is started",
+            )
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        mode = self.vllm_importance_sampling_mode
+        modes = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+        need(mode in modes, f"vllm_importance_sampling_mode must be one of {', '.join(modes)}, is {mode!r}")
+        need(
+            self.advantage != "rloo" or not self.use_vllm or "sequence" in str(mode),
+            f"vllm_importance_sampling_mode {mode} weighs tokens, and rloo's loss is of whole answers: take sequence_…",
+        )
+        need(
+            low is None or high is None or low < high,
+            f"vllm_importance_sampling_clip_min {low} must be below vllm_importance_sampling_clip_max {high}",
+        )
+        need(
+            (low, high) != (None, None) or "mask" in str(mode),
+            f"vllm_importance_sampling_mode {mode} needs vllm_importance_sampling_clip_min or _clip_max",
         )
         need(
             self.kl_target is None or self.kl_coef > 0,

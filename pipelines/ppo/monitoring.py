@@ -75,8 +75,20 @@ class Monitor:
         if self.args.num_generations > 1:
             own["objective/scores_alike"] = algorithm.alike(scores, self.args.num_generations)
         tokens = sum(map(len, rollouts.responses))
+        sampling = {}  # of vLLM against the policy, as in TRL's GRPO
+        if (weights := rollouts.importance(self.args)) is not None:
+            known = mask & ~rollouts.sampler_logprobs.isnan()
+            apart = torch.where(known, (rollouts.logprobs - rollouts.sampler_logprobs).abs(), 0.0)
+            sampling = {
+                "sampling/sampling_logp_difference/mean": apart.sum() / known.sum().clamp(min=1),
+                "sampling/sampling_logp_difference/max": apart.max(),
+                "sampling/importance_sampling_ratio/mean": algorithm.masked_mean(weights, mask),
+                "sampling/importance_sampling_ratio/min": torch.where(mask, weights, math.inf).min(),
+                "sampling/importance_sampling_ratio/max": torch.where(mask, weights, 0.0).max(),
+            }
         found = _read(
             {
+                **sampling,
                 "objective/kl": each_kl.mean(),
                 "objective/kl_sem": each_kl.std(unbiased=False),
                 "objective/entropy": torch.where(mask, -rollouts.logprobs, 0.0).sum(1).mean(),

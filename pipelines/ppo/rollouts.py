@@ -22,12 +22,12 @@ from trl.import_utils import is_vllm_available
 from trl.models import unwrap_model_for_generation
 
 from pipelines.errors import SetupError
-from pipelines.generation import decode
+from pipelines.generation import decode, with_vllm
 from pipelines.generation.logprobs import collate, make_ready, sequence_scores, token_logprobs, within
 from pipelines.models import loading, thoughts
 from pipelines.models.chat_template import encode_answer, encode_prompt, naming
 from pipelines.models.scorers import Classifier, continues
-from pipelines.ppo import checks
+from pipelines.ppo import algorithm, checks
 from pipelines.ppo.config import PPOConfig, has_critic
 from pipelines.ppo.policy_and_critic import PolicyAndCritic, ValueHead, place_frozen, runs_on_fsdp
 from pipelines.ppo.rewards import read_anew
@@ -51,6 +51,8 @@ class Rollouts:
     scores: Tensor  # (B,) their weighted sum
     ended: Tensor  # (B,) True where the answer ends with EOS
     seconds: dict[str, float]  # per phase, on this process
+    # (B, T) log-probs under what sampled, where that was not the policy itself but vLLM; NaN where it gave none
+    sampler_logprobs: Tensor | None = None
 
     def places(self, answers: list[int]) -> Tensor:
         """Where the real tokens of `answers`, one answer after the other, are in a flattened (B, T): int64 (N,).
@@ -60,6 +62,14 @@ class Rollouts:
         width = self.mask.shape[1]
         places = torch.cat([torch.arange(i * width, i * width + len(self.responses[i])) for i in answers])
         return places.to(self.mask.device)
+
+    def importance(self, args: PPOConfig) -> Tensor | None:
+        """Weights (B, T) of the tokens where vLLM sampled them (`vllm_importance_sampling_…`), else None."""
+        if self.sampler_logprobs is None or not args.vllm_importance_sampling_correction:
+            return None
+        bounds = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+        mode = args.vllm_importance_sampling_mode
+        return algorithm.importance(self.logprobs, self.sampler_logprobs, self.mask, mode, *bounds)
 
 
 class RewardScorer:
@@ -217,18 +227,22 @@ class RolloutMaker:
 
         began = time.perf_counter()
         answers = list(zip(my_prompts, responses, strict=True))
-        per_token: list = [None] * share  # (2 or 3, length): log-probs of policy and reference, values
+        per_token: list = [
+            None
+        ] * share  # (2 to 4, length): log-probs of policy and reference, values, vLLM's log-probs
         group = args.num_generations if self.share else 1
         for chunk in chunks(_by_length(answers, group), args.local_rollout_forward_batch_size):
             batch = collate([answers[i] for i in chunk], self.packed, device, self.share)
+            found, of_vllm = torch.cat([logprobs[i] for i in chunk]).to(device), None
             if self.vllm is not None:
+                of_vllm = found
                 sampled, _, values = model(batch, temperature=args.temperature)
             else:
-                sampled = torch.cat([logprobs[i] for i in chunk]).to(device)
+                sampled = found
                 values = model(batch, values_only=True) if has_critic(args.advantage) else None
             with self.accelerator.autocast():
                 ref_logprobs = self._reference_logprobs(model, batch)
-            columns = torch.stack([x for x in (sampled, ref_logprobs, values) if x is not None]).cpu()
+            columns = torch.stack([x for x in (sampled, ref_logprobs, values, of_vllm) if x is not None]).cpu()
             for i, part in zip(chunk, columns.split([len(responses[i]) for i in chunk], dim=1), strict=True):
                 per_token[i] = part
         rewards = self.scorer(dataset, my_rows, answers)  # (share, functions)
@@ -238,7 +252,7 @@ class RolloutMaker:
         gathered = gather_object(list(zip(responses, per_token, rewards, strict=True)))
         responses, per_token, rewards = map(list, zip(*gathered, strict=True))
         lengths = torch.tensor([len(r) for r in responses], device=device)
-        padded = nn.utils.rnn.pad_sequence([p.T for p in per_token], batch_first=True).to(device)  # (B, T, 2 or 3)
+        padded = nn.utils.rnn.pad_sequence([p.T for p in per_token], batch_first=True).to(device)  # (B, T, 2 to 4)
         applies = torch.tensor([[value is not None for value in row] for row in rewards], device=device)
         rewards = torch.tensor([[math.nan if v is None else v for v in row] for row in rewards], device=device)
         return Rollouts(
@@ -254,16 +268,18 @@ class RolloutMaker:
             scores=self.scorer.total(rewards, applies),
             ended=torch.tensor([r[-1] in self.eos_token_ids for r in responses], device=device),
             seconds=seconds,
+            sampler_logprobs=None if self.vllm is None else padded[..., -1],
         )
 
-    def _sample(
-        self, model: nn.Module, prompts: list[list[int]], seeds: list
-    ) -> tuple[list[list[int]], list[Tensor] | None]:
-        """An answer to each prompt, and the log-probs of its tokens (None: vLLM's would not be ours)."""
+    def _sample(self, model: nn.Module, prompts: list[list[int]], seeds: list) -> tuple[list[list[int]], list[Tensor]]:
+        """An answer to each prompt, and the log-probs of its tokens under what sampled it (vLLM: NaN where unknown)."""
         args = self.args
         if self.vllm is not None:
             self.vllm.sync_weights()
-            return [list(ids) for ids in self.vllm.generate(prompts, None, 1)[1]], None
+            _, responses, logprobs, _ = self.vllm.generate(prompts, None, 1)
+            logprobs = logprobs or [[[None]] * len(ids) for ids in responses]
+            known = [[math.nan if first is None else first for first, *_ in tokens] for tokens in logprobs]
+            return [list(ids) for ids in responses], [torch.tensor(values) for values in known]
         with self._whole_policy(model) as policy, self.accelerator.autocast():
             return decode.generate(
                 policy,
@@ -337,28 +353,28 @@ def encode_prompts(
 
 
 def vllm_engine(policy, tokenizer, accelerator: Accelerator, args: PPOConfig, longest: int, eos_token_ids: list[int]):
-    """TRL's vLLM engine around the policy: `sync_weights()` and `generate(prompts, None, 1)`.
+    """vLLM around the policy: `sync_weights()` and `generate(prompts, None, 1)`.
 
     `longest` is the length of the longest prompt in tokens.
     """
-    if not is_vllm_available():
-        raise SetupError("use_vllm: vLLM is not installed here: `pip install trl[vllm]` (NVIDIA GPUs), or leave it out")
-    from trl.generation.vllm_generation import VLLMGeneration  # needs vLLM
-
-    return VLLMGeneration(
+    share = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return with_vllm.start(
         policy,
-        accelerator,
         tokenizer,
+        accelerator,
+        longest=longest,
+        eos_token_ids=eos_token_ids,
         mode=args.vllm_mode,
         server_base_url=args.vllm_server_base_url,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-        max_model_length=longest + args.response_length,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        enable_sleep_mode=args.vllm_enable_sleep_mode,
+        max_num_seqs=share * args.vllm_tensor_parallel_size,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         max_completion_length=args.response_length,
-        logprobs=None,
-        generation_kwargs={"stop_token_ids": eos_token_ids},
+        logprobs=0 if args.vllm_importance_sampling_correction else None,  # of the sampled tokens alone
     )
 
 

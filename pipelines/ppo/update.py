@@ -56,13 +56,15 @@ class Steps:
 def targets(args: PPOConfig, rollouts: Rollouts, scores: Tensor, kl: Tensor, kl_coef: float) -> Targets:
     """Advantages by `args.advantage`, from the scores (B,) and the KL (B, T) of the global batch."""
     mask, in_reward = rollouts.mask, args.kl_placement == "reward"
+    weights = rollouts.importance(args)  # where vLLM sampled; none is negative, so they weigh the loss
+    weights = 1.0 if weights is None else weights
     if args.advantage in ("rloo", "grpo"):
         rewards = scores - kl_coef * torch.where(mask, kl, 0.0).sum(1) if in_reward else scores
         if args.advantage == "rloo":
             advantages = algorithm.leave_one_out(rewards, args.num_generations, args.normalize_advantages)
         else:
             advantages = algorithm.group_relative(rewards, args.num_generations, args.scale_rewards)
-        return Targets(torch.where(mask, advantages[:, None], 0.0), None, kl_coef)
+        return Targets(torch.where(mask, advantages[:, None], 0.0) * weights, None, kl_coef)
     rewards = algorithm.token_rewards(scores, kl, mask, kl_coef if in_reward else 0.0)
     if args.whiten_rewards:
         rewards = algorithm.whiten(rewards, mask, shift_mean=False)
@@ -71,7 +73,7 @@ def targets(args: PPOConfig, rollouts: Rollouts, scores: Tensor, kl: Tensor, kl_
     else:
         advantages, _ = algorithm.gae(rewards, torch.zeros_like(rewards), mask, args.gamma, 1.0)  # what comes after
         returns = None
-    return Targets(algorithm.whiten(advantages, mask), returns, kl_coef)
+    return Targets(algorithm.whiten(advantages, mask) * weights, returns, kl_coef)
 
 
 class Learner:

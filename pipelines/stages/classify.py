@@ -99,7 +99,7 @@ class ClassifyTrainer(ChainTrainer, Trainer):
         """Sum of the weights of all rows of the step, over micro-batches and processes."""
         if self.class_weights is None:
             return super()._get_num_items_in_batch(batch_samples, device)
-        weight = sum(self.class_weights[batch["labels"].cpu()].sum() for batch in batch_samples)
+        weight = sum(self.class_weights[batch["labels"].to(self.class_weights.device)].sum() for batch in batch_samples)
         return self.accelerator.reduce(torch.as_tensor(weight, device=device), "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -110,7 +110,7 @@ class ClassifyTrainer(ChainTrainer, Trainer):
         loss = torch.nn.functional.cross_entropy(
             outputs.logits.float(), labels, reduction="none", label_smoothing=self.args.label_smoothing_factor
         )
-        loss = self.class_weights.to(labels.device)[labels] * loss
+        loss = self.class_weights[labels] * loss
         if model.training:
             loss = loss.sum() / num_items_in_batch * self.accelerator.num_processes  # DDP averages over processes
         else:
@@ -164,7 +164,8 @@ def run(stage) -> dict:
     # accumulation steps nor leave the mean over processes alone. All micro-batches are of one size: a mean is exact.
     trainer.model_accepts_loss_kwargs = False
     if task.class_weights == "balanced":
-        trainer.class_weights = balanced_weights(list(train_set["labels"]), len(names))
+        weights = balanced_weights(list(train_set["labels"]), len(names))
+        trainer.class_weights = weights.to(args.device)  # once: a batch's labels are there, and would be waited for
         trainer.loss_is_scaled_for_ga = True
         stage.report["class_weights"] = dict(zip(names, trainer.class_weights.tolist(), strict=True))
         logger.info("class weights: %s", ", ".join(f"{k} {v:.3g}" for k, v in stage.report["class_weights"].items()))

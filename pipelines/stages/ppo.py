@@ -32,6 +32,7 @@ from pipelines import IGNORE_INDEX, errors, files, functions, launch
 from pipelines.data import fingerprint, mixing, plain_text, token_file
 from pipelines.data.sources import sources
 from pipelines.errors import DataError, ModelError, SetupError
+from pipelines.generation import with_vllm
 from pipelines.kinds import CLASSIFIER
 from pipelines.models import adapters, chat_template, loading, scorers, tag_heads, tokenizer_setup
 from pipelines.ppo.checks import check_batch, check_rows
@@ -123,14 +124,21 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     if bool(args.get("ptx_coef")) != bool(ptx):
         missing = "args.ptx_coef" if ptx else "data.ptx"
         yield missing, "PPO-ptx needs both data.ptx (pretraining text) and args.ptx_coef above 0", None
+    for key, message, value in with_vllm.problems(args):
+        yield f"args.{key}", message, value
     known = arguments.problems(stage, hardware := arguments.expected_hardware())[0]
     if known:
+        if hardware.processes % known.vllm_tensor_parallel_size:
+            message = f"must divide the number of processes, {hardware.processes}: each holds a part of vLLM's model"
+            yield "args.vllm_tensor_parallel_size", message, known.vllm_tensor_parallel_size
         batch = known.per_device_train_batch_size * known.gradient_accumulation_steps * hardware.processes
         try:
             check_batch(batch, known.num_mini_batches, hardware.processes, known.num_generations)
         except SetupError as error:
             key = "num_generations" if batch % known.num_generations else "num_mini_batches"
             yield f"args.{key}", str(error), getattr(known, key)
+    if args.get("use_vllm") and (bits := next((k for k in ("load_in_4bit", "load_in_8bit") if model.get(k)), None)):
+        yield f"model.{bits}", "cannot be used with args.use_vllm (it is given whole weights): drop one of them", True
     for key in ("ptx_length", "ptx_batch_size"):
         if args.get(key) and not ptx:
             yield f"args.{key}", "is used only with data.ptx: drop this key", args[key]

@@ -10,11 +10,12 @@ Writes `samples.jsonl`: prompt, completions, and for each of them who wrote it (
 Empty answers, and prompts with fewer than two different answers, leave nothing to rank: left out and counted.
 
 Every answer has a random stream of its own: the file is the same with any number of processes, and a stage that was
-stopped goes on where it was.
+stopped goes on where it was. (vLLM's streams are its own: with `use_vllm` other answers come each time.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from accelerate.utils import broadcast_object_list
 
 from pipelines import IGNORE_INDEX, errors, files
 from pipelines.data import mixing, plain_text
-from pipelines.generation import answers
+from pipelines.generation import answers, with_vllm
 from pipelines.kinds import of_kind
 from pipelines.models import chat_template, loading
 from pipelines.recipe.model_checks import named_models
@@ -45,6 +46,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     if not models:
         yield "sample.models", "needs at least one language model: stage:NAME, a folder or a hub id", None
     yield from named_models(stage, kinds, "sample.models", models, of_kind(writes_text=True), "language model")
+    for key, message, value in with_vllm.problems(sample):
+        yield f"sample.{key}", message, value
     if models and count % len(models):
         yield "sample.completions", f"must be a multiple of {len(models)}, so that each model writes as many", count
     if data.get("validation") is not None:
@@ -81,22 +84,22 @@ def run(stage) -> dict:
             break  # `report_length` says so
         todo = sorted((i for i in fits if (m, i) not in done), key=lambda i: len(str(prompts[i])))
         size = max(1, BATCHES * settings.batch_size * state.num_processes // each)
-        for start in range(0, len(todo), size):
-            some = todo[start : start + size]
-            seeds = [[(stage.seed, m, i, k) for k in range(each)] for i in some]
-            found = answers.answers(
-                model, tokenizer, [prompts[i] for i in some], seeds, tools=[tools[i] for i in some], **how
-            )
-            done |= {(m, i): group for i, group in zip(some, found, strict=True)}
-            if state.is_main_process:
-                files.append_rows(log, [{"model": m, "prompt": i, "answers": done[m, i]} for i in some])
-                logger.info(
-                    "%s: %s answered %d of %d prompts",
-                    stage.name,
-                    path,
-                    len(fits) - len(todo) + start + len(some),
-                    len(fits),
-                )
+        writer = contextlib.nullcontext()
+        if settings.use_vllm and todo:
+            encoded = answers.encode_prompts(tokenizer, [prompts[i] for i in todo], [tools[i] for i in todo])
+            sampling = {key: how[key] for key in ("response_length", "temperature", "top_k", "top_p")}
+            writer = with_vllm.writer(model, tokenizer, encoded, answers.end_tokens(model, tokenizer), **sampling)
+        with writer as write:
+            for start in range(0, len(todo), size):
+                some = todo[start : start + size]
+                seeds = [[(stage.seed, m, i, k) for k in range(each)] for i in some]
+                asked, its_tools = [prompts[i] for i in some], [tools[i] for i in some]
+                found = answers.answers(model, tokenizer, asked, seeds, tools=its_tools, write=write, **how)
+                done |= {(m, i): group for i, group in zip(some, found, strict=True)}
+                if state.is_main_process:
+                    files.append_rows(log, [{"model": m, "prompt": i, "answers": done[m, i]} for i in some])
+                    at = len(fits) - len(todo) + start + len(some)
+                    logger.info("%s: %s answered %d of %d prompts", stage.name, path, at, len(fits))
         del model
 
     long = [rows[i]["where"] for i in sorted(left_out)]

@@ -136,6 +136,35 @@ def test_first_minibatch_gradient_is_the_policy_gradient():
     torch.testing.assert_close(logprobs.grad, -advantages)
 
 
+@pytest.mark.parametrize(
+    "mode, low, high, expected",  # of the ratios 2, 1/4 (product 1/2) and 8 (the rest is padding)
+    [
+        ("token_truncate", 0.5, 3.0, [[2, 0.5], [3, 1]]),
+        ("token_truncate", None, 3.0, [[2, 0.25], [3, 1]]),
+        ("token_mask", None, 3.0, [[2, 0.25], [0, 1]]),
+        ("token_mask", 0.5, None, [[2, 0], [8, 1]]),
+        ("sequence_truncate", None, 3.0, [[0.5, 0.5], [3, 3]]),
+        ("sequence_mask", None, 3.0, [[0.5, 0.5], [0, 0]]),
+        ("sequence_mask", None, None, [[0.5, 0.5], [8, 8]]),
+    ],
+)
+def test_importance_of_what_another_program_sampled(mode, low, high, expected):
+    mask = torch.tensor([[True, True], [True, False]])
+    apart = torch.tensor([[2.0, 0.25], [8.0, 5.0]]).log()
+    found = algorithm.importance(apart - 1, torch.full((2, 2), -1.0), mask, mode, low, high)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+    unknown = algorithm.importance(apart - 1, torch.full((2, 2), math.nan), mask, mode, low, high)
+    assert torch.equal(unknown, torch.ones(2, 2))
+
+
+def test_weighted_advantages_weigh_the_loss():
+    new, old, advantages, weights = (torch.randn(50, generator=torch.Generator().manual_seed(i)) for i in range(4))
+    weights = weights.abs()
+    plain, _ = algorithm.policy_loss(new, old, advantages, 0.2)
+    weighted, _ = algorithm.policy_loss(new, old, advantages * weights, 0.2)
+    torch.testing.assert_close(weighted, plain * weights)
+
+
 def test_value_loss_clips_around_the_old_value():
     old, returns = torch.zeros(3), torch.tensor([1.0, 1.0, -1.0])
     new = torch.tensor([0.1, 0.5, 0.5], requires_grad=True)

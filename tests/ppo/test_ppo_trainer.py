@@ -730,6 +730,41 @@ def test_vllm_samples_with_the_weights_of_now_and_our_log_probs(tmp_path, monkey
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4) != rows[-1]["objective/kl"]
 
 
+def test_what_vllm_rounds_otherwise_is_corrected(tmp_path, monkeypatch):
+    """An engine that thinks its answers less likely than they are: they are masked, cut to a bound, or not looked at."""
+
+    class Engine:
+        def __init__(self, policy, *_):
+            self.policy = policy
+
+        def sync_weights(self):
+            pass
+
+        def generate(self, prompts, images, num_generations):
+            seeds = list(range(len(prompts)))
+            ids, logprobs = generate(self.policy, prompts, max_new_tokens=8, eos_token_ids=[EOS], seeds=seeds)
+            return prompts, ids, [[[value - 1.0] for value in values.tolist()] for values in logprobs], None
+
+    monkeypatch.setattr(trainer_module, "vllm_engine", Engine)
+    moved, logged = {}, {}
+    for name, settings in {
+        "masked": {},
+        "cut": {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 2.0},
+        "off": {"vllm_importance_sampling_correction": False},
+    }.items():
+        trainer = make(tmp_path / name, use_vllm=True, kl_coef=0.0, max_steps=1, **settings)
+        before = [w.detach().clone() for w in trainer.model.policy.parameters()]
+        trainer.train()
+        after = trainer.model.policy.parameters()
+        moved[name] = max((a - b).abs().max().item() for a, b in zip(after, before, strict=True))
+        logged[name] = next(row for row in trainer.state.log_history if "objective/kl" in row)
+    assert moved["masked"] == 0 and moved["cut"] > 1e-4 and moved["off"] > 1e-4
+    names = ("sampling_logp_difference/mean", "importance_sampling_ratio/mean", "importance_sampling_ratio/max")
+    assert [logged["masked"][f"sampling/{n}"] for n in names] == pytest.approx([1.0, 0.0, 0.0], abs=1e-4)
+    assert [logged["cut"][f"sampling/{n}"] for n in names] == pytest.approx([1.0, 2.0, 2.0], abs=1e-4)
+    assert not any(name.startswith("sampling/") for name in logged["off"])
+
+
 # --- gates and errors ---------------------------------------------------------------------------------------
 
 

@@ -307,6 +307,11 @@ CONTRADICTIONS = [
     ("policy", {"ptx_coef": 0.5}),
     ("policy", {"ptx_length": 16}),
     ("policy", {"vllm_server_base_url": "http://localhost:8000"}),
+    ("policy", {"use_vllm": True}),  # which is not installed
+    ("policy", {"vllm_tensor_parallel_size": 2}),
+    ("policy", {"vllm_enable_sleep_mode": True}),
+    ("policy", {"use_vllm": True, "vllm_mode": "server", "vllm_enable_sleep_mode": True}),
+    ("policy", {"use_vllm": True, "vllm_importance_sampling_clip_min": 4}),
     ("policy", {"use_liger_kernel": True, "neftune_noise_alpha": 5}),
     ("policy", {"best_kl_cap": 5}),
     ("encoder", {"max_length": 5}),

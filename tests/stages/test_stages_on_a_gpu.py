@@ -5,16 +5,21 @@ The device is `simulated_gpu`'s; what a real one does beside that (speed, memory
 
 from __future__ import annotations
 
+import collections
 import json
 
 import pytest
+import torch
 import varlen_on_cpu
-from simulated_gpu import simulated_gpu
+from simulated_gpu import on_gpu, simulated_gpu
 from tiny_words import WORDS
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 from pipelines.chain import chain
-from pipelines.generation import decode, logprobs
+from pipelines.generation import decode, logprobs, with_vllm
 from pipelines.generation.decode import generate
+from pipelines.generation.speaker import Settings, Speaker
 from pipelines.ppo import trainer as ppo_trainer
 from pipelines.ppo.update import Learner
 from pipelines.recipe.recipe import load
@@ -105,9 +110,16 @@ def chains(write, base: str) -> dict[str, dict]:
         "sft lora": {"x": stage("sft", asked, length, **both)},
         "reward": {"x": stage("reward", ranked, length)},
         "reward lora, tags": {"x": judge | both},
+        "dpo": {"x": stage("dpo", ranked, {"ranking_loss": "plackett_luce", **length}, model=plain)},
+        "dpo lora, pairs": {"x": stage("dpo", ranked, length) | both},
         "classify": {
             "m": stage("mlm", text, length, model={"config": BERT}, tokenizer=words),
             "x": stage("classify", labelled, model={"model_name_or_path": "stage:m"}),
+        },
+        "classify weighted": {
+            "x": stage(
+                "classify", labelled, task={"class_weights": "balanced"}, model={"config": BERT}, tokenizer=words
+            ),
         },
         "classify a causal model": {"x": stage("classify", labelled)},
         "seq2seq": {
@@ -175,8 +187,9 @@ class Engine:
         """The weights are the policy's own."""
 
     def generate(self, prompts, images, num_generations):
-        ids, _ = generate(self.policy, prompts, max_new_tokens=8, eos_token_ids=[0], seeds=list(range(len(prompts))))
-        return prompts, ids, None, None
+        seeds = list(range(len(prompts)))
+        ids, logprobs = generate(self.policy, prompts, max_new_tokens=8, eos_token_ids=[0], seeds=seeds)
+        return prompts, ids, [[[value] for value in values.tolist()] for values in logprobs], None
 
 
 @pytest.fixture
@@ -186,8 +199,13 @@ def run(recipe, write, tiny_gpt2, monkeypatch):
     varlen_on_cpu.install()
     varlen._trial.cache_clear()
 
-    def run_(name):
-        loaded = load(recipe(chains(write, str(tiny_gpt2))[name]))
+    monkeypatch.setattr(with_vllm, "problems", lambda section: ())  # as if it were installed
+
+    def run_(name, **model):
+        stages = chains(write, str(tiny_gpt2))[name]
+        if model:
+            stages["x"] |= {"model": stages["x"]["model"] | model}
+        loaded = load(recipe(stages))
         with pytest.MonkeyPatch.context() as patch, simulated_gpu(patch) as gpu:
             gpu.watch(patch, ChainTrainer, "training_step")
             gpu.watch(patch, decode, "lean_decode", "decode")
@@ -220,7 +238,10 @@ STEP = {
     "sft lora": 180,
     "reward": 235,
     "reward lora, tags": 230,
+    "dpo": 340,
+    "dpo lora, pairs": 340,
     "classify": 200,
+    "classify weighted": 215,
     "classify a causal model": 210,
     "seq2seq": 575,
 }
@@ -249,9 +270,48 @@ def test_a_stage_runs_on_the_device(run, name):
         assert per_call(gpu, "backward", "operators") <= MINIBATCH[name]
         assert per_call(gpu, "_update", "wait") <= 12, gpu.places["_update"]  # metrics, once an update
         assert per_call(gpu, "decode", "operators") / 8 <= TOKEN[name]
+    else:
+        assert gpu.counts["decode"]["operators"] > 0 or final["kind"] != "evaluate"  # it was not done on the CPU
     assert per_call(gpu, "decode", "wait") <= 1, gpu.places["decode"]  # eight tokens each
+    waits = sum(counts["wait"] for counts in gpu.counts.values())
+    assert waits <= WAITS.get(name, waits), sorted(sum(gpu.places.values(), collections.Counter()).items(), key=lambda x: -x[1])
 
 
 def per_call(gpu, phase, kind):
     """How many of `kind` there were in each call of what is watched as `phase`."""
     return gpu.counts[phase][kind] / max(gpu.counts[phase]["calls"], 1)
+
+
+def test_chat_answers_on_the_device(tiny_gpt2, monkeypatch):
+    monkeypatch.setenv("PIPELINES_FAST_ENV", "0")
+    with pytest.MonkeyPatch.context() as patch, simulated_gpu(patch):
+        speaker, said = Speaker(str(tiny_gpt2)), []
+        answer = speaker.answer("what is red", Settings(max_new_tokens=6, temperature=0.7), said.append, print)
+        assert all(on_gpu(weight) for weight in speaker.model.parameters()) and answer == "".join(said)
+
+
+def flash_attention(module, query, key, value, attention_mask, **kwargs):
+    """In flash attention's place: it refuses what that refuses, and knows rows only by their seams or their padding."""
+    if not on_gpu(query) or query.dtype not in (torch.bfloat16, torch.float16):
+        raise RuntimeError("FlashAttention only supports fp16 and bf16 on a GPU")
+    (queries, keys), seams = (query.shape[2], key.shape[2]), kwargs.get("cu_seq_lens_q")
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    if seams is not None:
+        row = torch.bucketize(torch.arange(queries, device=query.device), seams[1:], right=True)
+        seen = seen & (row[:, None] == row)
+    elif attention_mask is not None:
+        seen = seen & attention_mask[:, None, None, :].bool()
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=kwargs.get("scaling"))
+    return output.transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft packed", "reward", "dpo", "ppo", "classify a causal model"])
+def test_flash_attention_is_given_what_it_takes(run, monkeypatch, name):
+    """A stand-in that refuses the CPU and float32: every stage runs, packed or padded, and scores as with SDPA."""
+    _, sdpa = run(name)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_stand_in", flash_attention)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "flash_stand_in", flash_attention_mask)
+    _, final = run(name, attn_implementation="flash_stand_in")
+    if name != "ppo":  # whose answers differ where a rounding does
+        key = "eval_loss" if "eval_loss" in final["metrics"] else "loss"
+        assert final["metrics"][key] == pytest.approx(sdpa["metrics"][key], rel=2e-2)

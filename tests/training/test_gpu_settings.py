@@ -16,6 +16,7 @@ from transformers import AttentionInterface, GPT2Config, GPT2ForSequenceClassifi
 from pipelines import launch
 from pipelines.chain import chain
 from pipelines.errors import SetupError
+from pipelines.generation import answers
 from pipelines.generation.decode import Sampler, generate, lean_decode, ready_mask, takes_ready_masks, uniforms
 from pipelines.generation.logprobs import collate, make_ready, sequence_scores, token_logprobs, token_values
 from pipelines.models import sharding
@@ -34,7 +35,16 @@ def gpt2(kind=GPT2LMHeadModel, **settings):
     return kind(GPT2Config(**size, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, pad_token_id=39, **settings))
 
 
-def test_one_process_uses_one_gpu_and_names_the_idle_ones(recipe, write, tiny_gpt2, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "bf16, said, held",
+    [
+        (True, "bf16 (the GPUs compute in it)", "bfloat16"),
+        (False, "fp32 (not every GPU here computes in bf16)", "float32"),  # as a T4 or V100
+    ],
+)
+def test_one_process_uses_one_gpu_and_names_the_idle_ones(
+    recipe, write, tiny_gpt2, monkeypatch, caplog, bf16, said, held
+):
     monkeypatch.setenv("PIPELINES_FAST_ENV", "0")
     rows = write("a.jsonl", [{"prompt": f"what is {i}", "completion": "the cat"} for i in range(16)])
     args = {"global_batch_size": 4, "max_steps": 1, "save_strategy": "no"}
@@ -43,15 +53,17 @@ def test_one_process_uses_one_gpu_and_names_the_idle_ones(recipe, write, tiny_gp
     forward = nn.DataParallel.forward
     monkeypatch.setattr(nn.DataParallel, "forward", lambda *a, **k: seen.append(1) or forward(*a, **k))
     loaded = load(recipe({"x": stage}))
-    with pytest.MonkeyPatch.context() as patch, simulated_gpu(patch, bf16=False, devices=2) as gpu:
+    with pytest.MonkeyPatch.context() as patch, simulated_gpu(patch, bf16=bf16, devices=2) as gpu:
         with caplog.at_level("INFO", logger="pipelines"):
             chain.run(loaded)
+            answers.load(str(tiny_gpt2))
         assert gpu.counts
-    assert not seen and "one process uses one GPU, the other 1 are idle" in caplog.text
-    assert "x: fp32 (not every GPU here computes in bf16) on 1 x cuda, 4 rows per step" in caplog.text  # as on a T4
+    assert not seen and "one process uses one GPU, the other 1 are idle. All of them: accelerate launch" in caplog.text
+    assert f"x: {said} on 1 x cuda, 4 rows per step" in caplog.text
+    assert f"{tiny_gpt2}: on cuda, {held} weights" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "someone/attention"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
 def test_a_model_with_an_attention_that_refuses_the_cpu_is_fused_all_the_same(name):
     def refuse(*args, **kwargs):
         raise RuntimeError("FlashAttention only supports fp16 and bf16 on a GPU")

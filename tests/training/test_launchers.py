@@ -15,7 +15,9 @@ import pytest
 import yaml
 from test_launch import kill, wait_for
 
+from pipelines.chain.chain import run as run_chain
 from pipelines.data import train_tokenizer
+from pipelines.recipe.recipe import load
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -30,10 +32,12 @@ STAGES = (
     "translate",
     "best",
     "alone",
+    "preferred",
     "sft_lora",
     "reward_lora",
     "classify_lora",
     "policy_lora",
+    "preferred_lora",
     "tokens_lora",
 )
 STEPS = 6
@@ -184,6 +188,12 @@ def chain(tmp_path_factory, tiny_gpt2):
             "reward": {"models": ["stage:reward"], "min_accuracy": 0.0, "critic": "none"},
             "args": {**sampled, "advantage": "grpo", "num_generations": 4, "ptx_coef": 0.5, "ptx_length": 16},
         },
+        "preferred": {
+            "kind": "dpo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": ranked,
+            "args": {**short, "ranking_loss": "plackett_luce", "beta": 0.5},
+        },
         "sft_lora": {
             "kind": "sft",
             "model": {"model_name_or_path": "stage:sft", **lora},
@@ -209,6 +219,12 @@ def chain(tmp_path_factory, tiny_gpt2):
             "args": sampled,
             "reward": {"models": ["stage:reward_lora"], "min_accuracy": 0.0, "tag_penalties": {"wrong": 0.5}},
         },
+        "preferred_lora": {
+            "kind": "dpo",
+            "model": {"model_name_or_path": "stage:sft_lora", **lora},
+            "data": ranked,
+            "args": short,
+        },
         "tokens_lora": {
             "kind": "sft",
             "model": {"model_name_or_path": "stage:base", **lora},
@@ -217,9 +233,9 @@ def chain(tmp_path_factory, tiny_gpt2):
         },
     }
 
-    def chain_(name, steps=STEPS):
+    def chain_(name, steps=STEPS, **more):
         of_length = {
-            key: {**stage, "args": {"eval_steps": steps, **stage["args"], "max_steps": steps}}
+            key: {**stage, "args": {"eval_steps": steps, **stage["args"], "max_steps": steps, **more}}
             for key, stage in stages.items()
         }
         path = folder / f"{name}.yaml"
@@ -302,20 +318,41 @@ def test_two_processes_train_as_one(chain, one, config):
         assert (folder / stage / "adapter" / "adapter_model.safetensors").is_file() == stage.endswith("_lora")
 
 
+KINDS = ("base", "sft", "reward", "classify", "policy", "words", "translate", "preferred")
+
+
+def logs(folder, stages):
+    return {stage: [json.loads(row) for row in open(folder / stage / "history.jsonl")] for stage in stages}
+
+
+def assert_alike_in_bf16(shards, copies):
+    """Losses are apart by bf16's rounding alone, and no log-prob was rounded on its way out."""
+    for stage, rows in shards.items():
+        names = ("loss", "eval_loss", "loss/ptx_avg")
+        found, right = ([row[name] for row in log for name in names if name in row] for log in (rows, copies[stage]))
+        assert len(found) == len(right) and found == pytest.approx(right, rel=1e-2, abs=1e-3), stage
+        ratios = [row["val/first_ratio_rms"] for row in rows if "val/first_ratio_rms" in row]
+        assert ratios or len(found) > 2, stage
+        assert all(ratio < 2e-3 for ratio in ratios), (stage, ratios)  # rounded to bf16 they were 9e-3
+
+
+def test_every_kind_trains_on_shards_in_bf16(chain):
+    """Two steps of each kind under FSDP2, in one launch, and the same on one process."""
+    copies, shards = (chain(f"{name}_half", 2, bf16=True) for name in ("one", "fsdp2"))
+    run_chain(load(copies[0]), KINDS)
+    said = run(command("fsdp2", shards[0], *KINDS, **FSDP))
+    assert said.count("gradients summed in ['torch.float32']") == 2
+    assert_alike_in_bf16(logs(shards[1], KINDS), logs(copies[1], KINDS))
+
+
 @pytest.mark.slow
 def test_shards_in_bf16_train_as_copies_in_bf16(chain):
-    """What GPUs do by default: losses differ by bf16's rounding alone, log-probs are not rounded on their way out."""
-    stages, losses = ("base", "sft", "reward", "policy"), {}
-    for config in ("cpu_2", "fsdp2"):
-        recipe, folder = chain(f"half_{config}")
-        line = command(config, recipe, *stages, **(FSDP if config == "fsdp2" else {}))
-        said = run([*line[:2], "--mixed_precision", "bf16", *line[2:]])
-        assert "policy: bf16 (as the launcher says)" in said
-        logs = [[json.loads(row) for row in open(folder / stage / "history.jsonl")] for stage in stages]
-        losses[config] = [row["loss"] for log in logs[:3] for row in log if "loss" in row]
-        ratios = [row["val/first_ratio_rms"] for row in logs[3] if "val/first_ratio_rms" in row]
-        assert ratios and max(ratios) < 2e-3, (config, ratios)
-    assert losses["fsdp2"] == pytest.approx(losses["cpu_2"], rel=2e-2) and len(losses["cpu_2"]) == 3 * STEPS
+    """Adapters and a shared critic too, both on two processes."""
+    copies, shards = (chain(f"{name}_half_2", bf16=True) for name in ("ddp", "fsdp2"))
+    run(command("cpu_2", copies[0], *STAGES))
+    said = run(command("fsdp2", shards[0], *STAGES, **FSDP))
+    assert said.count("gradients summed in ['torch.float32']") == 2
+    assert_alike_in_bf16(logs(shards[1], STAGES), logs(copies[1], STAGES))
 
 
 @pytest.mark.slow
