@@ -203,7 +203,9 @@ def has_plain_head(model: nn.Module) -> bool:
         return False
     if not hasattr(model, "_has_plain_head"):
         ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-        own = model(input_ids=ids, use_cache=False).logits.float()
+        # Accelerate's autocast around `forward` may be running: it cannot be entered twice, it would never end
+        forward = getattr(model, "_original_forward", model)
+        own = forward(input_ids=ids, use_cache=False).logits.float()
         ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
         near = torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
         model._has_plain_head = isinstance(head, nn.Linear) and head.weight.is_floating_point() and near

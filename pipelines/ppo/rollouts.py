@@ -227,9 +227,7 @@ class RolloutMaker:
 
         began = time.perf_counter()
         answers = list(zip(my_prompts, responses, strict=True))
-        per_token: list = [
-            None
-        ] * share  # (2 to 4, length): log-probs of policy and reference, values, vLLM's log-probs
+        per_token: list = [None] * share  # (2 to 4, length): log-probs of policy, reference; values; vLLM's log-probs
         group = args.num_generations if self.share else 1
         for chunk in chunks(_by_length(answers, group), args.local_rollout_forward_batch_size):
             batch = collate([answers[i] for i in chunk], self.packed, device, self.share)

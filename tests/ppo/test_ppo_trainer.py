@@ -743,7 +743,7 @@ def test_what_vllm_rounds_otherwise_is_corrected(tmp_path, monkeypatch):
         def generate(self, prompts, images, num_generations):
             seeds = list(range(len(prompts)))
             ids, logprobs = generate(self.policy, prompts, max_new_tokens=8, eos_token_ids=[EOS], seeds=seeds)
-            return prompts, ids, [[[value - 1.0] for value in values.tolist()] for values in logprobs], None
+            return prompts, ids, [[[value - 2.0] for value in values.tolist()] for values in logprobs], None
 
     monkeypatch.setattr(trainer_module, "vllm_engine", Engine)
     moved, logged = {}, {}
@@ -760,8 +760,8 @@ def test_what_vllm_rounds_otherwise_is_corrected(tmp_path, monkeypatch):
         logged[name] = next(row for row in trainer.state.log_history if "objective/kl" in row)
     assert moved["masked"] == 0 and moved["cut"] > 1e-4 and moved["off"] > 1e-4
     names = ("sampling_logp_difference/mean", "importance_sampling_ratio/mean", "importance_sampling_ratio/max")
-    assert [logged["masked"][f"sampling/{n}"] for n in names] == pytest.approx([1.0, 0.0, 0.0], abs=1e-4)
-    assert [logged["cut"][f"sampling/{n}"] for n in names] == pytest.approx([1.0, 2.0, 2.0], abs=1e-4)
+    assert [logged["masked"][f"sampling/{n}"] for n in names] == pytest.approx([2.0, 0.0, 0.0], abs=1e-4)
+    assert [logged["cut"][f"sampling/{n}"] for n in names] == pytest.approx([2.0, 2.0, 2.0], abs=1e-4)
     assert not any(name.startswith("sampling/") for name in logged["off"])
 
 

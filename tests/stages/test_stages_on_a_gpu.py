@@ -117,8 +117,9 @@ def chains(write, base: str) -> dict[str, dict]:
             "x": stage("classify", labelled, model={"model_name_or_path": "stage:m"}),
         },
         "classify weighted": {
+            "m": stage("mlm", text, length, model={"config": BERT}, tokenizer=words),
             "x": stage(
-                "classify", labelled, task={"class_weights": "balanced"}, model={"config": BERT}, tokenizer=words
+                "classify", labelled, task={"class_weights": "balanced"}, model={"model_name_or_path": "stage:m"}
             ),
         },
         "classify a causal model": {"x": stage("classify", labelled)},
@@ -193,7 +194,7 @@ class Engine:
 
 
 @pytest.fixture
-def run(recipe, write, tiny_gpt2, monkeypatch):
+def run(recipe, write, tiny_gpt2, monkeypatch, tmp_path):
     """`run(name)` runs one of `chains` on a simulated GPU; `(the SimulatedGPU, stage.json of its last stage)`."""
     monkeypatch.setenv("PIPELINES_FAST_ENV", "0")
     varlen_on_cpu.install()
@@ -205,7 +206,7 @@ def run(recipe, write, tiny_gpt2, monkeypatch):
         stages = chains(write, str(tiny_gpt2))[name]
         if model:
             stages["x"] |= {"model": stages["x"]["model"] | model}
-        loaded = load(recipe(stages))
+        loaded = load(recipe(stages, output_dir=str(tmp_path / f"out{len(model)}")))
         with pytest.MonkeyPatch.context() as patch, simulated_gpu(patch) as gpu:
             gpu.watch(patch, ChainTrainer, "training_step")
             gpu.watch(patch, decode, "lean_decode", "decode")
@@ -222,6 +223,7 @@ def run(recipe, write, tiny_gpt2, monkeypatch):
 
             patch.setattr(loop.Progress, "on_step_end", on_step_end)
             chain.run(loaded)
+            assert not torch.is_autocast_enabled("cpu"), "a stage left autocast on for those that follow"
         return gpu, json.loads((loaded["x"].folder / "stage.json").read_text())
 
     return run_
