@@ -199,7 +199,6 @@ def run(recipe, write, tiny_gpt2, monkeypatch, tmp_path):
     monkeypatch.setenv("PIPELINES_FAST_ENV", "0")
     varlen_on_cpu.install()
     varlen._trial.cache_clear()
-
     monkeypatch.setattr(with_vllm, "problems", lambda section: ())  # as if it were installed
 
     def run_(name, **model):
@@ -255,6 +254,20 @@ MINIBATCH = {
     "ppo vllm": 945,
 }
 TOKEN = {"ppo": 90, "ppo reward model, tags, ptx": 90, "ppo lora, critic shared": 120, "ppo lora": 120, "ppo vllm": 85}
+# Waits of a whole chain, at most: evaluations, checkpoints and logs too.
+WAITS = {
+    "pretrain": 72,
+    "pretrain streamed": 70,
+    "mlm": 67,
+    "sft packed": 72,
+    "sft lora": 55,
+    "reward": 80,
+    "reward lora, tags": 64,
+    "dpo": 88,
+    "classify": 148,
+    "classify a causal model": 90,
+    "seq2seq": 118,
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -276,7 +289,7 @@ def test_a_stage_runs_on_the_device(run, name):
         assert gpu.counts["decode"]["operators"] > 0 or final["kind"] != "evaluate"  # it was not done on the CPU
     assert per_call(gpu, "decode", "wait") <= 1, gpu.places["decode"]  # eight tokens each
     waits = sum(counts["wait"] for counts in gpu.counts.values())
-    assert waits <= WAITS.get(name, waits), sorted(sum(gpu.places.values(), collections.Counter()).items(), key=lambda x: -x[1])
+    assert waits <= WAITS.get(name, waits), sum(gpu.places.values(), collections.Counter()).most_common(20)
 
 
 def per_call(gpu, phase, kind):
