@@ -247,7 +247,8 @@ MINIBATCH = {
     "ppo lora": 840,
     "ppo vllm": 945,
 }
-TOKEN = {"ppo": 90, "ppo reward model, tags, ptx": 90, "ppo lora, critic shared": 120, "ppo lora": 120, "ppo vllm": 85}
+# (of eight decoded tokens three are computed operator by operator, the last of these recorded, and five replayed)
+TOKEN = {"ppo": 37, "ppo reward model, tags, ptx": 37, "ppo lora, critic shared": 41, "ppo lora": 41, "ppo vllm": 34}
 # Waits of a whole chain, at most: evaluations, checkpoints and logs too.
 WAITS = {
     "pretrain": 72,
