@@ -47,7 +47,7 @@ from transformers import (
 )
 
 from pipelines.generation.decode import generate
-from pipelines.ppo.config import PPOConfig
+from pipelines.ppo.config import PPOConfig, has_critic
 from pipelines.ppo.diagnosis import CHECKS, USED, Watch
 from pipelines.ppo.trainer import PPOTrainer
 
@@ -170,6 +170,11 @@ def mean_worth(completion_ids, worth=WORTH, **_):
 def with_a_hole(completion_ids, **_):
     """The mean worth, but two of the worst words are believed to be among the best."""
     return mean_worth(completion_ids, np.where(WORTH <= np.sort(WORTH)[1], 2.5, WORTH))
+
+
+def of_prompt(prompts, completions, **_) -> list[float]:
+    """What every answer to a prompt gets."""
+    return [float(sum(map(ord, prompt)) % 5) for prompt in prompts]
 
 
 def constant(completion_ids, **_):
@@ -297,6 +302,7 @@ class World:
     critic: str = "model"
 
 
+ALIKE = {"advantage": "rloo", "num_generations": 4, "allow_constant_scores": True}
 WORLDS = [
     World("good words"),
     World("… slowly", settings={"learning_rate": 2e-4}),
@@ -311,6 +317,9 @@ WORLDS = [
     World("… 230,000 parameters", settings={"learning_rate": 5e-4}, model=(96, 2, 0.08)),
     World("… long answers, cut", settings={"response_length": 48, "allow_no_eos": True}, model=(48, 2, 0.0)),
     World("… scores of ±100, normalised", reward=a_hundredfold, settings={"normalize_scores": True}),
+    World("… RLOO", settings={"advantage": "rloo", "num_generations": 4}),
+    World("… GRPO", settings={"advantage": "grpo", "num_generations": 4}),
+    World("… REINFORCE", settings={"advantage": "reinforce"}),
     World("one word somewhere", reward=has_goal, settings={"kl_coef": 0.1}),
     World("the last word counts", reward=last_word, settings={"kl_coef": 0.3}),
     World("noisy reward", reward=noisy, settings={"kl_coef": 0.3}),
@@ -344,6 +353,7 @@ WORLDS = [
     World("critic not trained", "critic_explains_nothing", settings={"vf_coef": 0.0}),
     World("shared critic, vf_coef 0.1", "critic_explains_nothing", critic="shared"),
     World("scores of ±100", "critic_explains_nothing", reward=a_hundredfold),
+    World("the prompt decides", "answers_score_alike", reward=of_prompt, settings=ALIKE),
     World("a constant reward", "constant_scores", reward=constant, settings={"allow_constant_scores": True}),
 ]
 
@@ -376,10 +386,11 @@ def run(world: World, seed: int) -> dict:
         report_to="none",
         num_sample_generations=0,
     )
+    advantage = world.settings.get("advantage")
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(
             model=policy,
-            value_model="shared" if world.critic == "shared" else critic,
+            value_model=("shared" if world.critic == "shared" else critic) if has_critic(advantage) else None,
             args=PPOConfig(folder, **settings | world.settings),
             reward_funcs=[world.reward, judge],
             reward_weights=[1.0, 0.0],
@@ -393,7 +404,7 @@ def run(world: World, seed: int) -> dict:
         trainer.train()
     rows = trainer.state.log_history
     shown = ("eval_score", "eval_reward/judge", "eval_kl", "eval_length")
-    short = lambda row, names: {name: float(f"{row[name]:.4g}") for name in names}
+    short = lambda row, names: {name: float(f"{row[name]:.4g}") for name in names if name in row}
     return {
         "world": world.name,
         "finds": world.finds,

@@ -38,6 +38,8 @@ CANDIDATES = {  # name: (what runs, precision, in the fast environment)
     "TRL RLOO": ("rloo", "fp32", True),
     "ours": ("ours", "fp32", True),
     "ours, bf16": ("ours", "bf16", True),
+    "ours, GRPO": ("our grpo", "fp32", True),
+    "ours, RLOO": ("our rloo", "fp32", True),
 }
 LAYERS, WIDTH, HEADS, RESPONSE, EPOCHS = 4, 256, 4, 64, 4
 
@@ -120,8 +122,10 @@ def models(vocabulary: int, lengths: str) -> dict:
     return {"policy": policy, "ref": ref, "value": value, "reward": reward}
 
 
-def our_trainer(precision: str, vocabulary: int, lengths: str, rows: int, folder: str, callbacks=()):
-    """Our trainer, one update of which is `rows` answers."""
+def our_trainer(
+    precision: str, vocabulary: int, lengths: str, rows: int, folder: str, callbacks=(), advantage: str = "gae"
+):
+    """Our trainer, one update of which is `rows` answers, without a critic 4 to each prompt."""
     from datasets import Dataset
 
     sys.path.insert(0, str(ROOT))
@@ -130,6 +134,8 @@ def our_trainer(precision: str, vocabulary: int, lengths: str, rows: int, folder
     config = PPOConfig(
         **common_settings(folder, rows),
         response_length=RESPONSE,
+        advantage=advantage,
+        num_generations=1 if advantage == "gae" else 4,
         num_ppo_epochs=EPOCHS,
         total_episodes=10**4 * rows,
         bf16=precision == "bf16",
@@ -142,7 +148,7 @@ def our_trainer(precision: str, vocabulary: int, lengths: str, rows: int, folder
         model=four["policy"],
         ref_model=four["ref"],
         reward_funcs=four["reward"],
-        value_model=four["value"],
+        value_model=four["value"] if advantage == "gae" else None,
         train_dataset=Dataset.from_dict({"prompt": prompts(vocabulary)}),
         callbacks=list(callbacks),
     )
@@ -230,6 +236,8 @@ def run(kind: str, precision: str, args) -> None:
         size = args.vocabulary, args.lengths, args.prompts, folder, [Wait()]
         if kind == "ours":
             trainer = our_trainer(precision, *size)
+        elif kind.startswith("our "):
+            trainer = our_trainer(precision, *size, advantage=kind.removeprefix("our "))
         elif kind == "trl112":
             trainer = trl112_trainer(*size)
         else:
