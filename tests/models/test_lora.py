@@ -270,21 +270,6 @@ def test_three_adapters_on_one_base_train_like_three_networks(run, tmp_path, che
     )
 
 
-def test_one_base_without_a_critic_trains_like_two_networks(run, tmp_path, capsys):
-    path, out = run
-    found = []
-    for shared in (True, False):
-        policy, _, reward = on_one_base(out, shared=shared)
-        how = {"advantage": "grpo", "num_generations": 4, "allow_constant_scores": True}
-        found.append(trained(train((policy, None, reward), out, tmp_path / str(shared), **how)))
-    assert {name.split(".")[0] for name in found[0]} == {"policy"}
-    for name in found[0]:
-        torch.testing.assert_close(found[0][name], found[1][name], atol=2e-5, rtol=1e-4, msg=name)
-    assert main(["check", str(path), "stages.one_base.args.advantage=rloo"]) == 0
-    text = capsys.readouterr().out
-    assert "held once: of stage:reward (reward)\n" in text and "one_base/critic" not in text
-
-
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_quantized_weights_are_held_once_too(run, bits):
     """A critic on the policy's quantized base computes and sends back what one on its own quantized base does."""
