@@ -13,7 +13,15 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from pipelines.data import fingerprint
-from pipelines.data.token_file import FORMAT, digest, document_batches, plain_encoder, tokenizer_fingerprint
+from pipelines.data.token_file import (
+    FORMAT,
+    digest,
+    document_batches,
+    plain_encoder,
+    sealed,
+    tokenizer_fingerprint,
+    unsealed,
+)
 from pipelines.errors import SetupError
 from pipelines.files import contents, damage, replacing, write_json
 
@@ -67,7 +75,7 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
                 _write_table(rows.data.table, home / f"{side}.arrow")
             listed = contents(home, [f"{side}.arrow" for side in made])
             index = {"key": key, "files": listed, "report": stage.report}
-            write_json(path, index)
+            write_json(path, sealed(index))
     stage.report |= index["report"]
     sets = dict.fromkeys(("train", "validation"), (None, None))
     for side in (name.removesuffix(".arrow") for name in index["files"]):
@@ -79,8 +87,10 @@ def encoded_rows(stage, tokenizer, settings: dict, make) -> dict[str, tuple]:
 def _kept(path: Path, key: str, verify: bool) -> dict | None:
     """The index of rows that were encoded for this key and are still what was written; None where they are not."""
     try:
-        index = json.loads(path.read_bytes()) if path.is_file() else {}
-        if index.get("key") != key or "files" not in index:
+        if not path.is_file():
+            return None
+        index = unsealed(json.loads(path.read_bytes()), ("key", "files", "report"))
+        if index["key"] != key:
             return None
         wrong = damage(path.parent, index["files"], quick=not verify)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -26,6 +26,7 @@ from pipelines.files import checksum, replacing
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # raise it when the meaning of the files changes: old ones are then made anew
+KEYS = ("tokens", "documents", "dtype", "separator_id", "key", "xxh3")  # of an index
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**20, 4096  # a batch ends at whichever comes first
 
 
@@ -88,7 +89,7 @@ def tokenize_corpus(
         **({"control_text": len(held)} if held else {}),
     }
     with replacing(folder / "index.json", "wb") as out:
-        out.write(json.dumps(index, indent=1).encode())
+        out.write(json.dumps(sealed(index), indent=1).encode())
     logger.info("%s: %d tokens of %d documents", folder, tokens, count)
     if held:
         logger.warning(
@@ -112,16 +113,29 @@ def _as_written(folder: Path, index: dict) -> bool:
     return False
 
 
+def sealed(index: dict) -> dict:
+    """`index` with the checksum of its values, for `unsealed`."""
+    return {**index, "checksum": digest(index)}
+
+
+def unsealed(index: dict, keys: tuple[str, ...]) -> dict:
+    """What `sealed` was given; one with these `keys` alone is of an earlier version and passes. Raises ValueError."""
+    kept = {key: value for key, value in index.items() if key != "checksum"}
+    if set(index) != set(keys) and index.get("checksum") != digest(kept):
+        raise ValueError("it holds other values than were written")
+    return kept
+
+
 def read_index(folder: str | Path) -> dict | None:
     """The index of a finished token file; None where there is none or the file is not the size it says."""
     folder = Path(folder)
     try:
-        index = json.loads((folder / "index.json").read_bytes())
+        index = unsealed(json.loads((folder / "index.json").read_bytes()), KEYS)
         expected = index["tokens"] * np.dtype(index["dtype"]).itemsize
         size = (folder / "tokens.bin").stat().st_size
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s: the index cannot be read (%s); tokenising again", folder, error)
         return None
     if size != expected:

@@ -178,7 +178,7 @@ def test_a_corrupt_cache_is_noticed_and_made_again(bpe, tmp_path, caplog):
     (tmp_path / "index.json").write_text('{"tokens": 5')
     assert token_file.read_index(tmp_path) is None
     token_file.tokenize_corpus(TEXTS, bpe, tmp_path, separator_id=0, key=key)
-    assert json.loads((tmp_path / "index.json").read_text()) == first
+    assert json.loads((tmp_path / "index.json").read_text()) == token_file.sealed(first)
 
 
 def test_empty_corpus_is_told(bpe, tmp_path):
@@ -357,3 +357,19 @@ def test_encoded_rows_are_made_once_and_anew_whenever_anything_they_are_made_of_
     file.write_bytes(file.read_bytes()[:-1])  # cut off by whatever cuts files off
     assert rows(context=8) == rows(context=8) == 8
     assert len(made) == 8
+
+
+def test_any_flipped_bit_of_an_index_is_found(tmp_path):
+    """Its figures go into the record of the stage, and a key that is misspelt must not pass for one that is missing."""
+    index = dict(zip(token_file.KEYS, (5, 2, "uint16", 0, "k", "4e1f"), strict=True))
+    text = json.dumps(token_file.sealed(index)).encode()
+    assert token_file.unsealed(json.loads(text), token_file.KEYS) == index
+    assert token_file.unsealed(index, token_file.KEYS) == index  # of an earlier version
+    for at in range(8 * len(text)):
+        flipped = bytearray(text)
+        flipped[at // 8] ^= 1 << at % 8
+        try:
+            found = token_file.unsealed(json.loads(flipped), token_file.KEYS)
+        except (ValueError, AttributeError):
+            continue
+        assert found == index, bytes(flipped)
