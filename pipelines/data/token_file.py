@@ -115,6 +115,7 @@ def _as_written(folder: Path, index: dict) -> bool:
 
 def sealed(index: dict) -> dict:
     """`index` with the checksum of its values, for `unsealed`."""
+    index = json.loads(json.dumps(index, default=str))  # as it is read again: texts for keys
     return {**index, "checksum": digest(index)}
 
 
