@@ -103,9 +103,14 @@ RANGES: dict[str, Range] = {
     "top_p": SHARE,
     "completions": Range(2),
     "samples": COUNT,
+    "best_of": Range(1, 10_000),
     "batch_size": COUNT,
     "limit": COUNT,
     "shots": FROM_ZERO,
+    # rank.judge
+    "requests_per_minute": POSITIVE,
+    "concurrency": Range(1, 256),
+    "timeout": POSITIVE,
     # ppo
     "num_generations": COUNT,
     "total_episodes": COUNT,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pipelines.commands import command_line, split_words
+from pipelines.data import overlap
 from pipelines.planning import disk
 from pipelines.planning.dialogue_rows import check_dialogues
 from pipelines.recipe import model_checks, recipe
+from pipelines.stages import evaluate
 
 EXAMPLES = """
 pipelines check recipes/demo.yaml
@@ -27,7 +29,8 @@ def main(argv: list[str]) -> int:
         base = stage.sections.get("model", {}).get("model_name_or_path") or ", ".join(stage.parents) or "a new model"
         print(f"  {stage.name:<12} {stage.kind:<9} from {base}  ->  {stage.folder}")
         print("".join(f"{'':25}{line}\n" for line in recipe.adapters(stage)), end="")
-    for warning in disk.warnings(loaded):
+    shared = overlap.find(evaluate.training_data(loaded.stages), evaluate.evaluation_data(loaded.stages))
+    for warning in [*disk.warnings(loaded), *shared]:
         print(f"warning: {warning}")
     print(f"{args.recipe}: {len(loaded.stages)} stages, no problems")
     left_out = [line for stage in loaded.stages for line in model_checks.left_out(stage)] if args.offline else []

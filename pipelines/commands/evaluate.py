@@ -23,15 +23,19 @@ from pathlib import Path
 from pipelines import files, launch
 from pipelines.commands import command_line
 from pipelines.commands.run_here import configure_logging
+from pipelines.data import overlap, sources
 from pipelines.errors import SetupError
 from pipelines.evaluation.checks import problems
 from pipelines.evaluation.figures import confusion, figures, matrices, named, table
 from pipelines.evaluation.measure import measure
+from pipelines.kinds import KINDS
 from pipelines.recipe.sections import EvaluateSection
+from pipelines.stages.evaluate import evaluation_files
 
 EXAMPLES = """
 pipelines evaluate runs/demo/base runs/demo/sft --text data/bay/corpus_validation.jsonl.gz
 pipelines evaluate runs/demo/sft runs/demo/policy --prompts data/bay/heldout_prompts.jsonl --judge runs/demo/reward
+pipelines evaluate runs/demo/sft --prompts data/bay/heldout_prompts.jsonl --judge runs/demo/reward --best-of 8
 pipelines evaluate runs/demo/reviews --labelled data/bay/reviews_validation.jsonl --json figures.json
 pipelines evaluate runs/demo/reward --preferences data/bay/rankings_validation.jsonl
 pipelines evaluate Qwen/Qwen3-0.6B --tasks hellaswag --limit 200
@@ -60,6 +64,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--label", help="of a classifier as judge or for preferences: whose log-odds are the score")
     parser.add_argument("--samples", type=int, default=1, help="answers to each prompt")
+    parser.add_argument("--best-of", type=int, metavar="N", help="what the best of 1, 2, 4, … N answers is worth")
+    parser.add_argument("--oracle", metavar="JUDGE", help="with --best-of: a second judge of what the first picked")
     parser.add_argument("--temperature", type=float, help="0: the likeliest (default: 1 for prompts, 0 for pairs)")
     parser.add_argument("--response-length", type=int, default=128, help="longest answer in tokens")
     parser.add_argument("--keep-thoughts", action="store_true", help="what a model thinks is part of its answer")
@@ -86,7 +92,25 @@ def main(argv: list[str]) -> int:
     found = figures(values)
     if state.is_main_process:
         print(table(found) + matrices(values))
+        shared = overlap.find(learned_from(args.models), evaluation_files(settings))
+        print("".join(f"warning: {sentence}\n" for sentence in shared), end="")
         if args.json:
             tables = {f"{name}/labelled/confusion_matrix": of for name, of in confusion(values).items()}
             files.write_json(args.json, named(found) | tables)
     return 0
+
+
+def learned_from(models: list[str]) -> list[overlap.Source]:
+    """The data of the stages that made the folders `models`, and of those that they build on, by their records."""
+    found, todo, seen = [], [Path(model) for model in models], set()
+    while todo:
+        folder = todo.pop()
+        record = (files.read_json(folder / files.FINISHED) or {}).get("record") if folder not in seen else None
+        seen.add(folder)
+        if record is None or record.get("kind") not in KINDS:
+            continue
+        section, rows = record["sections"].get("data", {}), KINDS[record["kind"]].rows
+        streamed = {"streaming": True} if section.get("streaming") else {}
+        found += [({**source, **streamed}, rows) for source in sources.sources(section, "train")]
+        todo += [folder.parent / name for name in record.get("parents", {})]
+    return found

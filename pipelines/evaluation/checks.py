@@ -51,6 +51,15 @@ def problems(section: dict):
     if section.get("use_vllm") and not {"prompts", "pairs"} & set(asked):
         yield "use_vllm", "writes answers to prompts or pairs, which are not asked for: drop this key", True
     yield from with_vllm.problems(section)
+    most = section.get("best_of")
+    if most and not section.get("prompts"):
+        yield "best_of", "goes with prompts and a judge: models answer the one, the other picks the best", most
+    if section.get("oracle") and not most:
+        yield "oracle", "goes with best_of: it scores what the judge picked", section["oracle"]
+    if most and 1 < section.get("samples", 1) < most:
+        yield "samples", f"are fewer than best_of {most}: give at least as many, or drop this key", section["samples"]
+    if most and section.get("temperature") == 0:
+        yield "temperature", "with 0 all answers are the same: best_of needs different ones", 0
     yield from ranges.problems(section, "evaluate")
     if section.get("tasks") and importlib.util.find_spec("lm_eval") is None:
         yield "tasks", "need lm-eval: pip install 'finetune-pipelines[evaluate]'", None

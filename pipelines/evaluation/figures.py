@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from pipelines.evaluation import best_of
 from pipelines.evaluation.metrics import ConfusionMatrix, class_scores
 
 Values = dict[str, dict[str, list]]  # model -> measure -> one value for each item: a number, or the name of a class
@@ -180,14 +181,15 @@ PERCENT = ("win_rate", "accuracy_per_pair", "accuracy_per_ranking", "in_order", 
 
 def table(found: dict[str, tuple[float, float, float]]) -> str:
     """The figures for people: a line for each, models first, then what is between two of them."""
-    width, lines = max(map(len, found), default=0), []
-    for name, (value, low, high) in found.items():
+    shown = {name: three for name, three in found.items() if best_of.NAME not in name}
+    width, lines = max(map(len, shown), default=0), []
+    for name, (value, low, high) in shown.items():
         difference = " over " in name and "win_rate" not in name
         write = "{:.1%}".format if name.endswith(PERCENT) else "{:.3f}".format
         sign = "+" if difference and write(value)[0] not in "-+" else ""
         lines.append(f"  {name:<{width}}  {sign}{write(value)} [{write(low)}, {write(high)}]")
     head = "  value [95 % interval]; A over B: paired differences, and win rates with ties split"
-    return "\n".join(["", head, *lines, ""])
+    return "\n".join(["", head, *lines, "", best_of.table(found)])
 
 
 def matrices(values: Values) -> str:

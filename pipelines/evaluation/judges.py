@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from pipelines import errors, functions
 from pipelines.data import mixing
 from pipelines.errors import SetupError
+from pipelines.evaluation import best_of
 from pipelines.evaluation.figures import Values
 from pipelines.generation.logprobs import sequence_scores
 from pipelines.models import chat_template, loading, scorers
@@ -26,6 +27,8 @@ def judge(
     answers: dict[str, list[list[tuple[str, bool]]]],
     label: str | None = None,
     continued: dict[str, bool] | None = None,
+    most: int | None = None,
+    oracle: str | None = None,
 ) -> Values:
     """For every model and field of the verdicts, the mean over its answers to each prompt; `score` is what wins.
 
@@ -33,35 +36,54 @@ def judge(
     a classifier, whose score is the log-odds of `label`. `answers[model][prompt]` are pairs (text, whether it came to
     its end) to a row with `prompt` (and `tools`); `continued[model]` whether the model goes on with the
     text of its prompt (`scorers.continues`).
+    With `most` also what the best of up to so many answers is worth (`best_of.values`), by `oracle` too where given.
+    """
+    found = {}
+    for model, groups in answers.items():
+        fields = verdicts(who, rows, groups, label, (continued or {}).get(model, False))
+        found[model] = {field: [sum(group) / len(group) for group in values] for field, values in fields.items()}
+        if most:
+            second = verdicts(oracle, rows, groups, None, (continued or {}).get(model, False)) if oracle else {}
+            found[model] |= best_of.values(most, fields["score"], second.get("score"))
+    return found
+
+
+def verdicts(
+    who: str, rows: list[dict], groups: list[list[tuple[str, bool]]], label: str | None = None, continued: bool = False
+) -> dict[str, list[list[float]]]:
+    """Each field of the verdict on each answer of one model, by prompt; `who` and the rest as `judge` has them.
+
+    A function gives numbers (their field is `score`), mappings or named tuples of numbers.
     """
     if not functions.is_function(who):
-        return {
-            name: {"score": model_scores(who, rows, groups, label, (continued or {}).get(name, False))}
-            for name, groups in answers.items()
-        }
-    function, found = functions.load(who), {}
-    for model, groups in answers.items():
-        fields = defaultdict(list)
-        for row, group in zip(rows, groups, strict=True):
-            for field, mean in mean_verdict([function(row["prompt"], text) for text, _ in group]).items():
-                fields[field].append(mean)
-        if "score" not in fields:
-            raise SetupError(f"judge {who} gives {', '.join(fields)}, but no `score` to compare models by")
-        found[model] = dict(fields)
-    return found
+        return {"score": model_scores(who, rows, groups, label, continued)}
+    function = functions.load(who)
+    by_prompt = [
+        [_fields(function(row["prompt"], text)) for text, _ in group] for row, group in zip(rows, groups, strict=True)
+    ]
+    names = dict.fromkeys(name for group in by_prompt for name in group[0])
+    if "score" not in names:
+        raise SetupError(f"judge {who} gives {', '.join(names)}, but no `score` to compare models by")
+    return {name: [[float(v[name]) for v in group] for group in by_prompt if name in group[0]] for name in names}
 
 
 def mean_verdict(verdicts: list) -> dict[str, float]:
     """The mean of each field over verdicts: numbers (their field is `score`), mappings or named tuples of numbers."""
-    named = [v._asdict() if hasattr(v, "_asdict") else v if isinstance(v, dict) else {"score": v} for v in verdicts]
+    named = [_fields(verdict) for verdict in verdicts]
     return {field: sum(float(v[field]) for v in named) / len(named) for field in named[0]}
+
+
+def _fields(verdict) -> dict:
+    if hasattr(verdict, "_asdict"):
+        return verdict._asdict()
+    return verdict if isinstance(verdict, dict) else {"score": verdict}
 
 
 def model_scores(
     path: str, rows: list[dict], groups: list[list[tuple[str, bool]]], label: str | None = None, continued: bool = False
-) -> list[float]:
-    """Mean score of each prompt's answers by the model at `path`, as PPO would score them; every process scores its
-    share.
+) -> list[list[float]]:
+    """Scores of each prompt's answers by the model at `path`, as PPO would score them; every process scores its
+    share and gets all.
     """
     state = PartialState()
     model, tokenizer = scorers.load_scorer(ModelSection(model_name_or_path=path), label)
@@ -90,11 +112,11 @@ def model_scores(
         with torch.no_grad():
             own = isinstance(model, scorers.Classifier)
             scores_ = model(batch) if own else sequence_scores(model, batch, False, state.device)
-        found += zip((where[i] for i in chunk), scores_.tolist(), strict=True)
-    scores = defaultdict(list)
-    for i, score in gather_object(found) if state.num_processes > 1 else found:
-        scores[i].append(score)
-    return [sum(scores[i]) / len(scores[i]) for i in range(len(groups))]
+        found += zip(chunk, scores_.tolist(), strict=True)
+    scores: list[list[float]] = [[] for _ in groups]
+    for i, score in sorted(gather_object(found) if state.num_processes > 1 else found):
+        scores[where[i]].append(score)
+    return scores
 
 
 def _dialogue(tokenizer, row: dict, text: str, ended: bool) -> list[int]:

@@ -59,7 +59,7 @@ def measure(models: dict[str, str], settings, seed: int) -> Values:
             own[name] |= task_values(model, tokenizer, settings)
         if rows:
             continued[name] = scorers.continues(tokenizer)
-            count = settings.samples
+            count = max(settings.samples, settings.best_of or 0)
             seeds = [[(seed, i * count + k) for k in range(count)] for i in range(len(rows))]
             temperature = 1.0 if settings.temperature is None else settings.temperature
             answers[name] = answered(name, model, tokenizer, rows, seeds, temperature, settings)
@@ -70,7 +70,8 @@ def measure(models: dict[str, str], settings, seed: int) -> Values:
         for name, found in part.items():
             values[name] |= found
     if rows:
-        for name, verdicts in judge(settings.judge, rows, answers, settings.label, continued).items():
+        more = (settings.label, continued, settings.best_of, settings.oracle)
+        for name, verdicts in judge(settings.judge, rows, answers, *more).items():
             values[name] |= verdicts
     if settings.rankings:
         for name, found in ranked_values(settings.rankings, list(models)).items():

@@ -80,6 +80,11 @@ def labellers(judgements: list[dict], taus: dict, chance: np.random.Generator) -
     return out
 
 
+def agreement_of(ranked: list[dict], seed: int = 0) -> dict:
+    """`agreement` of rankings alone: each with `item`, `labeller` and `ranks`."""
+    return agreement(ranked, _taus(ranked), np.random.default_rng(seed))
+
+
 def agreement(ranked: list[dict], taus: dict, chance: np.random.Generator) -> dict:
     """`pairs`: tau-b and same-order share for every two labellers with common prompts; `alpha` over all labellers."""
     by_item, pairs = _by_item(ranked), []

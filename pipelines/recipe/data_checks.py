@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from pipelines import errors, ranges
+from pipelines import errors
 from pipelines.data import mixing
 from pipelines.data.labels import MULTI, SINGLE, doubtful
 from pipelines.data.mixing import SIDES
@@ -35,7 +35,6 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
     value = section.get("validation")
     if isinstance(value, (int, float)) and not 0 < value < 1:
         yield "validation", "a fraction lies between 0 and 1 (or give a source)", value
-    known = schema.fields(SourceSection)
     seen = {side: Seen() for side in SIDES}
     tried = TRIED if section.get("streaming") else None
     for side in SIDES:
@@ -46,7 +45,7 @@ def problems(section: dict, kind: str, task: dict | None, read_rows: bool) -> It
         for i, source in enumerate([] if wrong else sources(section, side)):
             at = f"{side}[{i}]" if many else side
             rows = "text" if side == "ptx" else kind
-            wrong = [*_wrong_keys(source, known, at), *_wrong_columns(source, rows, at)]
+            wrong = [*schema.wrong_keys(source, SourceSection, at, "source"), *_wrong_columns(source, rows, at)]
             yield from wrong
             if not wrong and source["path"].startswith("stage:"):
                 # Its rows come to be when that stage runs; they are checked when they are read.
@@ -208,18 +207,6 @@ def _wrong_columns(source: dict, kind: str, at: str) -> Iterator[tuple[str, str,
                 f"no column {ours!r} is read here{errors.meant(ours, READS[kind])}{turned}; known: {known}",
                 ours,
             )
-
-
-def _wrong_keys(source: dict, known: dict, at: str) -> Iterator[tuple[str, str, object]]:
-    for key, value in source.items():
-        if key not in known:
-            yield f"{at}.{key}", f"unknown key{errors.meant(key, known)}", value
-        else:
-            wrong = schema.check_value(known[key], value)[1]
-            if wrong:
-                yield f"{at}.{key}", wrong, value
-    for key, message, value in ranges.problems(source, "source"):
-        yield f"{at}.{key}", message, value
 
 
 def wrong_rows(

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
@@ -423,10 +424,26 @@ def _named(stage: Stage) -> list[tuple[str, str, str]]:
     for section, key in (("reward", "models"), ("sample", "models"), ("evaluate", "models")):
         paths = sections.get(section, {}).get(key) or []
         named += [(f"{section}.{key}[{i}]", path, "config.json") for i, path in enumerate(paths)]
-    critic, judge = reward.get("critic"), evaluate.get("judge")
+    critic = reward.get("critic")
     named += [("reward.critic", None if critic in ("shared", "none") else critic, "config.json")]
-    named += [("evaluate.judge", None if ":" in (judge or "") else judge, "config.json")]
+    scored = [(key, evaluate.get(key) or "") for key in ("judge", "oracle")]
+    named += [(f"evaluate.{key}", None if ":" in judge else judge, "config.json") for key, judge in scored]
+    named += [(at, model_of(judge), "config.json") for at, judge in judges(stage)]
     return [(key, path, file) for key, path, file in named if path and not path.startswith("stage:")]
+
+
+def judges(stage: Stage) -> list[tuple[str, Any]]:
+    """`(key path, judge as in the recipe)` of each judge of a rank stage."""
+    given = stage.sections.get("rank", {}).get("judge")
+    many = isinstance(given, list)
+    items = given if isinstance(given, list) else [] if given is None else [given]
+    return [(f"rank.judge[{i}]" if many else "rank.judge", judge) for i, judge in enumerate(items)]
+
+
+def model_of(judge) -> str | None:
+    """The model that a judge loads here; None for one behind an endpoint, and for what is no judge."""
+    model = judge.get("model") if isinstance(judge, dict) and not judge.get("endpoint") else judge
+    return model if isinstance(model, str) else None
 
 
 def hub_ids(stage: Stage) -> list[tuple[str, str, str, str]]:

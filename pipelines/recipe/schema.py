@@ -11,12 +11,14 @@ import enum
 import inspect
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import pydantic
 
+from pipelines import ranges
 from pipelines.errors import meant
 
 
@@ -107,6 +109,21 @@ def check_value(field: Field, value) -> tuple[object, str | None]:
             shown = f"must be one of {known}" if len(literals) <= 12 else "is none of the values known"
             return value, shown + meant(value, literals)
         return value, f"must be {_words(field.hint)}"
+
+
+def wrong_keys(section: dict, cls: type, at: str, name: str) -> Iterator[tuple[str, str, object]]:
+    """`(key path, message, value)` of what is wrong with a mapping inside a section: keys, types, ranges.
+
+    `at` is its own key path, and `name` what `ranges` calls it.
+    """
+    known = fields(cls)
+    for key, value in section.items():
+        if key not in known:
+            yield f"{at}.{key}", f"unknown key{meant(key, known)}", value
+        elif wrong := check_value(known[key], value)[1]:
+            yield f"{at}.{key}", wrong, value
+    for key, message, value in ranges.problems(section, name):
+        yield f"{at}.{key}", message, value
 
 
 def _words(hint, code: bool = False) -> str:

@@ -361,7 +361,7 @@ class SampleSection:
 
 @dataclass
 class RankSection:
-    """`rank:` who ranks the answers. A file of judgements wins over the labeller."""
+    """`rank:` who ranks the answers. A file of judgements wins over the labeller; a judge fills in beside it."""
 
     judgements: str | None = field(
         default=None,
@@ -376,6 +376,15 @@ class RankSection:
         metadata={
             "help": "A Python function `package.module:name` taking (prompt, completions) and giving (ranks, tags): a "
             "rank for each answer, 1 the best and equals sharing one, and a list of tags for each."
+        },
+    )
+    judge: Any = field(
+        default=None,
+        metadata={
+            "help": "A model that ranks: a reward model (`stage:NAME`, folder, hub id), a language model as a mapping "
+            "with the keys of `JudgeSection` (`{model: …}`, `{endpoint: http://…/v1, model: …}`; "
+            "docs/human-feedback.md), or a list of several, each a labeller. With `judgements` it fills in what nobody "
+            "ranked, and its agreement with people is measured."
         },
     )
 
@@ -454,6 +463,16 @@ class EvaluateSection:
         default=None, metadata={"help": "For a classifier as judge: the label whose log-odds are the score."}
     )
     samples: int = field(default=1, metadata={"help": "Answers of each model to each prompt; their mean counts."})
+    best_of: int | None = field(
+        default=None,
+        metadata={
+            "help": "What the best of 1, 2, 4, … and so many answers by the judge's score is worth; so many answers "
+            "are written at least (`samples` may be more, for less noise)."
+        },
+    )
+    oracle: str | None = field(
+        default=None, metadata={"help": "With best_of: a second judge, who scores what the first one picked."}
+    )
     temperature: float | None = field(
         default=None,
         metadata={

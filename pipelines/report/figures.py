@@ -108,6 +108,15 @@ def special_figures(s: Seen) -> list[str]:
     if scores:
         lines = _histogram(scores)
         out.append(titled("scores of the models' answers", charts.chart(lines, "score", "share of answers", low=0)))
+    for model, of in metrics.get("best_of", {}).items():
+        names = {"score": "judge", "oracle": "second judge"}
+        lines = [
+            Series(names[measure], [(point["n"], point["value"]) for point in points], "both", color)
+            for color, (measure, points) in enumerate(of.items())
+        ]
+        furthest = max(point["kl_bound"] for points in of.values() for point in points)
+        drawn = charts.chart(lines, "n, answers to choose from", "mean score of the one chosen")
+        out.append(titled(f"{model}: best of n (KL to the model at most {number(furthest)} nats)", drawn))
     if "figures" in metrics:
         rows = [
             [name, number(f["value"]), f"{number(f['low'])} to {number(f['high'])}"]
@@ -115,6 +124,17 @@ def special_figures(s: Seen) -> list[str]:
         ]
         out.append(titled("figures", html_table(["", "value", "95 % interval"], rows, 1)))
     out.append(titled("tags", _tags(metrics)))
+    out.append(titled("judges", _judges(metrics.get("judges", {}))))
+    agreement = [
+        [
+            " and ".join(p["labellers"]),
+            p["prompts"],
+            *("–" if p[k] is None else number(p[k]) for k in ("tau", "same_order")),
+        ]
+        for p in metrics.get("agreement", {}).get("pairs", [])
+    ]
+    head = ["labellers", "prompts", "Kendall's τ", "same order"]
+    out.append(titled("agreement", html_table(head, agreement, 1) if agreement else ""))
     return [c for c in out if c]
 
 
@@ -145,6 +165,13 @@ def _tags(metrics: dict) -> str:
     rows = [[name, given[name]] for name in given] if given else []
     rows += [[name, *(number(of[m]) if m in of else "–" for m in measures)] for name, of in told.items()]
     return html_table(["tag", *(["given"] if given else measures)], rows, 1) if rows else ""
+
+
+def _judges(judges: dict[str, dict]) -> str:
+    """What each judge did not rank, and how much the order of showing decided."""
+    measures = list(dict.fromkeys(m for of in judges.values() for m in of))
+    rows = [[name, *(number(of[m]) if m in of else "–" for m in measures)] for name, of in judges.items()]
+    return html_table(["judge", *(m.replace("_", " ") for m in measures)], rows, 1) if rows else ""
 
 
 def _matrix(counts: list[list[int]], labels: list[str] | None) -> str:

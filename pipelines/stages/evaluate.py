@@ -11,6 +11,8 @@
         prompts: heldout_prompts.jsonl                # every model answers them,
         judge: stage:reward                           # and this judges: a reward model, a classifier (with
                                                       # `label: NAME`), or module:function
+        best_of: 8                                    # and what the best of 8 answers is worth, by the judge and
+        oracle: my_module:gold                        # by a second one
 
 Classifiers get a stage of their own, with `labelled: test.jsonl`: accuracy, macro F1, Matthews, confusion matrix. So do
 reward models (or policies of dpo), with `preferences: test.jsonl`: accuracy per pair and per ranking, margin,
@@ -23,17 +25,20 @@ pipelines evaluate`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from accelerate import PartialState
 
 from pipelines import files, functions
-from pipelines.data import sources
+from pipelines.data import overlap, sources
 from pipelines.evaluation import checks
 from pipelines.kinds import of_kind
 from pipelines.recipe import data_checks
 from pipelines.recipe.model_checks import named_models
 from pipelines.recipe.stage import label_problems
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS: dict = {}
 SHAPES = {  # of the rows of each file: pipelines/data/rows.py
@@ -66,29 +71,67 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         if path and not path.startswith("stage:") and sources.is_local(path) and sources.files(path):
             found = [list(data_checks.wrong_rows({"path": path}, shape, limit=sources.TRIED)) for shape in shapes]
             yield from ((f"evaluate.{key}", message, None) for message in min(found, key=len))
-    judge = section.get("judge")
-    if judge and functions.is_function(judge):
-        if wrong := functions.problem(judge, "prompt", "completion"):
-            yield "evaluate.judge", wrong, judge
-    elif judge:
-        what = "reward (or classify) stage or module:function"
-        yield from named_models(stage, kinds, "evaluate.judge", judge, ("reward", "classify"), what)
-        if judge.startswith("stage:") and kinds.get(judge.removeprefix("stage:")) == "classify":
-            for message, value in label_problems(stage, judge, section.get("label")):
-                yield "evaluate.label", message, value
+    for key in ("judge", "oracle"):
+        judge = section.get(key)
+        if judge and functions.is_function(judge):
+            if wrong := functions.problem(judge, "prompt", "completion"):
+                yield f"evaluate.{key}", wrong, judge
+        elif judge:
+            able = ("reward", "classify") if key == "judge" else ("reward",)
+            what = f"{' (or '.join(able)}{')' * (len(able) - 1)} stage or module:function"
+            yield from named_models(stage, kinds, f"evaluate.{key}", judge, able, what)
+            if key == "judge" and kinds.get(judge.removeprefix("stage:")) == "classify" and judge.startswith("stage:"):
+                for message, value in label_problems(stage, judge, section.get("label")):
+                    yield "evaluate.label", message, value
+
+
+def training_data(stages) -> list[overlap.Source]:
+    """The sources that stages of a recipe learn from, or answer and rank for learning, with the shape of their rows."""
+    found = []
+    for stage in stages:
+        streamed = {"streaming": True} if stage.data.get("streaming") else {}
+        found += [({**source, **streamed}, stage.spec.rows) for source in sources.sources(stage.data, "train")]
+        found += [(source, "text") for source in sources.sources(stage.data, "ptx")]
+    return found
+
+
+def evaluation_data(stages) -> list[overlap.Source]:
+    """The sources that stages of a recipe are measured on, likewise: `data.validation`, and what `evaluate:` names."""
+    found = []
+    for stage in stages:
+        found += [(source, stage.spec.rows) for source in sources.sources(stage.data, "validation")]
+        if stage.kind == "evaluate":
+            found += evaluation_files(vars(stage.section("evaluate")))
+    return found
+
+
+def evaluation_files(section: dict) -> list[overlap.Source]:
+    """The files that the keys of an `evaluate:` section name."""
+    found = []
+    for key, shapes in SHAPES.items():
+        if path := section.get(key):
+            fits = lambda shape, path=path: not any(data_checks.wrong_rows({"path": path}, shape, limit=1))
+            here = sources.is_local(path) and sources.files(path)
+            found.append(({"path": path}, next(filter(fits, shapes), shapes[0]) if here else shapes[0]))
+    return found
 
 
 def run(stage) -> dict:
     """Measure, print the table; returns the figures and their intervals."""
 
-    from pipelines.evaluation import figures, measure  # late: takes a second, and `check` does without
+    from pipelines.evaluation import best_of, figures, measure  # late: takes a second, and `check` does without
 
     settings = stage.section("evaluate")
     names = [name.removeprefix("stage:") for name in stage.sections["evaluate"].get("models", [])]
     values = measure.measure(dict(zip(names, settings.models or [], strict=True)), settings, stage.seed)
     found = figures.figures(values)
     if PartialState().is_main_process:
+        found_twice = overlap.find(training_data(stage.earlier.values()), evaluation_data([stage]))
+        for sentence in found_twice:
+            logger.warning("%s: %s", stage.name, sentence)
+        if found_twice:
+            stage.report["overlap"] = found_twice
         files.write_json(stage.folder / "values.json", values)
         print(figures.table(found) + figures.matrices(values), flush=True)
-    tables = figures.confusion(values)
-    return {"figures": figures.named(found), **({"confusion_matrices": tables} if tables else {})}
+    tables = {"confusion_matrices": figures.confusion(values), "best_of": best_of.curves(found)}
+    return {"figures": figures.named(found), **{name: table for name, table in tables.items() if table}}
