@@ -10,9 +10,11 @@ from pathlib import Path
 
 from pipelines import files
 from pipelines.commands import command_line
-from pipelines.errors import SetupError
+from pipelines.data import sources
+from pipelines.data.rows import normalise
+from pipelines.errors import DataError, SetupError
 from pipelines.feedback.assignment import shared_keys
-from pipelines.feedback.store import Store, read_rows
+from pipelines.feedback.store import Store, read_rows, take_in
 
 ABOUT = """\
 Serves a page on this machine (127.0.0.1) where people rank the answers to each prompt from best to worst, tag what is
@@ -31,6 +33,7 @@ EXAMPLES = """
 pipelines rank runs/demo/samples   rank what the stage `samples` sampled
 pipelines rank answers.jsonl --tags too_long,unsafe   two more tags
 pipelines rank runs/demo/samples --export rankings.jsonl   rows for `reward`, and rankings.ideal.jsonl for `sft`
+pipelines rank runs/demo/samples --import runs/demo/rankings/rankings.jsonl   a judge's, to compare on the results page
 pipelines rank runs/demo/samples --overlap 0.1   share the prompts out, a tenth goes to everybody
 ssh -L 8765:127.0.0.1:8765 HOST   then open the same address at home
 """
@@ -52,6 +55,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--port", type=int, default=8765, help="port on 127.0.0.1 (default: 8765; 0: any free one)")
     parser.add_argument("--export", metavar="FILE.jsonl", help="write the rankings made so far, serve nothing")
+    parser.add_argument(
+        "--import",
+        dest="rankings",
+        metavar="FILE.jsonl",
+        help="take in the rankings of a file, such as a judge's (rankings.jsonl of a stage), so that the results page "
+        "compares them with people's; serve nothing",
+    )
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
     args = parser.parse_args(argv)
     if not 0 <= args.overlap <= 1:
@@ -59,6 +69,8 @@ def main(argv: list[str]) -> int:
     path = Path(args.store) if args.store else _beside(Path(args.sources[0]))
     if args.export:
         return _export(path, Path(args.export))
+    if args.rankings:
+        return _import(path, args)
     return _serve(args, path)
 
 
@@ -77,6 +89,21 @@ def _export(store: Path, target: Path) -> int:
     judged, ideal = Store(store), target.with_name(f"{target.stem}.ideal.jsonl")
     print(f"{files.write_rows(target, judged.rankings())} rankings -> {target}")
     print(f"{files.write_rows(ideal, judged.ideals())} ideal answers -> {ideal}")
+    return 0
+
+
+def _import(path: Path, args) -> int:
+    if not Path(args.rankings).is_file():
+        raise SetupError(f"--import {args.rankings}: no such file")
+    rankings = []
+    for where, row in sources.read({"path": args.rankings}):
+        try:
+            rankings.append(normalise(row, "rankings") | {"labeller": row.get("labeller"), "where": where})
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+    store = Store(path)
+    saved, others = take_in(store, store.add(read_rows(args.sources)), rankings)
+    print(f"{saved} rankings -> {path}" + (f"; {others} are about other answers: left out" if others else ""))
     return 0
 
 

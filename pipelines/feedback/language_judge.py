@@ -25,7 +25,7 @@ from accelerate import PartialState
 from pipelines import files
 from pipelines.errors import DataError, SetupError
 from pipelines.feedback.endpoint import Endpoint, NoReply, Reply, key_for
-from pipelines.feedback.store import MOST, TAGS
+from pipelines.feedback.store import MOST, TAGS, dense
 from pipelines.generation import answers
 from pipelines.models import loading
 
@@ -161,12 +161,6 @@ def _verdict(value: dict, letters: list[str], known: list[str]) -> Verdict | Non
     kept = [[tag for tag in known if tag in some] for some in given]
     unknown = sum(tag not in known for some in given for tag in some)
     return Verdict(dense([ranks[letter] for letter in letters]), kept, unknown)
-
-
-def dense(values: list) -> list[int]:
-    """Ranks (K,) of K values, the least first, without gaps: [3, 1, 3] -> [2, 1, 2]."""
-    order = sorted(set(values))
-    return [order.index(value) + 1 for value in values]
 
 
 def agreed(first: list[int], second: list[int]) -> list[int]:

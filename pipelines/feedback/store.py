@@ -343,6 +343,36 @@ class Store:
         return by
 
 
+def take_in(store: Store, keys: list[str], rankings: list[dict]) -> tuple[int, int]:
+    """Save rankings from a file (a judge's, or an export) under their labellers' names: `(saved, about other answers)`.
+
+    Every ranking has `where`. The same one again changes nothing; another one by the same labeller of the same prompt
+    replaces it.
+    """
+    same = lambda row: json.dumps([row["prompt"], sorted(row["completions"], key=json.dumps)])
+    known = {same(item): (key, item["completions"]) for key in keys if (item := store.item(key))}
+    ours = [row for row in rankings if same(row) in known]
+    store.add_tags(sorted({tag for row in ours for tags in row.get("tags") or [] for tag in tags}))
+    for row in ours:
+        key, shown = known[same(row)]
+        place = {answer: i for i, answer in enumerate(row["completions"])}
+        ranks = dense([row["ranks"][place[answer]] for answer in shown])
+        tags = [(row.get("tags") or [[]] * len(shown))[place[answer]] for answer in shown]
+        labeller = row.get("labeller") or "imported"
+        standing = store.current(key, labeller)
+        if standing is None or (standing["ranks"], standing["tags"]) != (ranks, tags):
+            before = standing["judgement"] if standing else None
+            word = json.dumps([labeller, key, ranks, tags, before])
+            name = f"imported-{hashlib.blake2b(word.encode(), digest_size=12).hexdigest()}"
+            try:
+                judgement = Judgement(id=name, item=key, labeller=labeller, ranks=ranks, tags=tags, replaces=before)
+            except ValidationError as error:
+                what = error.errors()[0]
+                raise errors.DataError(f"{row['where']}: {what['loc'][0]}: {what['msg']}") from None
+            store.save(judgement)
+    return len(ours), len(rankings) - len(ours)
+
+
 def _judgement(row: sqlite3.Row) -> dict:
     kept = {name: row[name] for name in ("item", "labeller", "saved_at")}
     # Older versions took any number of seconds; what is no length of time is not known.

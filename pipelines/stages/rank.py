@@ -35,6 +35,7 @@ from pipelines.data.rows import normalise
 from pipelines.errors import DataError, SetupError
 from pipelines.feedback import language_judge, results
 from pipelines.feedback.language_judge import JudgeSection
+from pipelines.feedback.store import dense
 from pipelines.kinds import of_kind
 from pipelines.recipe import schema
 from pipelines.recipe.model_checks import judges, named_models
@@ -69,6 +70,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
 
 def _wrong_judges(stage, kinds) -> Iterator[tuple[str, str, object]]:
     names: dict[str, str] = {}
+    if stage.sections.get("rank", {}).get("judge") == []:
+        yield "rank.judge", "an empty list: name a judge, or drop the key", []
     for at, judge in judges(stage):
         if isinstance(judge, str) and judge:
             yield from named_models(stage, kinds, at, judge, ("reward",), "reward model")
@@ -192,7 +195,7 @@ def by_scores(name: str, model: str, samples: list[dict]) -> list[dict]:
     rows = []
     for sample, scores in zip(samples, model_scores(model, samples, groups), strict=True):
         row = {"prompt": sample["prompt"], "completions": sample["completions"]}
-        row |= {"ranks": language_judge.dense([-score for score in scores]), "labeller": name}
+        row |= {"ranks": dense([-score for score in scores]), "labeller": name}
         rows.append(row | ({"models": sample["models"]} if sample.get("models") else {}))
     return rows
 

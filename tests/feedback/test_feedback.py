@@ -96,6 +96,31 @@ def test_two_tabs_cannot_both_judge_or_correct(store):
     assert len(list(store.rankings())) == 2
 
 
+def test_rankings_of_a_file_are_taken_in_once_and_compared(store, write, tmp_path, capsys):
+    key, _, bye = store.add(ROWS)
+    store.save(judged(key, 1, ranks=[1, 2, 3]))
+    rows = [
+        {**ROWS[0], "completions": ROWS[0]["completions"][::-1], "ranks": [7, 4, 1], "tags": [["odd"], [], []]},
+        {**ROWS[2], "ranks": [1, 1]},
+        {"prompt": "other", "completions": ["a", "b"], "ranks": [1, 2]},
+    ]
+    rows = [{**{k: r[k] for k in ("prompt", "completions", "ranks", "tags") if k in r}, "labeller": "m"} for r in rows]
+    command = ["rank", write("rows.jsonl", ROWS), "--store", str(store.path), "--import", write("j.jsonl", rows)]
+    for _ in range(2):
+        assert __main__.main(command) == 0
+        assert "2 rankings" in capsys.readouterr().out
+    assert store.current(key, "m")["ranks"] == [1, 2, 3] and store.current(key, "m")["tags"] == [[], [], ["odd"]]
+    assert store.current(bye, "m")["ranks"] == [1, 1] and count(store) == 3
+    [pair] = results.summary(list(store.judgements()), [])["agreement"]["pairs"]
+    assert pair["labellers"] == ["Ann", "m"] and pair["tau"] == 1
+    write("j.jsonl", [{**rows[1], "ranks": [2, 1]}])
+    assert __main__.main(command) == 0 and store.current(bye, "m")["ranks"] == [2, 1]
+    write("j.jsonl", [{**rows[1], "labeller": "x" * 65}])
+    assert __main__.main(command) == 2 and "j.jsonl:1: labeller" in capsys.readouterr().err
+    write("j.jsonl", [{"prompt": "p"}])
+    assert __main__.main(command) == 2
+
+
 def test_exports_are_what_reward_and_sft_read(store, tmp_path, capsys):
     sums, _, bye = store.add(ROWS)
     store.save(judged(sums, 1, ranks=[1, 4, 9], tags=[[], ["inappropriate"], ["inaccurate"]], note="easy"))

@@ -15,6 +15,7 @@ from pipelines.errors import SetupError
 from pipelines.feedback import endpoint, language_judge
 from pipelines.feedback.endpoint import Reply
 from pipelines.feedback.language_judge import JudgeSection, Verdict, agreed, bias, question, rank_rows, read
+from pipelines.feedback.store import dense
 from tests.feedback.stand_in_judge import completion, serving, verdict
 
 SAMPLES = [
@@ -124,7 +125,7 @@ def test_disagreement_is_a_tie_and_no_more_is_tied_than_must_be(two):
         assert reached == set(group)
     assert sorted(set(ranks)) == list(range(1, max(ranks) + 1))
     if first == second:
-        assert ranks == language_judge.dense(first)
+        assert ranks == dense(first)
 
 
 def test_position_bias_is_measured():

@@ -398,7 +398,21 @@ def references(files: dict):
     ):
         yield "policy", ("reward", "functions"), [function]
         yield "ranks", ("rank", "labeller"), function or ":"
+    for judge in (
+        *(5, [], "", [5], {}, "./none", "stage:sft", "functions:judge", files["gpt2"], files["empty"]),
+        *(
+            {"model": 5},
+            {"modle": "x"},
+            {"model": "stage:reward"},
+            {"model": "./none"},
+            {"endpoint": "x", "model": "m"},
+        ),
+        *({"endpoint": "http://x/v1"}, {"endpoint": "http://x/v1", "model": "m", "timeout": -1}, ["stage:none"]),
+    ):
+        yield "ranks", ("rank",), {"judge": judge}
     yield "scores", ("evaluate", "judge"), "functions:judge"  # without prompts
+    yield "scores", ("evaluate", "oracle"), "functions:judge"  # without best_of
+    yield "scores", ("evaluate", "best_of"), 4  # without prompts
     for section, name in (("sample", "samples"), ("evaluate", "scores")):
         for models in (
             ["stage:reward"],
