@@ -78,9 +78,12 @@ def key_for(endpoint: str, variable: str | None) -> str | None:
 
     The usual variable's key is not sent unencrypted to other machines: for that the recipe must name a variable.
     """
-    address = urlsplit(endpoint)
-    private = address.scheme == "https" or address.hostname in ("127.0.0.1", "localhost", "::1")
+    private = urlsplit(endpoint).scheme == "https" or _on_this_machine(endpoint)
     return os.environ.get(variable or (KEY if private else ""), "").strip() or None
+
+
+def _on_this_machine(endpoint: str) -> bool:
+    return urlsplit(endpoint).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 class Endpoint:
@@ -99,7 +102,9 @@ class Endpoint:
         self.stopped = threading.Event()  # set: whoever waits for another try gives up
         self._next, self._lock = 0.0, threading.Lock()  # when the next request may be sent
         headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})}
-        self._client = httpx2.Client(headers=headers, timeout=timeout, follow_redirects=False)
+        # What is meant for this machine goes to no proxy that the environment names.
+        proxies = not _on_this_machine(url)
+        self._client = httpx2.Client(headers=headers, timeout=timeout, follow_redirects=False, trust_env=proxies)
 
     def close(self) -> None:
         """Give up what is waited for, and end the connections."""

@@ -300,6 +300,14 @@ def test_keys_go_only_where_they_are_meant_to(monkeypatch):
     assert endpoint.key_for("https://x/v1", "MISSING") is None
 
 
+def test_no_proxy_sees_what_is_meant_for_this_machine(tmp_path, monkeypatch):
+    with serving() as proxy, serving() as server:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+        rows, _ = rank_rows("m", judge(server), SAMPLES[:1], tmp_path)
+    assert len(rows) == 1 and proxy.asked == []
+
+
 def test_the_rate_is_kept_and_a_pause_holds_for_all(tmp_path):
     with serving() as server:
         rank_rows("m", judge(server, requests_per_minute=1200, concurrency=8), SAMPLES[:4], tmp_path)
