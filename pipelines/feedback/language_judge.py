@@ -137,7 +137,7 @@ def read(reply: Reply, count: int, tags: list[str]) -> Verdict | str:
 
 def _objects(text: str) -> Iterator[dict]:
     """The JSON objects in a text, those within others left out."""
-    decoder, at = json.JSONDecoder(), text.find("{")
+    decoder, at = json.JSONDecoder(object_pairs_hook=_once), text.find("{")
     while at >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
@@ -145,6 +145,13 @@ def _objects(text: str) -> Iterator[dict]:
         except (ValueError, RecursionError):
             end = at + 1
         at = text.find("{", end)
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object as a dict; which of two values of one key is meant is not guessed."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("duplicate key")
+    return dict(pairs)
 
 
 def _verdict(value: dict, letters: list[str], known: list[str]) -> Verdict | None:

@@ -142,6 +142,8 @@ def run(stage) -> dict:
         return {}
     if not rankings:
         raise DataError(f"{stage.name}: no prompt was ranked: {json.dumps(judges_)}")
+    tools = {_key(sample): sample["tools"] for sample in samples if sample.get("tools")}
+    rankings = [row | ({"tools": tools[_key(row)]} if _key(row) in tools else {}) for row in rankings]
     files.write_rows(stage.folder / RANKINGS, rankings)
     won = files.write_rows(stage.folder / BEST, winners(rankings))
     ties = sum(len(set(row["ranks"])) == 1 for row in rankings)
@@ -210,7 +212,8 @@ def winners(rankings: list[dict]) -> list[dict]:
         ranks, tags = ranking["ranks"], ranking.get("tags") or [[]] * len(ranking["ranks"])
         clean = [i for i, rank in enumerate(ranks) if rank == min(ranks) and not tags[i]]
         if clean and len(set(ranks)) > 1:
-            rows.append({"prompt": ranking["prompt"], "completion": ranking["completions"][clean[0]]})
+            row = {"prompt": ranking["prompt"], "completion": ranking["completions"][clean[0]]}
+            rows.append(row | ({"tools": ranking["tools"]} if ranking.get("tools") else {}))
     return rows
 
 

@@ -84,6 +84,7 @@ def test_the_prompt_cannot_be_closed_by_an_answer():
         ('{"ranks": {"A": true, "B": 2}}', "unparsed"),
         ('{"ranks": {"A": 1.5, "B": 2}}', "unparsed"),
         ('{"ranks": ["B", "A"]}', "unparsed"),
+        ('{"ranks": {"A": 1, "B": 2, "A": 3}}', "unparsed"),
         ('{"ranks": {"A": 1, "B": 2}, "tags": ["rude"]}', "unparsed"),
         ('{"ranks": {"A": 1, "B": 2}, "tags": {"A": "rude"}}', "unparsed"),
         ('{"ranks": {"A": 1, "B": 2}, "tags": {"C": ["rude"]}}', "unparsed"),

@@ -86,6 +86,19 @@ def test_people_come_first_and_judges_are_compared_with_them(recipe, write, rewa
     assert "judge judge-8b: replies_refused 0" in caplog.text
 
 
+def test_tools_of_the_samples_stay_with_their_rankings(recipe, write, tmp_path):
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+    given = [{**SAMPLES[0], "tools": tools}, SAMPLES[1]]
+    with serving() as server:
+        rank = {"judge": {"endpoint": server.url, "model": "m"}}
+        stages = {"rankings": {"kind": "rank", "rank": rank, "data": {"train": write("t.jsonl", given)}}}
+        loaded = load(recipe(stages))
+        chain.run(loaded)
+    for name in ("rankings.jsonl", "best.jsonl"):
+        rows = [json.loads(line) for line in (loaded["rankings"].folder / name).read_text().splitlines()]
+        assert rows[0]["tools"] == tools and not rows[1].get("tools"), name
+
+
 def test_the_report_shows_how_judges_did(recipe, write, tmp_path):
     from pipelines.report import page
 
