@@ -93,10 +93,10 @@ def _here(sources: list[Source], skipped: dict[str, str]) -> list[Source]:
             continue  # made of the data of earlier stages, which are compared
         if source.get("streaming"):
             skipped[path] = "streamed"
+        elif path.startswith("…/") or (is_local(path) and not files(path)):  # records keep no absolute paths
+            skipped[path] = "not here"
         elif not is_local(path):
             skipped[path] = "on the hub"
-        elif not files(path):
-            skipped[path] = "not here"
         else:
             found.setdefault(json.dumps([source, kind], sort_keys=True, default=str), (source, kind))
     return list(found.values())

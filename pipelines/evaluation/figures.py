@@ -189,7 +189,8 @@ def table(found: dict[str, tuple[float, float, float]]) -> str:
         sign = "+" if difference and write(value)[0] not in "-+" else ""
         lines.append(f"  {name:<{width}}  {sign}{write(value)} [{write(low)}, {write(high)}]")
     head = "  value [95 % interval]; A over B: paired differences, and win rates with ties split"
-    return "\n".join(["", head, *lines, "", best_of.table(found)])
+    chosen = best_of.table(found)
+    return "\n".join(["", head, *lines, ""]) + (f"\n{chosen}" if chosen else "")
 
 
 def matrices(values: Values) -> str:

@@ -89,9 +89,10 @@ def training_data(stages) -> list[overlap.Source]:
     """The sources that stages of a recipe learn from, or answer and rank for learning, with the shape of their rows."""
     found = []
     for stage in stages:
-        streamed = {"streaming": True} if stage.data.get("streaming") else {}
-        found += [({**source, **streamed}, stage.spec.rows) for source in sources.sources(stage.data, "train")]
-        found += [(source, "text") for source in sources.sources(stage.data, "ptx")]
+        section = stage.sections.get("data", {})
+        streamed = {"streaming": True} if section.get("streaming") else {}
+        found += [({**source, **streamed}, stage.spec.rows) for source in sources.sources(section, "train")]
+        found += [(source, "text") for source in sources.sources(section, "ptx")]
     return found
 
 
@@ -99,9 +100,9 @@ def evaluation_data(stages) -> list[overlap.Source]:
     """The sources that stages of a recipe are measured on, likewise: `data.validation`, and what `evaluate:` names."""
     found = []
     for stage in stages:
-        found += [(source, stage.spec.rows) for source in sources.sources(stage.data, "validation")]
-        if stage.kind == "evaluate":
-            found += evaluation_files(vars(stage.section("evaluate")))
+        section = stage.sections.get("data", {})
+        found += [(source, stage.spec.rows) for source in sources.sources(section, "validation")]
+        found += evaluation_files(stage.sections.get("evaluate", {}))
     return found
 
 
