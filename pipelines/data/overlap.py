@@ -98,7 +98,8 @@ def _here(sources: list[Source], skipped: dict[str, str]) -> list[Source]:
         elif not is_local(path):
             skipped[path] = "on the hub"
         else:
-            found.setdefault(json.dumps([source, kind], sort_keys=True, default=str), (source, kind))
+            given = {key: value for key, value in source.items() if value is not None}
+            found.setdefault(json.dumps([given, kind], sort_keys=True, default=str), (source, kind))
     return list(found.values())
 
 

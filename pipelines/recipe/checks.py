@@ -12,7 +12,7 @@ from transformers.integrations import integration_utils
 from pipelines import errors, ranges
 from pipelines.kinds import KINDS
 from pipelines.recipe import data_checks, model_checks, schema
-from pipelines.recipe.problems import SECRET, Problem
+from pipelines.recipe.problems import SECRET, SECRET_KEYS, Problem
 from pipelines.recipe.stage import Recipe, Stage, references, section_class
 from pipelines.training import arguments, best_checkpoint
 
@@ -54,7 +54,6 @@ REMOVED = {
 LOGIN = (
     "do not write it into a recipe, which is copied into every result: log in with `hf auth login` (or set HF_TOKEN)"
 )
-SECRET_KEYS = re.compile(r"(^|_)(hub_token|auth_token|access_token|api_key|apikey|password|passwd|secret)$|^token$")
 
 
 def check_recipe(file: Path, tree: dict, problems: list[Problem], read_data: bool) -> Recipe:

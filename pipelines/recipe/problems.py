@@ -12,6 +12,9 @@ SECRET = re.compile(
     r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA|ya29\.|AIza)[A-Za-z0-9_\-]{12,}|://[^/\s:@]*:[^/\s@]+@"
 )
 
+# and keys that hold one
+SECRET_KEYS = re.compile(r"(^|_)(hub_token|auth_token|access_token|api_key|apikey|password|passwd|secret)$|^token$")
+
 
 @dataclass
 class Problem:
@@ -24,7 +27,8 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"line {self.line}" if self.line else "command line" if self.line == 0 else "recipe"
-        shown = "" if self.value is None else f" = {_short(self.value)}"
+        secret = SECRET_KEYS.search(self.path.rpartition(".")[2])
+        shown = "" if self.value is None else " = …" if secret else f" = {_short(self.value)}"
         return f"  {where:<12} {self.path}{shown}\n{'':15}{self.message}"
 
 

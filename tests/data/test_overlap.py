@@ -23,7 +23,7 @@ def prompts(write, name, *texts):
 def test_the_same_but_for_case_and_space_is_found_and_counted_once(write):
     held = prompts(write, "held.jsonl", "What is  it?", "another", "what is it?")
     trained = prompts(write, "train.jsonl", "x", "WHAT is\nit?")
-    [found] = find([trained, trained], [held, held])
+    [found] = find([trained, trained], [held, ({**held[0], "columns": None}, held[1])])
     assert "2 of 3 rows" in found and "(2 word for word, 0 by 13" in found
     assert "held.jsonl:1 and " in found and "train.jsonl:2, 'what is it?'" in found
 

@@ -217,3 +217,16 @@ def test_wrong_judges_are_found_before_anything_runs(rank, words, recipe, write,
     with pytest.raises(RecipeError) as error:
         load(recipe(stages))
     assert re.search(words, str(error.value)), error.value
+
+
+def test_a_key_in_a_recipe_is_refused_and_not_shown(recipe, write):
+    judge = {
+        "endpoint": "http://x/v1",
+        "model": "m",
+        "api_key": "planted-key-123",
+        "parameters": {"password": "planted-2"},
+    }
+    stages = {"rankings": {"kind": "rank", "rank": {"judge": judge}, "data": {"train": write("s.jsonl", SAMPLES)}}}
+    with pytest.raises(RecipeError) as error:
+        load(recipe(stages))
+    assert "rank.judge.api_key" in str(error.value) and "planted" not in str(error.value)
