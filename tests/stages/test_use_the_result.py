@@ -22,28 +22,32 @@ ROWS = [{"prompt": "what colour is the bird", "completion": "the bird is green"}
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_gpt2, tmp_path_factory):
-    """The folder of an sft stage that trained adapters."""
+def run(tiny_gpt2, tmp_path_factory):
+    """The folder of a run: an sft stage that knows one answer, and one that trains adapters on it."""
     import yaml
 
     root = tmp_path_factory.mktemp("run")
     (root / "rows.jsonl").write_text((json.dumps(ROWS[0]) + "\n") * 32)
-    stage = {
-        "kind": "sft",
-        "model": {
-            "model_name_or_path": str(tiny_gpt2),
-            "chat_template": "chatml",
-            "use_peft": True,
-            "lora_r": 16,
-            "lora_alpha": 64,
-            "lora_target_modules": "all-linear",
+    data, args = {"train": str(root / "rows.jsonl")}, {"global_batch_size": 8, "max_length": 64}
+    model = {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"}
+    lora = {"model_name_or_path": "stage:sft", "use_peft": True, "lora_target_modules": "all-linear"}
+    stages = {
+        "sft": {"kind": "sft", "model": model, "data": data, "args": {**args, "learning_rate": 5e-3, "max_steps": 100}},
+        "adapted": {
+            "kind": "sft",
+            "model": lora,
+            "data": data,
+            "args": {**args, "learning_rate": 1e-3, "max_steps": 2},
         },
-        "data": {"train": str(root / "rows.jsonl")},
-        "args": {"global_batch_size": 8, "learning_rate": 2e-2, "max_steps": 40, "max_length": 64},
     }
-    (root / "r.yaml").write_text(yaml.safe_dump({"output_dir": str(root / "out"), "stages": {"sft": stage}}))
+    (root / "r.yaml").write_text(yaml.safe_dump({"output_dir": str(root / "out"), "stages": stages}, sort_keys=False))
     chain.run(load(root / "r.yaml"))
-    return root / "out" / "sft"
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def finished(run):
+    return run / "sft"
 
 
 def dialogue():
@@ -58,16 +62,20 @@ def test_a_pipeline_answers_as_it_was_trained(finished):
     assert out == ROWS[0]["completion"]
 
 
-def test_the_adapter_alone_gives_the_logits_of_the_merged_folder(finished):
-    from peft import AutoPeftModelForCausalLM
+def test_the_adapter_alone_gives_the_logits_of_the_merged_folder(run):
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(finished / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapted")
     ids = torch.tensor([chat_template.encode_prompt(tokenizer, dialogue())])
-    alone = AutoPeftModelForCausalLM.from_pretrained(finished / "adapter").eval()
+    base = AutoModelForCausalLM.from_pretrained(run / "sft").eval()
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(finished).eval()(ids).logits
-        assert torch.allclose(alone(ids).logits, expected, atol=1e-4)
+        before = base(ids).logits
+        expected = AutoModelForCausalLM.from_pretrained(run / "adapted").eval()(ids).logits
+        alone = PeftModel.from_pretrained(base, run / "adapted" / "adapter").eval()
+        assert torch.allclose(alone(ids).logits, expected, atol=1e-4) and not torch.allclose(
+            before, expected, atol=1e-4
+        )
         assert torch.allclose(alone.merge_and_unload()(ids).logits, expected, atol=1e-4)
 
 
