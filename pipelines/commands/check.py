@@ -30,8 +30,10 @@ def main(argv: list[str]) -> int:
         print(f"  {stage.name:<12} {stage.kind:<9} from {base}  ->  {stage.folder}")
         print("".join(f"{'':25}{line}\n" for line in recipe.adapters(stage)), end="")
     shared = overlap.find(evaluate.training_data(loaded.stages), evaluate.evaluation_data(loaded.stages))
-    for warning in [*disk.warnings(loaded), *shared]:
+    for warning in disk.warnings(loaded):
         print(f"warning: {warning}")
+    for sentence in shared:
+        print(f"note: {sentence}")
     print(f"{args.recipe}: {len(loaded.stages)} stages, no problems")
     left_out = [line for stage in loaded.stages for line in model_checks.left_out(stage)] if args.offline else []
     if left_out:

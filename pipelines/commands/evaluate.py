@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
     if state.is_main_process:
         print(table(found) + matrices(values))
         shared = overlap.find(learned_from(args.models), evaluation_files(settings))
-        print("".join(f"warning: {sentence}\n" for sentence in shared), end="")
+        print("".join(f"note: {sentence}\n" for sentence in shared), end="")
         if args.json:
             tables = {f"{name}/labelled/confusion_matrix": of for name, of in confusion(values).items()}
             files.write_json(args.json, named(found) | tables)

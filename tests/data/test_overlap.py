@@ -143,8 +143,8 @@ def test_check_and_evaluate_warn(recipe, write, tiny_gpt2, capsys, monkeypatch, 
     )
     assert __main__.main(["check", str(path), "--offline"]) == 0
     out = capsys.readouterr().out
-    assert "warning: 1 of 2 rows of validation.jsonl also stand in training data" in out
-    assert "warning: 1 of 2 rows of held.jsonl" in out and "held.jsonl:1 and train.jsonl:4" in out
+    assert "note: 1 of 2 rows of validation.jsonl also stand in training data" in out
+    assert "note: 1 of 2 rows of held.jsonl" in out and "held.jsonl:1 and train.jsonl:4" in out
     from pipelines.chain import chain
     from pipelines.recipe.recipe import load
 
@@ -155,4 +155,4 @@ def test_check_and_evaluate_warn(recipe, write, tiny_gpt2, capsys, monkeypatch, 
     capsys.readouterr()
     command = ["evaluate", "out/sft", "--prompts", "held.jsonl", "--judge", "tests.evaluation.test_best_of:length"]
     assert __main__.main([*command, "--response-length", "4"]) == 0
-    assert "warning: 1 of 2 rows of held.jsonl" in capsys.readouterr().out
+    assert "note: 1 of 2 rows of held.jsonl" in capsys.readouterr().out
