@@ -131,7 +131,7 @@ KINDS: dict[str, Kind] = {
     ),
     "rank": Kind(
         "rankings of answers, by people or a script",
-        {"rank": "RankSection", "data": "DataSection"},
+        {"rank": "pipelines.feedback.language_judge:RankSection", "data": "DataSection"},
         rows="samples",
         files=(("rank", "judgements"),),
     ),

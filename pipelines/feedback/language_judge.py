@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
@@ -80,6 +81,36 @@ class JudgeSection:
         metadata={
             "help": "Endpoint only: further fields of a request, null leaves one out: `{max_tokens: null, "
             "max_completion_tokens: 2000, temperature: null}`."
+        },
+    )
+
+
+@dataclass
+class RankSection:
+    """`rank:` who ranks the answers. A file of judgements wins over the labeller; a judge fills in beside it."""
+
+    judgements: str | None = field(
+        default=None,
+        metadata={
+            "help": "A person's judgements as the ranking page exports them: JSON lines with prompt, completions, "
+            "ranks "
+            "(and tags). The stage stops and says how to make it while there is no such file."
+        },
+    )
+    labeller: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Python function `package.module:name` taking (prompt, completions) and giving (ranks, tags): a "
+            "rank for each answer, 1 the best and equals sharing one, and a list of tags for each."
+        },
+    )
+    judge: Any = field(
+        default=None,
+        metadata={
+            "help": "A model that ranks: a reward model (`stage:NAME`, folder, hub id), a language model as a mapping "
+            "with the keys of `JudgeSection` (`{model: …}`, `{endpoint: http://…/v1, model: …}`; "
+            "docs/human-feedback.md), or a list of several, each a labeller. With `judgements` it fills in what nobody "
+            "ranked, and its agreement with people is measured."
         },
     )
 
