@@ -86,7 +86,7 @@ def test_without_a_critic_none_is_loaded_or_left(chain_of, caplog):
     path, own = chain_of(critic="none"), "stages.policy.args"
     with pytest.raises(RecipeError, match="gae .the default. trains a critic"):
         load(path)
-    loaded = load(path, [f"{own}.advantage=grpo", f"{own}.num_generations=4"])
+    loaded = load(path, [f"{own}.advantage=grpo", f"{own}.num_generations=4", f"{own}.logging_steps=1"])
     chain.run(loaded)
     folder = loaded["policy"].folder
     assert (folder / "model.safetensors").is_file() and not (folder / "critic").exists()
