@@ -241,6 +241,8 @@ def _prepare(recipe: Recipe, names: Sequence[str], redo: Collection[str], writab
                 "or choose another output_dir=… on the command line"
             )
         return steps
+    for name in [name for name, action in steps if action == "finished"]:
+        _clean(recipe[name])  # of a run that was killed before it could
     again = with_children(recipe, redo)
     if again:
         aside = again - {name for name, action in steps if action == "redo"}

@@ -239,3 +239,14 @@ def test_a_report_on_a_full_disk_is_a_word_and_no_failure(two, monkeypatch, capl
     monkeypatch.setattr("pipelines.report.page.write", full)
     draw(two.load().output_dir)
     assert "the disk is full" in caplog.text and "Traceback" not in caplog.text
+
+
+def test_what_a_kill_after_the_record_left_is_cleaned(two):
+    chain.run(two.load())
+    stage = two.load()["one"]
+    (stage.checkpoints / "checkpoint-4").mkdir(parents=True)
+    (stage.checkpoints / "checkpoint-4" / "weights").write_text("x")
+    (stage.folder / files.STARTED).write_text((stage.folder / files.FINISHED).read_text())
+    chain.run(two.load())
+    assert two.runs == ["one", "two"]
+    assert not stage.checkpoints.exists() and not (stage.folder / files.STARTED).exists()
