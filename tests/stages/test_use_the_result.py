@@ -30,7 +30,7 @@ def run(tiny_gpt2, tmp_path_factory):
     (root / "rows.jsonl").write_text((json.dumps(ROWS[0]) + "\n") * 32)
     data, args = {"train": str(root / "rows.jsonl")}, {"global_batch_size": 8, "max_length": 64}
     model = {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"}
-    lora = {"model_name_or_path": "stage:sft", "use_peft": True, "lora_target_modules": "all-linear"}
+    lora = {"model_name_or_path": "stage:sft", "use_peft": True, "lora_target_modules": ["c_attn", "c_proj"]}
     stages = {
         "sft": {"kind": "sft", "model": model, "data": data, "args": {**args, "learning_rate": 5e-3, "max_steps": 100}},
         "adapted": {
