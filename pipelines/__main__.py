@@ -21,6 +21,7 @@ One recipe file takes a language model from raw text to an RLHF-tuned policy.
   pipelines show RECIPE STAGE                    the rows of a stage as its model will see them
   pipelines plan RECIPE                          will it fit, how long will it take
   pipelines run RECIPE [STAGE ...]               train; finished stages are skipped
+  pipelines sweep RECIPE KEY=a,b,c ...           train with each of these values, compare what comes out
   pipelines status RECIPE                        what is finished, due or changed
   pipelines report RUN                           one HTML file: chain, curves, samples, costs
   pipelines chat RUN[/STAGE] ...                 talk to a stage, or to several side by side
@@ -48,6 +49,7 @@ VERBS = (
     "run",
     "check",
     "show",
+    "sweep",
     "status",
     "keys",
     "plan",

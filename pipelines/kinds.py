@@ -98,7 +98,7 @@ KINDS: dict[str, Kind] = {
         rows="prompts",
         auto_class=LANGUAGE_MODEL,
         hub_task="text-generation",
-        headline=(("eval_score", "score"), *LOSS),
+        headline=(("eval_score", "score"), ("objective/scores", "score in training"), *LOSS),
         adapters=True,
     ),
     "classify": Kind(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines import shipped
@@ -163,23 +165,20 @@ def available() -> int:
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
-def launch(name: str | None, gpus: int | None, words: list[str]) -> int:
-    """Run `python -m pipelines WORDS` on the processes of the configuration `name`, by Accelerate's own launcher.
+def processes(name: str | None, gpus: int | None) -> tuple[Path, int]:
+    """`(configuration file, number of processes)` of `--on NAME --gpus N`.
 
     Args:
         name: as `config_file` takes it; None: `ddp`, or one process where `gpus` is 1.
         gpus: processes, one on each GPU; None: all GPUs that are here (for a path: what the file says).
-        words: the command line of each process, from the recipe on.
-
-    Returns:
-        The exit code: 0, 130 after Ctrl-C, else that of the process that failed first.
 
     Raises:
         SetupError: there are not so many GPUs here, or the configuration is for several machines or for CPUs.
     """
     import yaml
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if gpus is not None and gpus < 1:
+        raise SetupError(f"--gpus {gpus}: must be 1 or more")
     here, name = available(), name or ("single_gpu" if gpus == 1 else "ddp")
     path = config_file(name)
     asked = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -200,7 +199,22 @@ def launch(name: str | None, gpus: int | None, words: list[str]) -> int:
             )
         alone = str(asked.get("distributed_type", "NO")).upper() == "NO"
         count = gpus or (1 if alone else here if not Path(name).is_file() else int(asked.get("num_processes", here)))
+    return path, count
+
+
+def launch(name: str | None, gpus: int | None, words: list[str]) -> int:
+    """Run `python -m pipelines WORDS` on the processes of the configuration `name`, by Accelerate's own launcher.
+
+    Args:
+        name, gpus: see `processes`, which also says what is refused.
+        words: the command line of each process, from the recipe on.
+
+    Returns:
+        The exit code: 0, 130 after Ctrl-C, else that of the process that failed first.
+    """
+    path, count = processes(name, gpus)
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     line = ["--config_file", str(path), "--num_processes", str(count), "-m", "pipelines", *words]
     # Ctrl-C is for the processes, which save and stop; the launcher waits for them and has no traceback to print.
@@ -227,6 +241,55 @@ def _pass_on(number: int, frame) -> None:
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             if os.getpgid(child.pid) != os.getpgrp():
                 child.send_signal(number)
+
+
+def run_apart(command: Sequence[str]) -> tuple[int, str, bool]:
+    """Run a command, what it writes shown; `(exit code, its error in one line, whether it was stopped)`.
+
+    In a process of its own: what one run leaves in memory, or the kernel that kills it for want of some, does not
+    reach the next one. Ctrl-C and SIGTERM are passed on to it once, so that it saves before it ends.
+    """
+    asked: list[int] = []
+    children: list[subprocess.Popen] = []
+
+    def pass_on(number, frame=None):
+        asked.append(number)
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # `nohup` ignores SIGHUP
+    before = {number: signal.signal(number, pass_on) for number in heard}
+    tail = b""
+    try:
+        # a session of its own: the terminal's Ctrl-C would reach it beside ours, and twice means at once
+        with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as child:
+            children.append(child)
+            if asked:  # just before it was there
+                pass_on(asked[0])
+            while block := os.read(child.stderr.fileno(), 65536):
+                sys.stderr.buffer.write(block)
+                sys.stderr.buffer.flush()
+                tail = (tail + block)[-20_000:]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    code = child.returncode
+    return code, _reason(tail.decode("utf-8", "replace"), code), bool(asked) or code == 130
+
+
+def _reason(text: str, code: int) -> str:
+    """Why a run ended with `code`, in one line: its `error: …`, or the last line of a traceback."""
+    if code == 0:
+        return ""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    marked = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    said = " ".join(lines[marked[-1] : marked[-1] + 4]).removeprefix("error: ") if marked else "".join(lines[-1:])
+    return (said if len(said) <= 400 else said[:399] + "…") or f"exit code {code}"
 
 
 # Waits until the process argv[1] is gone, then prints argv[2].

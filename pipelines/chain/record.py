@@ -42,17 +42,20 @@ HARMLESS = (
 )
 
 
+def settings(stage: Stage) -> dict:
+    """What the recipe says of a stage: its kind, seed and sections, the defaults of its kind filled in."""
+    sections = {name: dict(section) for name, section in sorted(stage.sections.items()) if section}
+    sections["args"] = {**stage.module.DEFAULTS, **sections.get("args", {})}
+    return json.loads(json.dumps({"kind": stage.kind, "seed": stage.seed, "sections": sections}, default=str))
+
+
 def record(stage: Stage, parents: dict[str, str]) -> dict:
     """Everything that decides what the stage learns: its settings, seed, data and what it builds on.
 
     `parents` maps the stages it refers to to their identity; two equal records mean the same training.
     """
-    sections = {name: dict(section) for name, section in sorted(stage.sections.items()) if section}
-    sections["args"] = {**stage.module.DEFAULTS, **sections.get("args", {})}
     value = {
-        "kind": stage.kind,
-        "seed": stage.seed,
-        "sections": sections,
+        **settings(stage),
         "data": _inputs(stage),
         "base": _base(stage.sections.get("model", {}).get("model_name_or_path")),
         "parents": parents,

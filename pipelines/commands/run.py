@@ -37,12 +37,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--gpus", type=int, metavar="N", help="so many GPUs, one process on each (default: all)")
     args = parser.parse_intermixed_args(argv)
     if launch.launched():
-        if args.on or args.gpus:
+        if args.on or args.gpus is not None:
             raise SetupError("--on and --gpus start a launcher, but one started this process: drop one of the two")
         return _run_here(args)
-    if args.gpus is not None and args.gpus < 1:
-        raise SetupError(f"--gpus {args.gpus}: must be 1 or more")
-    if args.on or args.gpus or launch.available() > 1:
+    if args.on or args.gpus is not None or launch.available() > 1:
         redo = [word for name in args.redo for word in ("--redo", name)]
         return launch.launch(args.on, args.gpus, [args.recipe, *args.words, *redo])
     return _run_here(args)

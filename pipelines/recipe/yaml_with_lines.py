@@ -139,6 +139,21 @@ class _Walk:
             self.visit(value, path)
 
 
+def split_values(text: str) -> list[str] | None:
+    """`a,b,[c, d]` as the texts of its values: split where YAML splits a list, not within brackets or quotes.
+
+    None where it cannot be read so: a value is missing, or one holds what would have to stand in quotes.
+    """
+    whole = f"[{text}]"
+    try:
+        node = yaml.compose(whole, _Loader)
+    except (yaml.YAMLError, ValueError):
+        return None
+    if node is None or node.end_mark.index != len(whole) or text.rstrip().endswith(","):
+        return None
+    return [whole[item.start_mark.index : item.end_mark.index] for item in node.value] or [""]
+
+
 def line_of(lines: dict[str, int], path: str) -> int | None:
     """The line of the nearest enclosing key in the file (0: the command line)."""
     while path and path not in lines:

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
 from html import escape
+from pathlib import Path
+
+
+def document(title: str, about: str, body: str, running: bool = False, every: float = 0) -> str:
+    """A whole page: no script, nothing from elsewhere. With `every` it reloads itself every so many seconds while what
+    it shows is running.
+    """
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    reload_ = f'<meta http-equiv="refresh" content="{every:g}">' if running and every else ""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"{reload_}<title>{escape(title)}: report</title><style>{style}</style></head><body>"
+        f'<h1>{escape(title)}</h1><p class="soft">{escape(about)} · written {made}{" · running" if running else ""}</p>'
+        f"{body}</body></html>\n"
+    )
 
 
 def titled(title: str, body: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from html import escape
 from pathlib import Path
@@ -12,10 +11,10 @@ from pipelines.chain import record
 from pipelines.data import sources
 from pipelines.kinds import KINDS
 from pipelines.models import chat_template
-from pipelines.report import charts
+from pipelines.report import charts, sweeps
 from pipelines.report.charts import number
 from pipelines.report.figures import curves, special_figures
-from pipelines.report.html import chart_grid, duration, html_table, tile_row
+from pipelines.report.html import chart_grid, document, duration, html_table, tile_row
 from pipelines.report.run_folder import Seen, listed_stages, read
 
 PAGE = "report.html"
@@ -48,34 +47,27 @@ def page(
 ) -> str:
     """The HTML text."""
     running = any(s.state == "running" for s in stages)
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     recipe = next((str(s.final.get("recipe", "")) for s in stages if s.final), "")
-    problems = [*listed_stages(run)[1], *(line for s in stages for line in s.problems)]
+    sections, wrong = sweeps.sections(run)
+    problems = [*listed_stages(run)[1], *wrong, *(line for s in stages for line in s.problems)]
     done = sum(s.state == "finished" for s in stages)
     seconds = sum(s.seconds for s in stages)
-    made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    reload_ = f'<meta http-equiv="refresh" content="{every:g}">' if running and every else ""
     tiles = [(f"{done} of {len(stages)}", "stages finished"), (duration(seconds), "training in all")]
     for stage in stages:
         value, name = headline(stage)
         if value is not None and stage.state == "finished":
             tiles.append((number(value), f"{stage.name}: {name}"))
-    return "".join(
+    body = "".join(
         [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-            f"{reload_}<title>{escape(run.resolve().name)}: report</title><style>{style}</style></head><body>",
-            f"<h1>{escape(run.resolve().name)}</h1>",
-            f'<p class="soft">{escape(recipe)} · written {made}{" · running" if running else ""}</p>',
             "".join(f'<p class="problem">{escape(line)}</p>' for line in problems),
             tile_row(tiles),
             f"<section><h2>The chain</h2>{charts.picture([_node(s) for s in stages])}</section>",
             f"<section><h2>Time, energy and cost</h2>{_costs(stages, watts, price)}</section>",
+            *sections,
             *(_stage(s, stages) for s in stages),
-            "</body></html>\n",
         ]
     )
+    return document(run.resolve().name, recipe, body, running, every)
 
 
 def headline(stage: Seen) -> tuple[float | None, str]:
