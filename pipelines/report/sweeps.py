@@ -108,10 +108,10 @@ def section(sweep: Sweep) -> str:
             lines.append(Series(f"best: {sweep.best.name}", [(sweep.best.kl, sweep.best.metric)], "dots", 1))
         drawn.append(titled(f"{name} against KL", charts.chart(lines, "KL to the reference, nats per answer", name)))
     failed = "".join(
-        f'<p class="problem">{escape(p.name)}: {escape(p.error)}</p>' for p in sweep.points if p.state == "failed"
+        f'<p class="stopped">{escape(p.name)}: {escape(p.error)}</p>' for p in sweep.points if p.state == "failed"
     )
     seeds = over_seeds(sweep)
-    means = f"<h3>over seeds</h3>{html_table(seeds[0], seeds[1], 1)}" if seeds[1] else ""
+    means = f"<h3>over seeds</h3>{html_table(*seeds, len(sweep.keys) - 1)}" if seeds[1] else ""
     head, rows = table(sweep)
     return (
         f"<section><h2>Sweep of {escape(', '.join(sweep.keys))}</h2>{chart_grid(drawn)}"
