@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     parser = command_line("sweep", ABOUT, EXAMPLES)
     parser.add_argument("recipe", help="a YAML file; see recipes/")
     parser.add_argument("words", nargs="+", metavar="STAGE | KEY=a,b,c", help="stages (default: all); keys and values")
-    parser.add_argument("--metric", metavar="STAGE/METRIC", help="what to compare (default: the last stage's headline)")
+    parser.add_argument("--metric", metavar="STAGE/METRIC", help="what to compare (default: of the last stage)")
     parser.add_argument("--random", type=int, metavar="N", help="N of the combinations, the same ones every time")
     parser.add_argument("--on", metavar="NAME", help="as in `pipelines run`, for every point")
     parser.add_argument("--gpus", type=int, metavar="N", help="as in `pipelines run`, for every point")
@@ -267,15 +267,15 @@ def start(words: Sequence[str]) -> tuple[int, str, bool]:
 
 
 def check_metric(plan: Plan, metric: str | None) -> None:
-    """Raise `SetupError` for a `--metric` that does not name a stage of the sweep."""
+    """Raise `SetupError` for a `--metric` that does not name a stage which the keys decide."""
     if metric is None:
         return
     stage, _, name = metric.partition("/")
-    if stage not in plan.stages or not name:
-        raise SetupError(
-            f"--metric {metric}: give STAGE/METRIC, with one of the stages {', '.join(plan.stages)}"
-            f"{errors.meant(stage, plan.stages) if stage not in plan.stages else ''}"
-        )
+    if stage in plan.shared:
+        raise SetupError(f"--metric {metric}: no key changes {stage}, it is the same in all points")
+    if stage not in plan.varied or not name:
+        near = errors.meant(stage, plan.varied) if stage not in plan.varied else ""
+        raise SetupError(f"--metric {metric}: give STAGE/METRIC, with one of the stages {', '.join(plan.varied)}{near}")
 
 
 def results(plan: Plan, metric: str | None, failed: dict[int, str]) -> sweeps.Sweep:
@@ -317,8 +317,8 @@ def look(one: Recipe) -> list[Seen]:
 
 
 def default_metric(plan: Plan, runs: list[dict[str, Seen]]) -> tuple[str, str]:
-    """`(stage, metric)`: the headline of the last stage that has one in any of the `runs`; empty without any."""
-    for stage in reversed(plan.stages):
+    """`(stage, metric)`: the headline of the last stage that the keys decide and that has one; empty without any."""
+    for stage in reversed(plan.varied):
         for seen in runs:
             values = sweeps.measured(seen[stage]) if stage in seen else {}
             for key, _ in KINDS[plan.base[stage].kind].headline:

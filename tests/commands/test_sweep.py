@@ -1,5 +1,6 @@
 """A sweep trains what differs and nothing else, goes on after a kill, and compares what came out."""
 
+import fcntl
 import json
 import os
 import re
@@ -208,6 +209,7 @@ def test_a_run_with_other_settings_in_the_output_folder_is_left_alone(three, cap
         ([f"{RATE}=1,2", f"{RATE}=3"], ["given twice"]),
         (["output_dir=a,b"], ["output_dir cannot be swept"]),
         ([f"{RATE}=1e-3,2e-3", "--metric", "tow/loss"], ["--metric", "did you mean two"]),
+        ([f"{RATE}=1e-3,2e-3", "--metric", "one/loss"], ["no key changes one"]),
         ([f"{RATE}=1e-3,2e-3", "--random", "0"], ["--random 0"]),
         ([f"{RATE}=1e-3,2e-3", "--on", "cpu_22"], ["did you mean cpu_2"]),
         ([f"seed={','.join(map(str, range(501)))}"], ["501 points are too many"]),
@@ -226,6 +228,15 @@ def test_points_made_with_other_settings_are_refused_before_anything_starts(thre
     assert three.sweep(f"{RATE}=1e-3,2e-3", f"{BETA}=0.3") == 2
     assert "weight_decay (0.1 then, 0.3 now)" in (shown := capsys.readouterr().err) and "move the folder" in shown
     assert three.runs == []
+
+
+def test_a_run_that_outlived_a_killed_sweep_is_waited_for(three, capsys):
+    folder = three.root / "two.learning_rate" / "2e-3"
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert three.sweep(f"{RATE}=1e-3,2e-3") == 2
+    assert f"still working in {folder}" in capsys.readouterr().err and three.runs == []
 
 
 def test_a_metric_that_is_not_there_is_named_after_the_runs_and_found_by_the_next_command(three, capsys):
