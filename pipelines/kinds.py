@@ -28,6 +28,7 @@ class Kind:
     ] = ()  # (metric, its name for people): the first that a stage has stands for it
     files: tuple[tuple[str, str], ...] = ()  # (section, key) whose values name files that decide the result
     adapters: bool = False  # can train LoRA adapters
+    implicit_reward: bool = False  # its log-probs less those of the model it started from are a reward
     streams: bool = False  # can read its rows while it trains
     module: str = ""  # where `run` is, if not in pipelines.stages.NAME
 
@@ -91,6 +92,17 @@ KINDS: dict[str, Kind] = {
         hub_task="text-generation",
         headline=(("accuracy", "accuracy"), *LOSS),
         adapters=True,
+        implicit_reward=True,
+    ),
+    "kto": Kind(
+        "a policy learned from answers that are desirable or not: labels, or rankings with tags",
+        {**MODEL, "data": "DataSection", "args": "KTOArguments"},
+        rows="unpaired",
+        auto_class=LANGUAGE_MODEL,
+        hub_task="text-generation",
+        headline=(("accuracy", "accuracy"), *LOSS),
+        adapters=True,
+        implicit_reward=True,
     ),
     "ppo": Kind(
         "a policy optimised against reward models and functions",

@@ -92,8 +92,10 @@ RANGES: dict[str, Range] = {
     "mlm_probability": Range(0, 1, over=True, under=True),
     "rank_margin": FROM_ZERO,
     "center_rewards_coefficient": FROM_ZERO,
-    # dpo
+    # dpo, kto
     "beta": POSITIVE,
+    "desirable_weight": FROM_ZERO,
+    "undesirable_weight": FROM_ZERO,
     "label_smoothing": Range(0, 0.5, under=True),  # the share of flipped labels
     "loss_weights": FROM_ZERO,
     # writing answers

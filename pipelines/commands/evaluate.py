@@ -4,9 +4,9 @@ Seven measurements, each done where it is asked for; the stage of kind `evaluate
 
     text         loss per token, bits per byte, perplexity per token, word and byte of a text
     labelled     classifiers: accuracy, macro F1, Matthews correlation, and which classes are confused
-    preferences  reward models, or a policy of dpo: accuracy per pair and per ranking, margin, calibration, and how
-                 much they like length
-    pairs        what a model writes for prompts or sources against given texts: BLEU, chrF, ROUGE; the texts' loss
+    preferences  reward models, or policies of dpo or kto: accuracy per pair and per ranking, margin, calibration,
+                 liking for length
+    pairs        what a model writes for prompts or sources against given texts: BLEU, chrF, ROUGE; and the texts' loss
     tasks        tasks of lm-eval, with or without examples before each question
     prompts      answers to prompts, judged by a Python function, a reward model or a classifier
     rankings     win rates from people's rankings of answers by several models
@@ -53,7 +53,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--running-text", action="store_true", help="read that file as one text, without any EOS")
     parser.add_argument("--labelled", help="classifiers: a file with text and label (name or id of a class)")
-    parser.add_argument("--preferences", help="reward or dpo models: a file of pairs (chosen, rejected) or rankings")
+    parser.add_argument(
+        "--preferences", help="reward, dpo or kto models: a file of pairs (chosen, rejected) or rankings"
+    )
     parser.add_argument("--pairs", help="a file with prompt and completion, or source and target: BLEU, chrF, ROUGE")
     parser.add_argument("--tasks", nargs="+", help="lm-eval's names, or paths of task files (.yaml)")
     parser.add_argument("--shots", type=int, help="examples before each question (default: what the task says)")

@@ -143,7 +143,8 @@ def _for_people(row: dict, tokenizer) -> str:
     for i, answer in enumerate(row.get("completions", [])):
         tags = f", tags {', '.join(row['tags'][i])}" if row.get("tags") and row["tags"][i] else ""
         margin = f", margin {row['margin'][i]:g}" if any(row.get("margin", [])) else ""
-        lines.append(f"  rank {row['ranks'][i]:g}{margin}{tags}:")
+        place = f"rank {row['ranks'][i]:g}" if "ranks" in row else "desirable" if row["desirable"][i] else "undesirable"
+        lines.append(f"  {place}{margin}{tags}:")
         lines += [f"    {of[True]}{line}{OFF if colours else ''}" for line in plain(answer).split("\n")]
         lines.append(f"    ids {_short(row['completion_ids'][i])}")
     if row["learned"] and "completions" not in row and not (colours and aligned):

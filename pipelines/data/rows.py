@@ -4,6 +4,7 @@
     sft        prompt + completion, or messages                 (instruction/input/output, ShareGPT are converted)
     rankings   prompt, completions, ranks (1 is best)           reward (prompt, chosen, rejected are a ranking of two)
                (+ margin, tags, models: one for each answer)
+    unpaired   prompt, completions, labels                      kto (from prompt, completion, label, or from rankings)
     prompts    prompt, and any further columns                  ppo, sample
     samples    prompt, completions (+ models, ended)            rank
     labelled   text (+ text_pair), label                        classify
@@ -28,6 +29,7 @@ NEEDS = {
     "text": ["text"],
     "sft": ["prompt", "completion"],
     "rankings": ["prompt", "chosen", "rejected"],  # or completions and ranks
+    "unpaired": ["prompt", "completion", "label"],  # or a ranking
     "prompts": ["prompt"],
     "samples": ["prompt", "completions"],
     "labelled": ["text", "label"],
@@ -39,6 +41,7 @@ READS = {
     "text": ("text",),
     "sft": (*DIALOGUE, "completion", "output", "messages", "conversations"),
     "rankings": (*DIALOGUE, "chosen", "rejected", "completions", "ranks", "margin", "tags", "models"),
+    "unpaired": (*DIALOGUE, "completion", "output", "label", "chosen", "rejected", "completions", "ranks", "tags"),
     "prompts": DIALOGUE,
     "samples": (*DIALOGUE, "completions", "models", "ended"),
     "labelled": ("text", "text_pair", "label"),
@@ -86,6 +89,8 @@ def normalise(
         out = _sft(row, columns or {}, ignored)
     elif kind == "rankings":
         out = _ranking(row, ignored)
+    elif kind == "unpaired":
+        out = _unpaired(row, ignored)
     elif kind in KEEPS:
         return _kept(row, kind, ignored)
     else:
@@ -115,24 +120,73 @@ def _sft(row: dict, columns: dict, ignored: set[str]) -> dict:
         if all(m.get("learn") is False for m in dialogue if m["role"] == "assistant"):
             raise DataError(f"{found}: every answer is marked as not to be learned: leave the row out")
         return {"messages": dialogue, **tools}
-    alpaca = row.get("prompt") is None and row.get("instruction") is not None
-    learned = "output" if alpaca and row.get("completion") is None and "output" in row else "completion"
-    missing = [c for c in ("prompt", learned) if row.get(c) is None and not (c == "prompt" and alpaca)]
-    if missing:
-        raise DataError(_missing(missing, row, "sft"))
-    tools, history = dialogues.tools(row), row.get("history")
-    asked = dialogues.prompt(row, ignored)
-    answer = dialogues.answer(row.pop(learned), learned, ignored)
+    history = row.get("history")
+    asked, answer, tools = _example(row, "sft", ignored)
     if isinstance(answer, list) and all(m.get("learn") is False for m in answer if m["role"] == "assistant"):
-        raise DataError(f"{learned} is marked as not to be learned: leave the row out")
+        raise DataError("the answer is marked as not to be learned: leave the row out")
     if history:  # the format says that its answers are learned, too
         answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
         return {"messages": [*asked, *answer], **tools}
     return {"prompt": asked, "completion": answer, **tools}
 
 
+def _example(row: dict, kind: str, ignored: set[str]) -> tuple[str | list[dict], str | list[dict], dict]:
+    """`(prompt, answer, {"tools": …} or {})` of a row with one answer, which are taken out of it."""
+    alpaca = row.get("prompt") is None and row.get("instruction") is not None
+    learned = "output" if alpaca and row.get("completion") is None and "output" in row else "completion"
+    needed = [learned if c == "completion" else c for c in NEEDS[kind]]
+    if missing := [c for c in needed if row.get(c) is None and not (c == "prompt" and alpaca)]:
+        raise DataError(_missing(missing, row, kind))
+    tools, asked = dialogues.tools(row), dialogues.prompt(row, ignored)
+    return asked, dialogues.answer(row.pop(learned), learned, ignored), tools
+
+
+def _unpaired(row: dict, ignored: set[str]) -> dict:
+    """`prompt, completions, labels`: of each answer whether it is desirable, None where nobody knows.
+
+    A row has one answer with its label, or is a ranking, from which `desirable` has them.
+    """
+    if row.get("completions") is not None or row.get("chosen") is not None:
+        ignored |= {"margin"} & {name for name, value in row.items() if value is not None}
+        ranking = _ranking(row, ignored)
+        labels = desirable(ranking["ranks"], ranking.get("tags"))
+        kept = {name: ranking[name] for name in ("prompt", "completions", "tools") if name in ranking}
+        return {**kept, "labels": labels}
+    asked, answer, tools = _example(row, "unpaired", ignored)
+    _need_marks_off([answer], "labelled")
+    return {"prompt": asked, "completions": [answer], "labels": [_yes_or_no(row.pop("label"))], **tools}
+
+
+def desirable(ranks: list[float], tags: list[list[str]] | None) -> list[bool | None]:
+    """Which answers of a ranking are desirable, and which are not: None for those of which it says neither.
+
+    An answer with a tag is undesirable, wherever it ranks; one without that no other beats is desirable. Where no
+    answer of the row has a tag (pairs, say), the last are undesirable, and if all rank alike nothing is known.
+    """
+    first, last = min(ranks), max(ranks)
+    if any(tags or ()):
+        return [False if tagged else True if rank == first else None for rank, tagged in zip(ranks, tags, strict=True)]
+    if first == last:
+        return [None] * len(ranks)
+    return [True if rank == first else False if rank == last else None for rank in ranks]
+
+
+def _yes_or_no(label) -> bool:
+    """A label of an answer; text, because CSV has no booleans."""
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if isinstance(label, (bool, int)) and label in (0, 1):
+        return bool(label)
+    if isinstance(label, str) and label.strip().lower() in known:
+        return known[label.strip().lower()]
+    raise DataError(f"label must be true (a desirable answer) or false (an undesirable one), not {_short(label)}")
+
+
 def _missing(missing: list[str], row: dict, kind: str) -> str:
-    also = {"sft": " (or messages, or instruction and output)", "rankings": " (or completions and ranks)"}.get(kind, "")
+    also = {
+        "sft": " (or messages, or instruction and output)",
+        "rankings": " (or completions and ranks)",
+        "unpaired": " (or completions and ranks, or chosen and rejected)",
+    }.get(kind, "")
     empty = [c for c in missing if c in row]
     if empty:
         return f"{empty[0]} is empty"
@@ -175,9 +229,13 @@ def _ranking(row: dict, ignored: set[str]) -> dict:
         beside = _beside(row, ranks)
     for name in ("margin", "tags", "models"):
         row.pop(name, None)
-    if any(m.get("learn") is False for a in answers if isinstance(a, list) for m in a):
-        raise DataError("an answer is marked as not to be learned, but it is ranked: leave the row or the mark out")
+    _need_marks_off(answers, "ranked")
     return {"prompt": asked, "completions": answers, "ranks": ranks, **tools, **beside}
+
+
+def _need_marks_off(answers: list, done: str) -> None:
+    if any(m.get("learn") is False for a in answers if isinstance(a, list) for m in a):
+        raise DataError(f"an answer is marked as not to be learned, but it is {done}: leave the row or the mark out")
 
 
 def _need_prompt(row: dict, missing: list[str]) -> None:

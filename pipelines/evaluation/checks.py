@@ -15,7 +15,7 @@ NEEDS = {
     "prompts": "a causal language model",
     "pairs": "a causal language model or an encoder-decoder",
     "labelled": "a sequence classifier",
-    "preferences": "a reward model or what a stage of kind dpo made",
+    "preferences": "a reward model or a policy of dpo or kto",
 }
 FILES = ("text", "labelled", "preferences", "pairs", "prompts", "rankings")  # keys that name one
 ALONE = {"labelled": "classifier", "preferences": "reward model"}  # what only models of another kind can do
@@ -33,7 +33,7 @@ def problems(section: dict):
     for key in ALONE.keys() & asked:
         if len(asked) > 1 and not (
             key == "preferences" and "labelled" not in asked
-        ):  # a dpo model can do the rest, too
+        ):  # a policy of dpo can do the rest, too
             other = next(o for o in asked if o != key)
             yield (
                 key,

@@ -30,6 +30,7 @@ from pipelines.evaluation.texts import pair_losses, split_row, text_of_answer, t
 from pipelines.generation import answers as generation_answers
 from pipelines.generation import with_vllm
 from pipelines.generation.answers import fitting, load, translations
+from pipelines.kinds import of_kind
 from pipelines.models import chat_template, loading, scorers
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def auto_class(name: str, path: str, asked: list[str], use_vllm: bool = False) -
         found, able = "", ()
     else:
         found, able = "AutoModelForCausalLM", ("text", "tasks", "prompts", "pairs")
-        if files.kind_of(path) == "dpo":  # its log-probs and its reference's are a reward
+        if files.kind_of(path) in of_kind(implicit_reward=True):  # its log-probs and its reference's are a reward
             able += ("preferences",)
     if use_vllm and config.is_encoder_decoder:
         raise SetupError(f"{name}: use_vllm is for causal language models, and this is a {architecture}")

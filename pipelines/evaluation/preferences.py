@@ -1,6 +1,5 @@
-"""A reward model, or a policy that DPO made one, on people's preferences: how often it agrees, by how much, and whether
-it
-only likes what is long."""
+"""A reward model, or a policy that DPO or KTO made one, on people's preferences: how often it agrees, by how much, and
+whether it only likes what is long."""
 
 from __future__ import annotations
 
@@ -16,6 +15,7 @@ from pipelines.evaluation.figures import Items, drawn, ratio
 from pipelines.evaluation.texts import answer_nats
 from pipelines.generation.answers import load
 from pipelines.generation.logprobs import sequence_scores
+from pipelines.kinds import of_kind
 from pipelines.models import chat_template, loading, scorers
 from pipelines.training.rankings import decided
 
@@ -44,7 +44,7 @@ def preference_values(name: str, path: str, model, tokenizer, settings, seed: in
     if not ranked:
         raise DataError(f"{settings.preferences}: no ranking decides anything")
     kind = files.kind_of(path)
-    if kind == "dpo":
+    if kind in of_kind(implicit_reward=True):
         read = implicit_rewards
     elif (
         kind == "classify"
@@ -83,7 +83,7 @@ def classifier_scores(name: str, path: str, model, tokenizer, settings, rows: li
 def implicit_rewards(name: str, path: str, model, tokenizer, settings, rows: list[dict]) -> list[float]:
     """beta * (log pi(answer) - log pi_reference(answer)) of each answer (Rafailov et al. 2023, section 4).
 
-    The reference is the model that the stage dpo in `path` started from, which its folder records.
+    The reference is the model that the stage in `path` started from, which its folder records.
     """
     start = files.recorded(path, "model", "model_name_or_path")
     if start.startswith(files.HERE):

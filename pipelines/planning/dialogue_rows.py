@@ -15,7 +15,7 @@ from pipelines.planning import unmade
 from pipelines.recipe.problems import Problem, RecipeError
 from pipelines.recipe.stage import Recipe, Stage
 
-DIALOGUES = ("sft", "rankings", "prompts")  # shapes of rows that go through a chat template
+DIALOGUES = ("sft", "rankings", "unpaired", "prompts")  # shapes of rows that go through a chat template
 
 
 def check_dialogues(loaded: Recipe) -> None:

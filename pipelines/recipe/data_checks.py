@@ -156,7 +156,7 @@ class Seen:
     """What the rows of one side hold together."""
 
     rows: int = 0
-    decided: int = 0  # rankings whose answers differ in rank
+    decided: int = 0  # rankings whose answers differ in rank; of unpaired rows those with a label
     labels: Counter = field(default_factory=Counter)
     labels_of_each: set[int] = field(default_factory=set)
     where: dict = field(default_factory=dict)  # the first row of each label
@@ -167,6 +167,8 @@ class Seen:
         self.rows += 1
         if "ranks" in row:
             self.decided += len(set(row["ranks"])) > 1
+        if "labels" in row:
+            self.decided += any(label is not None for label in row["labels"])
         if "label" in row and not isinstance(row["label"], float):
             labels = row["label"] if isinstance(row["label"], list) else [row["label"]]
             self.labels.update(labels)
@@ -180,6 +182,8 @@ def _wrong_sets(seen: dict[str, Seen], kind: str, task: dict) -> Iterator[tuple[
     for side in ("train", "validation"):
         if kind == "rankings" and seen[side].whole and seen[side].rows and not seen[side].decided:
             yield side, f"all {seen[side].rows} rankings are ties: there is nothing to learn from", None
+        if kind == "unpaired" and seen[side].whole and seen[side].rows and not seen[side].decided:
+            yield side, f"no answer of {seen[side].rows} rows is desirable or undesirable: nothing to learn from", None
     train, validation = seen["train"], seen["validation"]
     if kind != "labelled" or task.get("labels") or not train.whole or not train.labels:
         return

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.kto_config import KTOConfig
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.sft_config import SFTConfig
 
@@ -144,6 +145,16 @@ class Batching:
 
 
 @dataclass
+class EarlyStopping(Batching):
+    """What stages add that can stop before their last step."""
+
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a better metric_for_best_model (null: never)."},
+    )
+
+
+@dataclass
 class PretrainArguments(Batching, TrainingArguments):
     """`args:` of pretrain: transformers' `TrainingArguments` plus the context length."""
 
@@ -189,7 +200,7 @@ class RewardArguments(Batching, RewardConfig):
 
 
 @dataclass
-class DPOArguments(Batching, DPOConfig):
+class DPOArguments(EarlyStopping, DPOConfig):
     """`args:` of dpo: TRL's `DPOConfig` plus what a ranking of more than two answers is learned as."""
 
     ranking_loss: str = field(
@@ -204,6 +215,11 @@ class DPOArguments(Batching, DPOConfig):
 
 
 @dataclass
+class KTOArguments(EarlyStopping, KTOConfig):
+    """`args:` of kto: TRL's `KTOConfig`."""
+
+
+@dataclass
 class PPOArguments(Batching, PPOConfig):
     """`args:` of ppo: our `PPOConfig`; global_batch_size is the number of answers per update."""
 
@@ -214,15 +230,11 @@ class PPOArguments(Batching, PPOConfig):
 
 
 @dataclass
-class ClassifyArguments(Batching, TrainingArguments):
+class ClassifyArguments(EarlyStopping, TrainingArguments):
     """`args:` of classify: transformers' `TrainingArguments` plus early stopping."""
 
     max_length: int | None = field(
         default=None, metadata={"help": "Truncate texts to so many tokens (null: the model's limit)."}
-    )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={"help": "Stop after so many evaluations without a better metric_for_best_model (null: never)."},
     )
 
 
@@ -251,16 +263,12 @@ class TaskSection:
 
 
 @dataclass
-class Seq2SeqArguments(Batching, Seq2SeqTrainingArguments):
+class Seq2SeqArguments(EarlyStopping, Seq2SeqTrainingArguments):
     """`args:` of seq2seq: transformers' `Seq2SeqTrainingArguments` plus lengths."""
 
     max_source_length: int = field(default=512, metadata={"help": "Longest input in tokens."})
     max_target_length: int = field(
         default=128, metadata={"help": "Longest output in tokens, in training and generation."}
-    )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={"help": "Stop after so many evaluations without a better metric_for_best_model (null: never)."},
     )
 
 
@@ -386,9 +394,9 @@ class EvaluateSection:
     preferences: str | None = field(
         default=None,
         metadata={
-            "help": "Reward models, or models made by dpo: a file of pairs or rankings, in any form that a reward "
-            "stage reads. Accuracy per pair and "
-            "per ranking, margin, loss, calibration error, and whether it only likes long answers."
+            "help": "Reward models, or models made by dpo or kto: a file of pairs or rankings, in any form that a "
+            "reward stage reads. Accuracy per pair and per ranking, margin, loss, calibration error, and whether it "
+            "only likes long answers."
         },
     )
     labelled: str | None = field(

@@ -22,7 +22,7 @@ CURVES = [
     ("chrF", "0 to 100", ("eval_chrf",)),
     ("ROUGE-L", "0 to 1", ("eval_rougeL",)),
     ("reward", "score", ("objective/scores", "eval_score")),
-    ("KL to the reference", "nats per answer", ("objective/kl", "eval_kl")),
+    ("KL to the reference", "nats per answer", ("objective/kl", "kl", "eval_kl")),
     ("length of answers", "tokens", ("response_length", "eval_length")),
     ("answers that end with EOS", "share", ("eos_rate", "eval_eos_rate")),
     ("entropy of the policy", "nats per token", ("policy/entropy_avg",)),

@@ -15,7 +15,7 @@
         oracle: my_module:gold                        # by a second one
 
 Classifiers get a stage of their own, with `labelled: test.jsonl`: accuracy, macro F1, Matthews, confusion matrix. So do
-reward models (or policies of dpo), with `preferences: test.jsonl`: accuracy per pair and per ranking, margin,
+reward models (or policies of dpo and kto), with `preferences: test.jsonl`: accuracy per pair and per ranking, margin,
 calibration.
 
 The figures stand in `stage.json` (metrics, figures: value, low and high of each), the values of single items in
@@ -62,7 +62,7 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         if section.get("labelled"):
             able, what = ("classify",), "classifier"
         elif section.get("preferences"):
-            able, what = ("reward", "dpo"), "reward model or a policy of dpo"
+            able, what = ("reward", *of_kind(implicit_reward=True)), "reward model or a policy of dpo or kto"
         elif section.get("pairs") and not any(section.get(key) for key in ("text", "tasks", "prompts")):
             able = (*of_kind(writes_text=True), "seq2seq")
         yield from named_models(stage, kinds, "evaluate.models", section["models"], able, what)

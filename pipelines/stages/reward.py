@@ -36,10 +36,10 @@ from trl import RewardTrainer
 
 from pipelines import IGNORE_INDEX, errors
 from pipelines.data import encoded_rows, mixing
-from pipelines.models import adapters, chat_template, loading, sharding, tag_heads, tokenizer_setup
+from pipelines.models import adapters, loading, sharding, tag_heads, tokenizer_setup
 from pipelines.speed import fast_model, packed_attention
 from pipelines.training import arguments, loop, saving
-from pipelines.training.rankings import RankingCollator, answer_logits, decided, pair_scores, ranking_loss
+from pipelines.training.rankings import RankingCollator, answer_logits, encode_answers, pair_scores, ranking_loss
 from pipelines.training.trainer import ChainTrainer, RowCollator
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def ready(stage, tokenizer):
 
 def encode(stage, tokenizer, context: int) -> dict[str, Dataset]:
     """The encoded rankings of each side, as `_encode` gives them; `args.rank_margin` and `args.tags` are applied."""
-    args, too_long = stage.sections.get("args", {}), stage.section("data").too_long
+    args = stage.sections.get("args", {})
     tags, margin = args.get("tags") or [], args.get("rank_margin")
     train, validation = mixing.load(stage.data, stage.spec.rows, stage.seed, report=stage.report)
     for row in [*train, *validation]:
@@ -212,9 +212,7 @@ def encode(stage, tokenizer, context: int) -> dict[str, Dataset]:
         if not any(tag in answer for row in train for answer in row.get("tags", [])):
             raise errors.DataError(f"data.train: no answer has the tag {tag!r} (args.tags), so it cannot be learned")
     sides = {"train": train, "validation": validation}
-    return {
-        side: _encode(stage, side, rows, tags, tokenizer, context, too_long) for side, rows in sides.items() if rows
-    }
+    return {side: _encode(stage, side, rows, tags, tokenizer, context) for side, rows in sides.items() if rows}
 
 
 def shown(stage, tokenizer, model) -> Iterator[dict]:
@@ -239,43 +237,20 @@ def shown(stage, tokenizer, model) -> Iterator[dict]:
             }
 
 
-def _encode(stage, side: str, rows: list[dict], tags: list[str], tokenizer, context: int, too_long: str):
-    """`Dataset` of ids, answer_lengths, ranks, margin, tags, row and where; what is left out is counted and recorded.
+def _encode(stage, side: str, rows: list[dict], tags: list[str], tokenizer, context: int):
+    """`Dataset` of ids, answer_lengths, ranks, margin, tags, row and where.
 
     Of each answer `tags` holds 1 or 0 for each of the tags, or -1 where the row says nothing about tags.
     """
-
-    columns, long = {name: [] for name in ("ids", "answer_lengths", "ranks", "margin", "tags", "row", "where")}, []
-    ranked = [row for row in rows if decided(row["ranks"])]
-    if rows and not ranked:
-        raise errors.DataError(f"{side}: all {len(rows)} rankings are ties: there is nothing to learn from")
-    for row in ranked:
-        with chat_template.naming(row):
-            tools = row.get("tools")
-            parts = [chat_template.encode_answer(tokenizer, row["prompt"], c, tools) for c in row["completions"]]
-        encoded = [prompt + answer for prompt, answer in parts]
-        if max(map(len, encoded)) > context:
-            long.append(row["where"])
-            if too_long == "drop":
-                continue
-            encoded = [
-                ids[-context:] for ids in encoded
-            ]  # the answer and its EOS are what is scored: cut the beginning
-        columns["ids"].append(encoded)
-        columns["answer_lengths"].append([len(answer) for _, answer in parts])
+    columns = {name: [] for name in ("ids", "answer_lengths", "ranks", "margin", "tags", "row", "where")}
+    # Too long ones are cut at the beginning: the answer and its EOS are what is scored.
+    for row, pairs in encode_answers(stage, side, rows, tokenizer, context):
+        columns["ids"].append([prompt + answer for prompt, answer in pairs])
+        columns["answer_lengths"].append([len(answer) for _, answer in pairs])
         columns["ranks"].append([float(r) for r in row["ranks"]])
-        columns["margin"].append([float(m) for m in row.get("margin", [0] * len(encoded))])
-        given = row.get("tags", [None] * len(encoded))
+        columns["margin"].append([float(m) for m in row.get("margin", [0] * len(pairs))])
+        given = row.get("tags", [None] * len(pairs))
         columns["tags"].append([[-1.0 if g is None else float(tag in g) for tag in tags] for g in given])
         columns["row"].append(len(columns["row"]))
         columns["where"].append(row["where"])
-    used = len(columns["row"])
-    mixing.report_length(stage, side, len(rows), used, long, f"{context} tokens", too_long, "cut at their beginning")
-    if len(ranked) < len(rows):
-        stage.report[side]["undecided"] = len(rows) - len(ranked)
-        logger.warning(
-            "%s: %d of %d rankings decide nothing (all ranks equal): left out", side, len(rows) - len(ranked), len(rows)
-        )
-    if not used:
-        raise errors.DataError(f"{side}: no ranking is left to learn from")
     return Dataset.from_dict(columns)

@@ -1,9 +1,10 @@
-"""Rankings as a loss on the policy itself (DPO): answer log-probs behind one copy of a prompt, pairs or whole rankings.
+"""Losses on the policy itself (DPO, KTO), and the log-probs of answers behind one copy of their prompt that they need.
 
 With r = beta (log pi(y|x) - log pi_ref(y|x)), the implicit reward of an answer (Rafailov et al. 2023,
 https://arxiv.org/abs/2305.18290), a ranking is learned from as all the pairs it decides, under any of the pair losses
 of `trl.DPOTrainer`, or as a whole under the Plackett-Luce model (appendix A.3 there). For two answers both are TRL's
-loss.
+loss. Single answers that are desirable or not have the losses of `trl.KTOTrainer` (Ethayarajh et al. 2024,
+https://arxiv.org/abs/2402.01306).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import types
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -128,3 +130,35 @@ def rankings_loss(logratios: Tensor, rankings: list[dict], lengths: Tensor, args
         pairs = own[first], own[second], (tokens[first], tokens[second]), args
         losses.append(sum(w * pair_loss(name, *pairs).mean() for name, w in zip(names, weights, strict=True)))
     return torch.stack(losses).mean()
+
+
+def kto_losses(logratios: Tensor, desirable: Tensor, kl: Tensor, args) -> Tensor:
+    """`trl.KTOTrainer`'s weighted loss (answers,) of each answer; their mean is its loss.
+
+    Args:
+        logratios: (answers,) log pi - log pi_ref.
+        desirable: (answers,) bool.
+        kl: scalar, the reference point z0 of `loss_type: kto`, which has no gradient.
+        args: `loss_type`, `beta`, `desirable_weight`, `undesirable_weight`.
+    """
+    signs = torch.where(desirable, 1.0, -1.0)
+    weights = torch.where(desirable, args.desirable_weight, args.undesirable_weight)
+    centre = kl if args.loss_type == "kto" else 0.0
+    return weights * (1 - torch.sigmoid(args.beta * signs * (logratios - centre)))
+
+
+def mismatched(prompts: list[tuple[int, ...]], seed: int) -> list[int]:
+    """For each answer the number of one that was given to another prompt: a permutation, drawn by `seed`.
+
+    `prompts` are the ids of the prompts, one for each answer. Answers to the same prompt lie together on a circle, and
+    each gets the one as many places further on as the largest group has members; only where a single prompt has more
+    than half of all answers some of its own remain.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(number)
+    some = list(groups.values())
+    circle = [number for at in np.random.default_rng(seed).permutation(len(some)) for number in some[at]]
+    step = max(map(len, some))
+    partner = dict(zip(circle, circle[step:] + circle[:step], strict=True))
+    return [partner[number] for number in range(len(prompts))]

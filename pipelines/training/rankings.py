@@ -1,4 +1,4 @@
-"""Rankings as batches, their loss and their scores: what the reward model learns from.
+"""Rankings as token ids (of reward, dpo and kto alike), and as batches, their loss and scores for the reward model.
 
 A ranking of K answers is one element of a batch: the prompt and each answer are encoded once, and the loss is the mean
 of -log sigmoid(r_better - r_worse) over the pairs that the ranking decides (Ouyang et al. 2022, section 3.4,
@@ -7,7 +7,9 @@ https://arxiv.org/abs/2203.02155).
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,12 +17,70 @@ from accelerate.utils import gather_object
 from torch.nn.functional import softplus
 from trl.trainer.utils import pad
 
+from pipelines.data import mixing
+from pipelines.errors import DataError
+from pipelines.models import chat_template
 from pipelines.speed.packing import pack_branches
+
+logger = logging.getLogger(__name__)
+
+TIES = "rankings decide nothing (all ranks equal)"
 
 
 def decided(ranks: list[float]) -> list[tuple[int, int]]:
     """The pairs `(better, worse)` of positions that a ranking decides: 1 is best, equals decide nothing."""
     return [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
+
+
+def encode_answers(
+    stage,
+    side: str,
+    rows: list[dict],
+    tokenizer,
+    context: int,
+    useful: Callable[[dict], bool] = lambda row: bool(decided(row["ranks"])),
+    useless: str = TIES,
+    shortest_prompt: int = 0,
+) -> list[tuple[dict, list[tuple[list[int], list[int]]]]]:
+    """`(row, [(prompt ids, answer ids) of each of its completions])` of the rows that can be learned from.
+
+    A row of which any answer with its prompt is longer than `context` is dealt with as `data.too_long` says: left out,
+    or cut at the prompt's beginning, and where that does not do at the answer's. What is left out is counted, logged
+    and recorded in the stage's report.
+
+    Args:
+        useful: whether there is anything to learn from a row.
+        useless: in words, "N of M" of which rows it is not so.
+        shortest_prompt: tokens that must be left of a prompt; a row in which they are not is left out.
+
+    Raises:
+        DataError: no row is left, or one is too long and the recipe makes that an error.
+    """
+    too_long, found, long = stage.section("data").too_long, [], []
+    kept = [row for row in rows if useful(row)]
+    if not kept:
+        raise DataError(f"{side}: {len(rows)} of {len(rows)} {useless}: there is nothing to learn from")
+    for row in kept:
+        with chat_template.naming(row):
+            tools = row.get("tools")
+            pairs = [chat_template.encode_answer(tokenizer, row["prompt"], c, tools) for c in row["completions"]]
+        if max(len(prompt) + len(answer) for prompt, answer in pairs) > context:
+            long.append(row["where"])
+            if too_long == "drop" or max(len(answer) for _, answer in pairs) > context - shortest_prompt:
+                continue
+            pairs = [(cut(prompt, len(answer), context), answer[-context:]) for prompt, answer in pairs]
+        found.append((row, pairs))
+    limit = f"{context} tokens"
+    mixing.report_length(stage, side, len(rows), len(found), long, limit, too_long, "cut at their beginning")
+    if len(kept) < len(rows):
+        stage.report[side]["undecided"] = len(rows) - len(kept)
+        logger.warning("%s: %d of %d %s: left out", side, len(rows) - len(kept), len(rows), useless)
+    return found
+
+
+def cut(prompt: list[int], behind: int, context: int) -> list[int]:
+    """The prompt without its beginning, where it has no room in `context` before `behind` tokens."""
+    return prompt[max(len(prompt) + behind - context, 0) :]
 
 
 class RankingCollator:

@@ -124,7 +124,7 @@ def test_what_is_no_reward_model_is_refused(write, tiny_gpt2, recipe, tmp_path):
     file = write("p.jsonl", ROWS[:2])
     with pytest.raises(
         SetupError,
-        match="preferences needs a reward model or what a stage of kind dpo made, and this is a GPT2LMHeadModel",
+        match="preferences needs a reward model or a policy of dpo or kto, and this is a GPT2LMHeadModel",
     ):
         evaluate.main([str(tiny_gpt2), "--preferences", file])
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -149,7 +149,7 @@ def test_what_is_no_reward_model_is_refused(write, tiny_gpt2, recipe, tmp_path):
     with pytest.raises(RecipeError) as error:
         load(recipe(stages))
     for words in [
-        "must be a reward model or a policy of dpo (reward, dpo), this stage is of kind sft",
+        "must be a reward model or a policy of dpo or kto (reward, dpo, kto), this stage is of kind sft",
         "measure them apart",
         "goes with text",
     ]:
