@@ -146,6 +146,9 @@ CASES = [
     Case("sft", gpt2(8, 512, 32768), 4, 120, world=4, launcher="zero2"),
     Case("sft", gpt2(8, 512, 32768), 4, 120, world=2, launcher="zero3"),
     Case("sft", gpt2(8, 512, 32768), 4, 120, world=4, launcher="zero3"),
+    Case("dpo", gpt2(8, 768, 16384), 2, 60),
+    Case("dpo", llama(8, 512, 32768), 2, 60, model=LORA),
+    Case("kto", gpt2(8, 768, 16384), 2, 60),
     Case("pretrain", gpt2(8, 512, 32768), 8, 128),  # as many rows a step as on two and on four processes
 ]
 STEPS, SAVED = 5, 4  # optimizer steps of a case, and after which of them a checkpoint is written
@@ -187,7 +190,7 @@ def prepare(work: Path) -> None:
         elif kind == "seq2seq":
             named = ending(tokenizer)
             rows = [{"source": text(length), "target": text(length // 2)} for _ in range(count)]
-        elif kind == "reward":
+        elif KINDS[kind].rows in ("rankings", "unpaired"):
             rows = [
                 {
                     "prompt": text(length // 2),

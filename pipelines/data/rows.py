@@ -147,7 +147,7 @@ def _unpaired(row: dict, ignored: set[str]) -> dict:
     A row has one answer with its label, or is a ranking, from which `desirable` has them.
     """
     if row.get("completions") is not None or row.get("chosen") is not None:
-        ignored |= {"margin"} & {name for name, value in row.items() if value is not None}
+        ignored |= {name for name in ("margin", "models") if row.get(name) is not None}
         ranking = _ranking(row, ignored)
         labels = desirable(ranking["ranks"], ranking.get("tags"))
         kept = {name: ranking[name] for name in ("prompt", "completions", "tools") if name in ranking}

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from pipelines.errors import SetupError
 from pipelines.generation.logprobs import disable_dropout
 from pipelines.planning import costs
+from pipelines.generation.logprobs import can_share
 from pipelines.speed import fast_model, packed_attention
 
 logger = logging.getLogger(__name__)
@@ -131,19 +132,21 @@ def examine(config, auto_class: str, adapt=None) -> Anatomy:
     )
 
 
-def layout(config, auto_class: str) -> str:
+def layout(config, auto_class: str, branches: bool) -> str:
     """How our trainers lay the sequences of a batch of this architecture: "padded", "packed" end to end, or "shared".
 
-    Shared: packed, and answers to one prompt stand behind one copy of it (`packing.pack_branches`).
+    Shared: packed, and answers to one prompt, of which a row of `branches` is made, stand behind one copy of it
+    (`packing.pack_branches`).
     """
     model = _build(config, auto_class)
     try:
         if auto_class == "AutoModelForSequenceClassification":
-            return "shared" if packed_attention.enable_packed_scores(model) else "packed"
-        packed_attention.enable_packed_attention(model)
+            packed_attention.enable_packed_scores(model)
+        else:
+            packed_attention.enable_packed_attention(model)
     except SetupError:
         return "padded"
-    return "packed"
+    return "shared" if branches and can_share(model) else "packed"
 
 
 def activations(

@@ -46,7 +46,8 @@ class Job:
     answers: int = 1  # reward: answers to a ranking
     target: int = 0  # seq2seq: tokens of a target; ppo: of an answer
     layout: str = "padded"  # how the sequences of a batch lie: "padded", "packed" or "shared" (see `anatomy.layout`)
-    laid: list[int] = field(default_factory=list)  # reward: tokens of each ranking in a batch; empty: not known
+    laid: list[int] = field(default_factory=list)  # tokens of each row of several answers in a batch; empty: not known
+    learned: float = 1.0  # dpo, kto: share of the tokens in a batch that are answers, of which log-probs are taken
     notes: list[str] = field(default_factory=list)
     spared: Model | None = None  # the critic that a ppo stage without one would train with `advantage: gae`
 
@@ -54,6 +55,11 @@ class Job:
     def shape(self) -> str:
         """The shape of its rows, as `kinds.Kind.rows` has it."""
         return KINDS[self.kind].rows
+
+    @property
+    def branches(self) -> bool:
+        """Whether a row is several answers to one prompt."""
+        return self.shape in ("rankings", "unpaired")
 
     @property
     def packs(self) -> bool:
@@ -94,7 +100,7 @@ def describe(stage) -> Job:
             spared = _models(stage, tokenizer, data.labels, critic=True).get("critic")
     config = models["model"].config
     context, target = _limits(stage, config, values)
-    sequences, rows = _sequences(stage, data.sample, tokenizer), data.rows
+    (sequences, behind), rows = _sequences(stage, data.sample, tokenizer), data.rows
     if shape == "sft" and rows and sequences:  # a dialogue may be several sequences, each a row of training
         rows = round(rows * sum(map(len, sequences)) / len(sequences))
         sequences = [[ids] for row in sequences for ids in row]
@@ -105,14 +111,17 @@ def describe(stage) -> Job:
         window = context - 2 if stage.spec.auto_class == "AutoModelForMaskedLM" else context
         tokens = sum(len(text) + 1 for [text] in sequences) / len(sequences)
         rows = max(1, round(rows * tokens / window))
-    learns = shape in ("sft", "rankings")
+    branches = shape in ("rankings", "unpaired")
+    learns = branches or shape == "sft"
     if learns and stage.sections.get("data", {}).get("too_long", "drop") == "drop":
         fitting = [row for row in sequences if max(map(len, row)) <= context]
         rows = rows * len(fitting) // len(sequences) if rows and fitting else rows
         sequences = fitting
     else:
         sequences = [[ids[-context:] for ids in row] for row in sequences]
-    layout = anatomy.layout(config, models["model"].auto_class) if learns else "padded"
+    layout = anatomy.layout(config, models["model"].auto_class, branches) if learns else "padded"
+    laid = [_laid(row, layout) for row in sequences] if branches else []
+    learned = behind / sum(laid) if laid else 1.0
     return Job(
         stage,
         stage.kind,
@@ -124,7 +133,8 @@ def describe(stage) -> Job:
         data.answers,
         target,
         layout,
-        [_laid(row, layout) for row in sequences] if shape == "rankings" else [],
+        laid,
+        min(learned, 1.0),
         data.notes,
         spared,
     )
@@ -196,6 +206,10 @@ def _read(stage) -> _Data:
         return data
     data.rows, draw = 0, random.Random(stage.seed)
     for row in mixing.stream(stage.data, "train", stage.spec.rows, stage.seed, stage.sections.get("task")):
+        if "labels" in row:  # of unpaired rows only answers with a label are read
+            row["completions"] = [c for c, label in zip(row["completions"], row["labels"]) if label is not None]
+            if not row["completions"]:
+                continue
         data.rows += 1
         if len(data.sample) < SAMPLE:
             data.sample.append(row)
@@ -209,9 +223,9 @@ def _read(stage) -> _Data:
     return data
 
 
-def _sequences(stage, rows: list[dict], tokenizer) -> list[list[list[int]]]:
+def _sequences(stage, rows: list[dict], tokenizer) -> tuple[list[list[list[int]]], int]:
     """The ids of each row's sequences: of a ranking all answers, of a translation both sides, else one (ppo: the
-    prompt).
+    prompt). And of rankings how many of these are tokens of answers.
 
     Without a tokenizer as many ids are made up, the same for the same text, so that shared beginnings show.
     """
@@ -223,19 +237,21 @@ def _sequences(stage, rows: list[dict], tokenizer) -> list[list[list[int]]]:
             return tokenizer(text)["input_ids"]
         return [made.setdefault(text, len(made))] * math.ceil(len(text) / CHARACTERS)
 
-    def chatted(prompt, answer, tools) -> list[int]:
+    def chatted(prompt, answer, tools) -> tuple[list[int], list[int]]:
         if tokenizer and tokenizer.chat_template:
-            return sum(chat_template.encode_answer(tokenizer, prompt, answer, tools), [])
-        return tokens(chat_template.as_text(prompt)) + [-1] * TEMPLATE + tokens(chat_template.as_text(answer))
+            return chat_template.encode_answer(tokenizer, prompt, answer, tools)
+        return tokens(chat_template.as_text(prompt)) + [-1] * TEMPLATE, tokens(chat_template.as_text(answer))
 
-    out = []
+    out, behind = [], 0
     for row in rows:
         if "completions" in row:
             with chat_template.naming(row):
-                out.append([chatted(row["prompt"], answer, row.get("tools")) for answer in row["completions"]])
+                pairs = [chatted(row["prompt"], answer, row.get("tools")) for answer in row["completions"]]
+            out.append([asked + answer for asked, answer in pairs])
+            behind += sum(len(answer) for _, answer in pairs)
         elif "completion" in row:
             with chat_template.naming(row):
-                out.append([chatted(row["prompt"], row["completion"], row.get("tools"))])
+                out.append([sum(chatted(row["prompt"], row["completion"], row.get("tools")), [])])
         elif "messages" in row:
             out.append(
                 [ids for ids, _ in chat_template.encode_row(tokenizer, row)]
@@ -258,7 +274,7 @@ def _sequences(stage, rows: list[dict], tokenizer) -> list[list[list[int]]]:
             )
         else:
             out.append([tokens(row["text"]) + (tokens(row["text_pair"]) if row.get("text_pair") else [])])
-    return out
+    return out, behind
 
 
 def _laid(answers: list[list[int]], layout: str) -> int:

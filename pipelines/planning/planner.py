@@ -14,6 +14,7 @@ from trl import ModelConfig, get_peft_config
 
 from pipelines import launch
 from pipelines.generation.logprobs import KEPT
+from pipelines.kinds import KINDS
 from pipelines.planning import costs, devices
 from pipelines.planning.anatomy import activations, examine
 from pipelines.planning.costs import Memory
@@ -68,7 +69,7 @@ def micro_batch(job: Job, setup: Setup) -> tuple[int, int]:
         batches = order[: len(order) // micro * micro].reshape(-1, micro)
         longest = max(job.laid, default=job.longest)
         return math.ceil(int(tokens[batches].sum(1).max()) / longest), longest
-    if job.shape == "rankings":
+    if job.branches:
         return micro * job.answers, job.longest
     if job.kind == "ppo":
         return micro, job.longest + job.target
@@ -117,7 +118,7 @@ class Planner:
         rows, length = micro_batch(self.job, setup)
         key = (name, rows, length, setup.precision, setup.lora)
         if key not in self.known:
-            model, kind = self.job.models[name], self.job.kind
+            job, model, kind = self.job, self.job.models[name], self.job.kind
             kept, exact = activations(
                 model.config,
                 model.auto_class,
@@ -126,8 +127,8 @@ class Planner:
                 precision=setup.precision,
                 mask=self.mask(),
                 decoder_length=self.job.target if kind == "seq2seq" else 0,
-                dropout=kind != "ppo",
-                fast_gelu=kind in ("pretrain", "sft", "reward", "dpo", "ppo"),
+                dropout=kind != "ppo" and not (self.refers and job.values.get("disable_dropout", True)),
+                fast_gelu=kind in ("pretrain", "sft", "reward", "dpo", "kto", "ppo"),
                 adapt=adapter(self.job.stage) if setup.lora else None,
             )
             note = f"activations of {self.anatomy(name).architecture} by formula: it cannot be run without numbers"
@@ -143,10 +144,17 @@ class Planner:
     def mask(self) -> str | None:
         """The attention mask that a forward keeps, as `anatomy.activations` takes it."""
         job = self.job
-        if job.shape == "rankings" and job.layout == "shared" and job.laid:
+        if job.branches and job.layout == "shared" and job.laid:
             return "branches"
-        padded = job.kind in ("classify", "seq2seq") or (job.shape in ("sft", "rankings") and job.layout == "padded")
+        padded = job.kind in ("classify", "seq2seq") or (
+            (job.branches or job.shape == "sft") and job.layout == "padded"
+        )
         return "padding" if padded else None
+
+    @property
+    def refers(self) -> bool:
+        """Whether the model learns against the log-probs that it had at the beginning (dpo, kto)."""
+        return KINDS[self.job.kind].implicit_reward
 
     @property
     def shares_base(self) -> bool:
@@ -278,11 +286,13 @@ class Planner:
             return costs.full_logits(hidden, a.vocabulary, size, tied)
         if kind == "ppo":
             tokens = rows * self.job.target
+        elif self.refers:
+            tokens = math.ceil(tokens * self.job.learned)
         if setup.strategy == "zero3" or not a.fusable:
             return costs.full_logits(tokens, a.vocabulary, size, tied)
         chunk = self.chunk(setup)
         wide = chunk if setup.gpu else fused_head.CPU_WIDE_ROWS
-        if kind == "ppo" and tokens * a.vocabulary <= KEPT:  # `ppo.forward` then keeps the probabilities of all
+        if (kind == "ppo" or self.refers) and tokens * a.vocabulary <= KEPT:  # then the probabilities of all are kept
             chunk = wide = tokens
         return costs.fused_head(tokens, a.vocabulary, a.hidden, chunk, size, wide, not setup.lora)
 
@@ -328,10 +338,21 @@ class Planner:
             forward[name] = costs.forward_flops(tokens, a.products, a.layers, a.attention, attended)
         train = costs.train_flops(forward["model"], setup.lora, setup.checkpointing)
         if job.kind != "ppo":
-            return train, 0.0
+            return train + self.reference_flops(setup, forward["model"]), 0.0
         train += costs.train_flops(forward.get("critic", 0.0), setup.lora, setup.checkpointing)
         scoring = forward["model"] + sum(flops for name, flops in forward.items() if name != "model")
         return train * job.values.get("num_ppo_epochs", 4) + scoring, forward["model"]
+
+    def reference_flops(self, setup: Setup, forward: float) -> float:
+        """What the forwards of dpo and kto take that nothing is learned from, a step's share, where `forward` is a
+        step's forward: once all rows before the first step, and of kto in every step answers to other prompts too.
+        """
+        if not self.refers:
+            return 0.0
+        others = self.job.kind == "kto" and self.job.values.get("loss_type", "kto") == "kto"
+        steps, rows = self.steps(setup), self.job.rows
+        epochs = steps * self.per_step(setup) / rows if steps and rows else self.job.values["num_train_epochs"]
+        return forward * ((2 if others else 1) / epochs + others)
 
     def micro_batches(self, setup: Setup) -> int:
         """Forwards and backwards of one device in a step."""

@@ -70,11 +70,12 @@ def problems(stage, not_here: dict[str, str]) -> Iterator[tuple[str, str, object
 class AnswerRows:
     """Collates encoded rows {"prompts", "answers": K lists of ids each, "row", …} to a batch.
 
-    `answers` is as `collate_rankings` gives it, `rows` what else the rows hold, `numbers` and `row` (rows,) their
+    `answers` is as `collate_rankings` gives it, `rows` what the rows tell about them, `numbers` and `row` (rows,) their
     numbers.
     """
 
     answers = ("answers",)  # columns of answers behind prompts, each a part of the batch
+    beside = ("ranks", "desirable")  # what the rows tell about their answers
 
     def __init__(self, packed: bool, share: bool):
         self.packed, self.share = packed, share
@@ -83,7 +84,7 @@ class AnswerRows:
         """One batch."""
         parts = {name: self.part(features, name) for name in self.answers}
         numbers = [feature["row"] for feature in features]
-        rest = [{k: v for k, v in f.items() if k not in ("prompts", "answers", "others", "row")} for f in features]
+        rest = [{name: feature[name] for name in self.beside if name in feature} for feature in features]
         return {**parts, "rows": rest, "numbers": numbers, "row": torch.tensor(numbers)}
 
     def part(self, features: list[dict], name: str) -> dict:

@@ -34,6 +34,7 @@ def chain(recipe, write):
     ranked = [
         {"prompt": "what", "completions": ["red fish", "red", "a tree"], "ranks": [2, 1, 2], "tags": [["long"], [], []]}
     ]
+    unpaired = write("unpaired.jsonl", [{"prompt": "who", "completion": "the dog", "label": False}])
     prompts = write("prompts.jsonl", [{"prompt": "what colour"}, {"prompt": "cat " * 80}])
     labelled = write("labels.jsonl", [{"text": "a cat", "label": "good"}, {"text": "dog " * 40, "label": "bad"}] * 2)
     pairs = write("pairs.jsonl", [{"source": "the cat", "target": "a dog"}])
@@ -66,6 +67,11 @@ def chain(recipe, write):
             "kind": "dpo",
             "model": {"model_name_or_path": "stage:sft"},
             "data": {"train": write("ranked.jsonl", ranked)},
+        },
+        "unpaired": {
+            "kind": "kto",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": {"train": [write("ranked.jsonl", ranked), unpaired]},
         },
         "policy": {
             "kind": "ppo",
@@ -166,6 +172,10 @@ def test_a_ranking_is_its_prompt_and_the_answers_behind_it(shown, chain):
     (direct,), _ = shown("direct")
     same = ("text", "input_ids", "labels", "completions", "completion_ids", "ranks")
     assert [direct[key] for key in same] == [row[key] for key in same] and direct["learned"] == direct["completions"]
+    (unpaired, single), summary = shown("unpaired")  # the third answer has no tag, and is not the best
+    assert (unpaired["completion_ids"], unpaired["desirable"]) == (row["completion_ids"][:2], [False, True])
+    assert single["completions"][0].startswith("the dog") and single["desirable"] == [False]
+    assert (summary["train"]["desirable"], summary["train"]["undesirable"], summary["train"]["unlabelled"]) == (1, 2, 1)
 
 
 def test_prompts_are_those_of_inference(shown, chain):

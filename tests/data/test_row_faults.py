@@ -50,6 +50,12 @@ GOOD = {
         {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "b"}]},
         {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
     ],
+    "unpaired": [
+        {"prompt": "p", "completion": "c", "label": True},
+        {"instruction": "do", "input": "this", "output": "done", "label": "0", "history": [["a", "b"]]},
+        {"prompt": TURNS[:1], "completions": ["a", "b", "c"], "ranks": [1, 2, 2], "tags": [[], ["x"], []]},
+        {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 1.0, "models": ["m", "n"]},
+    ],
     "prompts": [{"prompt": "p", "answer": "4"}, {"prompt": TURNS[:1], "tools": "[]"}],
     "samples": [{"prompt": "p", "completions": ["a", "b"], "models": ["m", "n"], "ended": [True, False]}],
     "labelled": [
@@ -362,6 +368,7 @@ def test_columns_may_exchange_names_and_are_checked(write):
         ("labelled", {"label": 1, "text_pair": "p"}),
         ("seq2seq", {"target": "t"}),
         ("rankings", {"prompt": "p", "rejected": "b"}),
+        ("unpaired", {"prompt": "p", "completion": "b"}),
     ],
 )
 def test_no_column_is_proposed_that_is_needed_elsewhere(kind, row):

@@ -222,7 +222,16 @@ def test_folders_of_save_to_disk_and_arrow_files(tmp_path):
 def test_every_example_of_the_documentation_is_read():
     text = (Path(__file__).parents[2] / "docs" / "data-formats.md").read_text()
     found = re.findall(r"```json (\w+)\n(.*?)```", text, re.DOTALL)
-    assert {kind for kind, _ in found} >= {"text", "sft", "rankings", "prompts", "samples", "labelled", "seq2seq"}
+    assert {kind for kind, _ in found} >= {
+        "text",
+        "sft",
+        "rankings",
+        "unpaired",
+        "prompts",
+        "samples",
+        "labelled",
+        "seq2seq",
+    }
     for kind, block in found:
         for line in block.strip().splitlines():
             row = json.loads(line)

@@ -22,6 +22,7 @@ from pipelines.planning.planner import Planner, Setup, micro_batch
 from pipelines.recipe.recipe import load
 from pipelines.speed import packed_attention, packing
 from pipelines.speed.half_products import hold_half
+from pipelines.training.preferences import collate_rankings
 from pipelines.training.rankings import RankingCollator
 
 SMALL = {
@@ -150,13 +151,14 @@ def test_activations_of_answers_behind_one_copy_of_their_prompt():
 @pytest.mark.parametrize(
     "auto, kind, layout",
     [
-        ("AutoModelForCausalLM", "llama", "packed"),
+        ("AutoModelForCausalLM", "llama", "shared"),
         ("AutoModelForSequenceClassification", "llama", "shared"),
         ("AutoModelForSequenceClassification", "bert", "padded"),
     ],
 )
 def test_layout_is_that_of_our_trainers(auto, kind, layout):
-    assert anatomy.layout(config(kind), auto) == layout
+    assert anatomy.layout(config(kind), auto, True) == layout
+    assert anatomy.layout(config(kind), auto, False) == layout.replace("shared", "packed")
 
 
 def test_rankings_share_their_prompt_as_the_collator_lays_them(tiny_gpt2, recipe, write):
@@ -185,6 +187,42 @@ def test_rankings_share_their_prompt_as_the_collator_lays_them(tiny_gpt2, recipe
     assert planner.tokens_per_step(setup) == sum(real) < sum(len(a) for answers in encoded for a in answers)
     rows_, length = micro_batch(found, setup)
     assert length == max(real) and sum(real) <= rows_ * length < sum(real) + length
+
+
+@pytest.mark.parametrize("kind, answers", [("dpo", 3), ("kto", 2)])
+def test_policies_on_rankings_are_planned_as_they_are_trained(tiny_gpt2, recipe, write, kind, answers):
+    rows = [
+        {"prompt": "the cat sees " * n, "completions": ["a dog", "a big dog", "a bird"], "ranks": [1, 3, 2]}
+        for n in (2, 3, 4)
+    ]
+    stage = {
+        "kind": kind,
+        "model": {"model_name_or_path": str(tiny_gpt2)},
+        "data": {"train": write("r.jsonl", rows)},
+        "args": {"per_device_train_batch_size": 2, "max_length": 64, "num_train_epochs": 2},
+    }
+    loaded = load(recipe({"policy": stage}))
+    found, stage = describe(loaded.stages[0]), loaded.stages[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_gpt2)
+    encoded = stage.module.encode(stage, stage.module.ready(stage, tokenizer), 64)["train"]
+    batches = [collate_rankings([row], True, True) for row in encoded]
+    # the last token of an answer is not fed, here it is counted
+    tokens = [batch["inputs"]["input_ids"].shape[1] + answers for batch in batches]
+    assert found.laid == tokens and found.rows == 3 and found.layout == "shared"
+    assert found.learned == pytest.approx(sum(len(batch["labels"]) for batch in batches) / sum(tokens))
+    planner, setup = Planner(found), Setup(micro=2)
+    train, decoding = planner.flops_per_step(setup)
+    once = costs.forward_flops(
+        planner.tokens_per_step(setup),
+        planner.anatomy("model").products,
+        2,
+        planner.anatomy("model").attention,
+        found.mean / 2,
+    )
+    # the reference's pass is one forward (kto: two) of both epochs; kto reads other answers in every step
+    steps, share = planner.steps(setup), planner.steps(setup) * 2 / 3
+    assert steps == 2 and decoding == 0
+    assert train == pytest.approx(once * (3 + (1 / share if kind == "dpo" else 2 / share + 1)))
 
 
 def test_states_worked_out_by_hand():

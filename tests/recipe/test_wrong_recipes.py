@@ -37,6 +37,7 @@ ROWS = {
     "text": [{"text": f"the cat sees {i} red fish"} for i in range(40)],
     "sft": [{"prompt": f"what is {i}", "completion": "a fish"} for i in range(40)],
     "rankings": [{"prompt": f"what is {i}", "chosen": "a fish", "rejected": "a cat"} for i in range(40)],
+    "unpaired": [{"prompt": f"what is {i}", "completion": "a fish", "label": i % 2 == 0} for i in range(40)],
     "prompts": [{"prompt": f"what is {i}"} for i in range(40)],
     "labelled": [{"text": f"text {i}", "label": i % 2} for i in range(40)],
     "seq2seq": [{"source": f"text {i}", "target": "a fish"} for i in range(40)],
@@ -133,6 +134,12 @@ def stages(files, monkeypatch):
             "kind": "dpo",
             "model": {"model_name_or_path": "stage:sft"},
             "data": data("rankings", validation=0.2),
+            "args": dict(short),
+        },
+        "unpaired": {
+            "kind": "kto",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": data("unpaired", validation=0.2),
             "args": dict(short),
         },
         "labels": {

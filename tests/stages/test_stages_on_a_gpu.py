@@ -109,6 +109,8 @@ def chains(write, base: str) -> dict[str, dict]:
         "reward lora, tags": {"x": judge | both},
         "dpo": {"x": stage("dpo", ranked, {"ranking_loss": "plackett_luce", **length}, model=plain)},
         "dpo lora, pairs": {"x": stage("dpo", ranked, length) | both},
+        "kto": {"x": stage("kto", ranked, length, model=plain)},
+        "kto lora": {"x": stage("kto", ranked, length, **both)},
         "classify": {
             "m": stage("mlm", text, length, model={"config": BERT}, tokenizer=words),
             "x": stage("classify", labelled, model={"model_name_or_path": "stage:m"}),
@@ -235,6 +237,8 @@ STEP = {
     "reward lora, tags": 230,
     "dpo": 340,
     "dpo lora, pairs": 400,
+    "kto": 1,
+    "kto lora": 1,
     "classify": 200,
     "classify weighted": 225,
     "classify a causal model": 210,

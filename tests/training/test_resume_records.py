@@ -84,6 +84,7 @@ CASES = {  # kind, rows, model (None: tiny GPT-2), other sections, arguments
     "sft_best": ("sft", "sft", {"chat_template": "plain"}, {}, {"max_length": 32, **BEST}),
     "reward": ("reward", "pairs", {"chat_template": "plain"}, {}, {"max_length": 32}),
     "dpo": ("dpo", "pairs", {"chat_template": "plain"}, {}, {"max_length": 32}),
+    "kto": ("kto", "pairs", {"chat_template": "plain"}, {}, {"max_length": 32, **BEST}),
     "classify": ("classify", "labelled", {}, {}, {"max_length": 32}),
     "seq2seq": (
         "seq2seq",
