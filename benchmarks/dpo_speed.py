@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from pipelines.data import train_tokenizer
 from pipelines.models import chat_template
 from pipelines.speed import fast_model, packed_attention
-from pipelines.training.preferences import collate_rankings, enable_answer_logprobs, rankings_loss
+from pipelines.training.preferences import collate_rankings, enable_answer_logprobs, rankings_loss, table
 from pipelines.training.rankings import decided
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +126,7 @@ def main() -> None:
     def ours(number: int):
         batch = collate_rankings(batches[number], True, True)
         ratios = models[0](answers=batch) - references[0][number][0]
-        return rankings_loss(ratios, batches[number], batch["lengths"], settings)
+        return rankings_loss(ratios, **table(batches[number]), lengths=batch["lengths"], args=settings)
 
     def theirs(number: int):
         chosen, rejected = references[1][number][0]

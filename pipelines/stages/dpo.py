@@ -29,8 +29,8 @@ from datasets import Dataset
 from pipelines.data import mixing
 from pipelines.errors import meant
 from pipelines.training import reference
-from pipelines.training.preferences import PAIR_LOSSES, rankings_loss
-from pipelines.training.rankings import decided, encode_answers, pair_scores
+from pipelines.training.preferences import PAIR_LOSSES, over_pairs, rankings_loss, table
+from pipelines.training.rankings import encode_answers, pair_scores
 from pipelines.training.reference import AnswerRows, ReferenceTrainer, ready
 
 __all__ = ["DEFAULTS", "encode", "problems", "ready", "reported", "run", "shown"]
@@ -72,6 +72,14 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         yield "args.loss_type", "is for ranking_loss: pairs; drop one of the two", args["loss_type"]
 
 
+class RankingRows(AnswerRows):
+    """As `AnswerRows`, and `places` and `ranks` (R, K)."""
+
+    @staticmethod
+    def told(features: list[dict]) -> dict[str, torch.Tensor]:
+        return table(features)
+
+
 class PreferenceTrainer(ReferenceTrainer):
     """Rankings as pairs or as a whole."""
 
@@ -80,21 +88,12 @@ class PreferenceTrainer(ReferenceTrainer):
     loss_is_scaled_for_ga = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ratios = self.logratios(model, inputs)
-        with torch.no_grad():
-            self.note(*self._accuracy_and_margin(ratios, inputs["rows"]), -ratios.mean())
-        return rankings_loss(ratios, inputs["rows"], inputs["answers"]["lengths"], self.args)
-
-    def _accuracy_and_margin(self, ratios, rankings) -> torch.Tensor:
-        """Accuracy and margin (2,) of the implicit rewards over the decided pairs, each ranking weighing alike."""
-        found, start = [], 0
-        for ranking in rankings:
-            first, second = (list(side) for side in zip(*decided(ranking["ranks"]), strict=True))
-            own = ratios[start : start + len(ranking["ranks"])] * self.args.beta
-            margin = own[first] - own[second]
-            found.append(torch.stack([(margin > 0).float().mean(), margin.mean()]))
-            start += len(ranking["ranks"])
-        return torch.stack(found).mean(0)
+        ratios, places, ranks = self.logratios(model, inputs), inputs["places"], inputs["ranks"]
+        with torch.no_grad():  # of the implicit rewards of the decided pairs, each ranking weighing alike
+            own = self.args.beta * ratios[places]
+            margin = own[:, :, None] - own[:, None, :]
+            self.note(over_pairs((margin > 0).float(), ranks), over_pairs(margin, ranks), -ratios.mean())
+        return rankings_loss(ratios, places, ranks, inputs["answers"]["lengths"], self.args)
 
     def measure(self) -> dict:
         """`preference_metrics` of the implicit rewards of the validation rankings, `kl`, and the training loss."""
@@ -104,14 +103,14 @@ class PreferenceTrainer(ReferenceTrainer):
         rewards = [(self.args.beta * ratio)[:, None].numpy() for ratio in ratios]
         found = preference_metrics(*pair_scores(dataset, rewards))
         lengths = torch.tensor([len(answer) for row in dataset for answer in row["answers"]])
-        found["loss"] = rankings_loss(torch.cat(ratios), list(dataset), lengths, self.args).item()
+        found["loss"] = rankings_loss(torch.cat(ratios), **table(list(dataset)), lengths=lengths, args=self.args).item()
         found["kl"] = -torch.cat(ratios).mean().item()
         return found
 
 
 def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
-    return reference.train(stage, PreferenceTrainer, AnswerRows, encode, {})
+    return reference.train(stage, PreferenceTrainer, RankingRows, encode, {})
 
 
 def encode(stage, tokenizer, context: int) -> dict[str, Dataset]:

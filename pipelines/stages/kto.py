@@ -55,8 +55,16 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     yield from reference.problems(stage, NOT_HERE)
 
 
-class WithOthers(AnswerRows):
-    """As `AnswerRows`, and `others`: for each answer one to another prompt, behind this row's prompt."""
+class LabelledRows(AnswerRows):
+    """As `AnswerRows`, and `desirable` (answers,) bool."""
+
+    @staticmethod
+    def told(features: list[dict]) -> dict[str, torch.Tensor]:
+        return {"desirable": torch.tensor([label for feature in features for label in feature["desirable"]])}
+
+
+class WithOthers(LabelledRows):
+    """As `LabelledRows`, and `others`: for each answer one to another prompt, behind this row's prompt."""
 
     answers = ("answers", "others")
 
@@ -90,22 +98,18 @@ class UnpairedTrainer(ReferenceTrainer):
                 if self.uses_kl:
                     with torch.no_grad(), self.compute_loss_context_manager():
                         total[0] += self.logratios(model, batch, "others").sum()
-                total[1] += sum(len(row["desirable"]) for row in batch["rows"])
+                total[1] += len(batch["desirable"])
             model.train(was_training)
             total = self.accelerator.reduce(total, "sum")
             self.kl = (total[0] / total[1]).clamp(min=0)
         return batches, total[1]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ratios, desirable = self.logratios(model, inputs), self._desirable(inputs["rows"]).to(self.args.device)
+        ratios, desirable = self.logratios(model, inputs), inputs["desirable"]
         with torch.no_grad():
             self.note(*self._sides(ratios, desirable, self.kl), self.kl)
         losses = kto_losses(ratios, desirable, self.kl, self.args)
         return losses.sum() * self.args.world_size / num_items_in_batch  # gradients are means over processes
-
-    @staticmethod
-    def _desirable(rows) -> torch.Tensor:
-        return torch.tensor([label for row in rows for label in row["desirable"]])
 
     def _sides(self, ratios, desirable, kl) -> tuple[torch.Tensor, ...]:
         rewards, right = self.args.beta * ratios, torch.where(desirable, ratios > kl, ratios < kl)
@@ -121,7 +125,7 @@ class UnpairedTrainer(ReferenceTrainer):
 
     def measure(self) -> dict:
         """`accuracy`, `margin`, `kl` and the training loss of the validation rows, with one z0 of all of them."""
-        ratios, desirable = torch.cat(self.validation_logratios()), self._desirable(self.eval_dataset)
+        ratios, desirable = torch.cat(self.validation_logratios()), LabelledRows.told(self.eval_dataset)["desirable"]
         kl = torch.cat(self.validation_logratios("others")).mean().clamp(min=0) if self.uses_kl else torch.tensor(0.0)
         figures = (*self._sides(ratios, desirable, kl), kl)
         found = self.summary({name: value.item() for name, value in zip(self.FIGURES, figures, strict=True)})
@@ -132,7 +136,7 @@ class UnpairedTrainer(ReferenceTrainer):
 def run(stage) -> dict:
     """Train, evaluate, save; returns the metrics."""
     loss_type = _loss_type(stage)
-    collator = WithOthers if loss_type == "kto" else AnswerRows
+    collator = WithOthers if loss_type == "kto" else LabelledRows
     return reference.train(stage, UnpairedTrainer, collator, encode, {"loss_type": loss_type})
 
 

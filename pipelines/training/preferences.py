@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pipelines.generation.logprobs import collate, lay_out_groups, token_logprobs
-from pipelines.training.rankings import decided
 
 
 def collate_rankings(rankings: list[dict], packed: bool, share: bool) -> dict:
@@ -62,9 +61,9 @@ def enable_answer_logprobs(model) -> None:
 
 
 def pair_loss(name: str, better: Tensor, worse: Tensor, lengths: tuple[Tensor, Tensor], args) -> Tensor:
-    """`trl.DPOTrainer`'s loss `name` of each pair (P,), from the log-ratios (P,) to the reference of its two answers.
+    """`trl.DPOTrainer`'s loss `name` of pairs, from the log-ratios to the reference of their two answers (any shapes).
 
-    `lengths` are the tokens (P,) of the two answers, which `ipo` and `sigmoid_norm` divide by (as TRL does, by the
+    `lengths` are the tokens of the two answers, which `ipo` and `sigmoid_norm` divide by (as TRL does, by the
     completion's tokens); `args` has `beta` and `label_smoothing`.
     """
     beta, epsilon = args.beta, args.label_smoothing
@@ -93,43 +92,59 @@ def pair_loss(name: str, better: Tensor, worse: Tensor, lengths: tuple[Tensor, T
 PAIR_LOSSES = ("sigmoid", "hinge", "ipo", "sigmoid_norm", "robust", "apo_zero", "apo_down", "nca_pair", "bco_pair")
 
 
-def plackett_luce(rewards: Tensor, ranks: list[float]) -> Tensor:
-    """-log P(ranking) of K answers with rewards (K,) under Plackett and Luce, a scalar.
+def plackett_luce(rewards: Tensor, ranks: Tensor) -> Tensor:
+    """-log P(ranking) (...,) of K answers with rewards and ranks (..., K) under Plackett and Luce.
 
+    A rank of nan stands for no answer.
     The best answer is drawn first, then the best of the rest (appendix A.3 of 2305.18290). Of answers that share a rank
     each is drawn against those that are worse, and none against its equals; a ranking without ties is exact.
     """
-    terms = []
-    for i, rank in enumerate(ranks):
-        worse = [j for j, other in enumerate(ranks) if other > rank]
-        if worse:
-            terms.append(rewards[i] - torch.logsumexp(rewards[[i, *worse]], 0))
-    return -torch.stack(terms).sum()
+    worse = ranks[..., None, :] > ranks[..., :, None]
+    drawn_from = worse | torch.eye(ranks.shape[-1], dtype=torch.bool, device=ranks.device)
+    among = rewards[..., None, :].masked_fill(~drawn_from, -torch.inf).logsumexp(-1)
+    return torch.where(worse.any(-1), among - rewards, 0.0).sum(-1)
 
 
-def rankings_loss(logratios: Tensor, rankings: list[dict], lengths: Tensor, args) -> Tensor:
+def table(rankings: list[dict]) -> dict[str, Tensor]:
+    """`places` and `ranks` (R, K): numbers and ranks of the answers of R rankings, as `collate_rankings` lays them.
+
+    K is that of the longest; where a ranking has fewer answers its rank is nan, and its place 0.
+    """
+    most, start = max(len(ranking["ranks"]) for ranking in rankings), 0
+    places = torch.zeros(len(rankings), most, dtype=torch.int64)
+    ranks = torch.full((len(rankings), most), torch.nan)
+    for row, ranking in enumerate(rankings):
+        count = len(ranking["ranks"])
+        places[row, :count] = torch.arange(start, start + count)
+        ranks[row, :count] = torch.tensor(ranking["ranks"], dtype=torch.float32)
+        start += count
+    return {"places": places, "ranks": ranks}
+
+
+def over_pairs(values: Tensor, ranks: Tensor) -> Tensor:
+    """The mean over rankings of the mean of `values` (R, K, K) over the pairs `[better, worse]` that each decides."""
+    decides = ranks[:, :, None] < ranks[:, None, :]
+    return (torch.where(decides, values, 0.0).sum((1, 2)) / decides.sum((1, 2))).mean()
+
+
+def rankings_loss(logratios: Tensor, places: Tensor, ranks: Tensor, lengths: Tensor, args) -> Tensor:
     """The mean over rankings of `plackett_luce`, or of the mean of `pair_loss` over the pairs that a ranking decides.
 
     Args:
         logratios: (answers,) log pi - log pi_ref, in the order of `collate_rankings`.
-        rankings: their `ranks`.
+        places, ranks: (R, K), see `table`.
         lengths: (answers,) tokens of each answer.
         args: `ranking_loss`, `loss_type`, `loss_weights`, `beta`, `label_smoothing`.
     """
-    losses, start = [], 0
+    own = logratios[places]
+    if args.ranking_loss == "plackett_luce":
+        return plackett_luce(args.beta * own, ranks).mean()
     names = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
     weights = args.loss_weights or [1.0] * len(names)
-    for ranking in rankings:
-        count = len(ranking["ranks"])
-        own, tokens = logratios[start : start + count], lengths[start : start + count].clamp(min=1)
-        start += count
-        if args.ranking_loss == "plackett_luce":
-            losses.append(plackett_luce(args.beta * own, ranking["ranks"]))
-            continue
-        first, second = (list(side) for side in zip(*decided(ranking["ranks"]), strict=True))
-        pairs = own[first], own[second], (tokens[first], tokens[second]), args
-        losses.append(sum(w * pair_loss(name, *pairs).mean() for name, w in zip(names, weights, strict=True)))
-    return torch.stack(losses).mean()
+    tokens = lengths[places].clamp(min=1)
+    first, second = (own[:, :, None], tokens[:, :, None]), (own[:, None, :], tokens[:, None, :])
+    pairs = first[0], second[0], (first[1], second[1]), args
+    return over_pairs(sum(w * pair_loss(name, *pairs) for name, w in zip(names, weights, strict=True)), ranks)
 
 
 def kto_losses(logratios: Tensor, desirable: Tensor, kl: Tensor, args) -> Tensor:

@@ -70,12 +70,11 @@ def problems(stage, not_here: dict[str, str]) -> Iterator[tuple[str, str, object
 class AnswerRows:
     """Collates encoded rows {"prompts", "answers": K lists of ids each, "row", …} to a batch.
 
-    `answers` is as `collate_rankings` gives it, `rows` what the rows tell about them, `numbers` and `row` (rows,) their
-    numbers.
+    `answers` is as `collate_rankings` gives it, `numbers` and `row` (rows,) are the rows' numbers, and `told` gives
+    tensors of what the rows tell about their answers.
     """
 
     answers = ("answers",)  # columns of answers behind prompts, each a part of the batch
-    beside = ("ranks", "desirable")  # what the rows tell about their answers
 
     def __init__(self, packed: bool, share: bool):
         self.packed, self.share = packed, share
@@ -84,8 +83,12 @@ class AnswerRows:
         """One batch."""
         parts = {name: self.part(features, name) for name in self.answers}
         numbers = [feature["row"] for feature in features]
-        rest = [{name: feature[name] for name in self.beside if name in feature} for feature in features]
-        return {**parts, "rows": rest, "numbers": numbers, "row": torch.tensor(numbers)}
+        return {**parts, **self.told(features), "numbers": numbers, "row": torch.tensor(numbers)}
+
+    @staticmethod
+    def told(features: list[dict]) -> dict[str, torch.Tensor]:
+        """What rows tell about their answers."""
+        raise NotImplementedError
 
     def part(self, features: list[dict], name: str) -> dict:
         """The answers of one of the columns."""

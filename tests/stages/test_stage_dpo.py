@@ -24,9 +24,12 @@ from pipelines.training.preferences import (
     PAIR_LOSSES,
     collate_rankings,
     enable_answer_logprobs,
+    pair_loss,
     plackett_luce,
     rankings_loss,
+    table,
 )
+from pipelines.training.rankings import decided
 
 ARGS = {"global_batch_size": 8, "learning_rate": 1e-3, "max_steps": 4, "save_steps": 2, "logging_steps": 1}
 
@@ -68,6 +71,10 @@ def settings(**changes):
     return SimpleNamespace(**fixed | changes)
 
 
+def loss_of(logratios, rows, lengths, **changes):
+    return rankings_loss(logratios, **table(rows), lengths=lengths, args=settings(**changes))
+
+
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_two_answers_give_the_loss_gradients_and_weights_of_trl(tiny_gpt2, tmp_path, name):
     tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
@@ -101,7 +108,7 @@ def test_two_answers_give_the_loss_gradients_and_weights_of_trl(tiny_gpt2, tmp_p
         batch = collate_rankings(rows, True, True)
         with torch.no_grad():
             base = frozen(answers=batch)
-        our_loss = rankings_loss(ours(answers=batch) - base, rows, batch["lengths"], settings(loss_type=[name]))
+        our_loss = loss_of(ours(answers=batch) - base, rows, batch["lengths"], loss_type=[name])
         their_loss = trl._compute_loss(trl.model, DataCollatorForPreference(tokenizer.pad_token_id)(pairs), False)
         torch.testing.assert_close(our_loss, their_loss, atol=1e-5, rtol=1e-5)
         for loss, optimizer in zip((our_loss, their_loss), optimizers, strict=True):
@@ -129,13 +136,42 @@ def test_a_shared_prompt_a_pack_and_padding_give_the_same(tiny_gpt2):
 
 
 def test_plackett_luce_is_a_distribution_over_rankings_and_dpo_for_two():
-    rewards = torch.tensor([0.3, -1.2, 0.8, 2.0])
-    chances = [(-plackett_luce(rewards[list(order)], [1, 2, 3, 4])).exp() for order in itertools.permutations(range(4))]
+    rewards, ranks = torch.tensor([0.3, -1.2, 0.8, 2.0]), lambda *values: torch.tensor(values, dtype=torch.float32)
+    orders = itertools.permutations(range(4))
+    chances = [(-plackett_luce(rewards[list(order)], ranks(1, 2, 3, 4))).exp() for order in orders]
     torch.testing.assert_close(sum(chances), torch.tensor(1.0))
-    two = plackett_luce(rewards[:2], [2, 1])
+    two = plackett_luce(rewards[:2], ranks(2, 1))
     torch.testing.assert_close(two, -torch.nn.functional.logsigmoid(rewards[1] - rewards[0]))
-    torch.testing.assert_close(plackett_luce(rewards[:3], [1, 1, 2]), plackett_luce(rewards[[1, 0, 2]], [1, 1, 2]))
-    assert plackett_luce(rewards[[0, 0, 1]], [1, 1, 2]).isfinite()
+    tied = plackett_luce(rewards[:3], ranks(1, 1, 2))
+    torch.testing.assert_close(tied, plackett_luce(rewards[[1, 0, 2]], ranks(1, 1, 2)))
+    assert plackett_luce(rewards[[0, 0, 1]], ranks(1, 1, 2)).isfinite()
+
+
+@pytest.mark.parametrize("form", [{"ranking_loss": "plackett_luce"}, *({"loss_type": [n]} for n in PAIR_LOSSES)])
+def test_rankings_of_any_length_weigh_alike_and_pairs_are_counted_once(form):
+    """Against sums written out one by one, ties and missing answers included."""
+    draw = torch.Generator().manual_seed(0)
+    rows = [{"ranks": r} for r in ([1, 2, 2, 3], [2, 1], [1, 1, 3], [3, 1, 2, 1, 5])]
+    ratios = torch.randn(sum(len(row["ranks"]) for row in rows), generator=draw, requires_grad=True)
+    lengths, args, start, losses = torch.randint(1, 9, ratios.shape, generator=draw), settings(**form), 0, []
+    for row in rows:
+        at = range(start, start + len(row["ranks"]))
+        pairs = [(at[i], at[j]) for i, j in decided(row["ranks"])]
+        if "loss_type" in form:
+            of = [
+                pair_loss(form["loss_type"][0], ratios[i], ratios[j], (lengths[i], lengths[j]), args) for i, j in pairs
+            ]
+            losses.append(torch.stack(of).mean())
+        else:
+            worse = {i: [b for a, b in pairs if a == i] for i, _ in pairs}
+            losses.append(
+                sum((args.beta * ratios[[i, *w]]).logsumexp(0) - args.beta * ratios[i] for i, w in worse.items())
+            )
+        start += len(row["ranks"])
+    found, wanted = loss_of(ratios, rows, lengths, **form), torch.stack(losses).mean()
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(loss, ratios)[0] for loss in (found, wanted)]
+    torch.testing.assert_close(*gradients)
 
 
 def rows_of(count):
