@@ -21,9 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from pipelines.errors import SetupError
-from pipelines.generation.logprobs import disable_dropout
+from pipelines.generation.logprobs import can_share, disable_dropout
 from pipelines.planning import costs
-from pipelines.generation.logprobs import can_share
 from pipelines.speed import fast_model, packed_attention
 
 logger = logging.getLogger(__name__)

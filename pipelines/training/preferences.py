@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pipelines.generation.logprobs import collate, lay_out_groups, token_logprobs
+from pipelines.generation.logprobs import collate, has_plain_head, lay_out_groups, token_logprobs
 
 
 def collate_rankings(rankings: list[dict], packed: bool, share: bool) -> dict:
@@ -46,6 +46,7 @@ def enable_answer_logprobs(model) -> None:
     The model's own forward does it, so that DDP, FSDP and autocast see a forward like any other; without `answers` it
     is what it was.
     """
+    has_plain_head(model)  # looked at now: in shards it cannot be, nor in the middle of their forward
     model.forward_without_answers = model.forward  # an attribute, so that deepcopy binds it to the copy
 
     @functools.wraps(type(model).forward)
