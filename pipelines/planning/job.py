@@ -206,7 +206,7 @@ def _read(stage) -> _Data:
         return data
     data.rows, draw = 0, random.Random(stage.seed)
     for row in mixing.stream(stage.data, "train", stage.spec.rows, stage.seed, stage.sections.get("task")):
-        if "labels" in row:  # of unpaired rows only answers with a label are read
+        if stage.spec.rows == "unpaired":  # only answers with a label are read
             row["completions"] = [c for c, label in zip(row["completions"], row["labels"]) if label is not None]
             if not row["completions"]:
                 continue

@@ -162,14 +162,14 @@ class Seen:
     where: dict = field(default_factory=dict)  # the first row of each label
     whole: bool = True  # whether all rows of the side were read, and are right
 
-    def add(self, where: str, row: dict) -> None:
-        """Count one normalised row."""
+    def add(self, where: str, row: dict, kind: str) -> None:
+        """Count one normalised row of `kind`; rows of other kinds may have columns of these names with anything in them."""
         self.rows += 1
-        if "ranks" in row:
+        if kind == "rankings":
             self.decided += len(set(row["ranks"])) > 1
-        if "labels" in row:
+        elif kind == "unpaired":
             self.decided += any(label is not None for label in row["labels"])
-        if "label" in row and not isinstance(row["label"], float):
+        elif kind == "labelled" and not isinstance(row["label"], float):
             labels = row["label"] if isinstance(row["label"], list) else [row["label"]]
             self.labels.update(labels)
             self.labels_of_each.add(len(labels))
@@ -230,7 +230,7 @@ def wrong_rows(
         for where, row in islice(read(source), limit):
             count += 1
             try:
-                (seen or Seen()).add(where, normalise(row, kind, source.get("columns"), task))
+                (seen or Seen()).add(where, normalise(row, kind, source.get("columns"), task), kind)
             except DataError as error:
                 bad += 1
                 first = first or f"{where}: {error}"

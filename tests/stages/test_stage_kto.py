@@ -207,7 +207,7 @@ def test_it_stops_early_and_keeps_the_best(recipe, write, tiny_gpt2):
         write,
         tiny_gpt2,
         max_steps=12,
-        learning_rate=1e-5,
+        learning_rate=1e-12,  # nothing gets better
         metric_for_best_model="accuracy",
         early_stopping_patience=1,
         eval_steps=2,
@@ -245,6 +245,12 @@ def test_rows_that_teach_nothing(recipe, write, tiny_gpt2):
     loaded = load(recipe({"x": body | {"data": {"train": write("alike.jsonl", alike)}}}))
     with pytest.raises(DataError, match="all answers are to one prompt"):
         chain.run(loaded)
+
+
+def test_columns_of_prompts_may_be_called_as_those_of_rankings(recipe, write, tiny_gpt2):
+    rows = [{"prompt": f"the {i}", "ranks": i, "labels": [{"a": 1}], "label": [{"a": 1}]} for i in range(9)]
+    sample = {"kind": "sample", "sample": {"models": [str(tiny_gpt2)]}, "data": {"train": write("p.jsonl", rows)}}
+    load(recipe({"x": sample}))
 
 
 def test_every_option_of_trl_is_used_or_refused():
