@@ -163,7 +163,7 @@ class Seen:
     whole: bool = True  # whether all rows of the side were read, and are right
 
     def add(self, where: str, row: dict, kind: str) -> None:
-        """Count one normalised row of `kind`; rows of other kinds may have columns of these names with anything in them."""
+        """Count one normalised row of `kind`. Rows of other kinds may hold anything in columns of the same names."""
         self.rows += 1
         if kind == "rankings":
             self.decided += len(set(row["ranks"])) > 1
