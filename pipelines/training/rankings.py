@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from accelerate.utils import gather_object
 from torch.nn.functional import softplus
 from trl.trainer.utils import pad
 
-from pipelines.data import mixing
+from pipelines.data import mixing, plain_text
 from pipelines.errors import DataError
 from pipelines.models import chat_template
 from pipelines.speed.packing import pack_branches
@@ -72,6 +73,7 @@ def encode_answers(
         found.append((row, pairs))
     limit = f"{context} tokens"
     mixing.report_length(stage, side, len(rows), len(found), long, limit, too_long, "cut at their beginning")
+    plain_text.report(stage.report, side, rows, partial(chat_template.holds_control_text, tokenizer))
     if len(kept) < len(rows):
         stage.report[side]["undecided"] = len(rows) - len(kept)
         logger.warning("%s: %d of %d %s: left out", side, len(rows) - len(kept), len(rows), useless)

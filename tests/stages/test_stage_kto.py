@@ -1,6 +1,7 @@
 """KTO: its loss, rewards and updated weights are TRL's; a step is the same however it is cut up; it resumes to the bit."""
 
 import copy
+import dataclasses
 import json
 import random
 
@@ -10,8 +11,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from test_stage_dpo import policy, rankings
 from tiny_words import WORDS
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import KTOConfig, KTOTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from trl import DPOConfig, KTOConfig, KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from pipelines.chain import chain
@@ -19,7 +20,7 @@ from pipelines.data.rows import desirable, normalise
 from pipelines.errors import DataError
 from pipelines.recipe.problems import RecipeError
 from pipelines.recipe.recipe import load
-from pipelines.stages import kto
+from pipelines.stages import dpo, kto, reward
 from pipelines.training.preferences import collate_rankings, kto_losses, mismatched
 
 ARGS = {"global_batch_size": 8, "learning_rate": 1e-3, "max_steps": 4, "save_steps": 2, "logging_steps": 1}
@@ -163,9 +164,10 @@ def test_the_stage_learns_and_resumes_to_the_bit(recipe, write, tiny_gpt2, monke
     loaded = load(recipe({"whole": body, "broken": body}))
     chain.run(loaded, ["whole"])
     record = json.loads((loaded["whole"].folder / "stage.json").read_text())
-    metrics, counts = record["metrics"], record["rows"]["train"]
+    metrics = record["metrics"]
     assert metrics["accuracy"] > 0.9 and metrics["margin"] > 0 and metrics["kl"] >= 0
-    assert (counts["desirable"], counts["undesirable"], counts["unlabelled"]) == (32, 32, 32)
+    for what in ("desirable", "undesirable", "unlabelled"):
+        assert sum(record["rows"][side][what] for side in ("train", "validation")) == 40
     history = [json.loads(line) for line in open(loaded["whole"].folder / "history.jsonl")]
     assert all({"kl", "margin", "accuracy"} <= entry.keys() for entry in history if "loss" in entry)
     assert {"eval_kl", "eval_margin", "eval_accuracy"} <= next(e for e in history if "eval_loss" in e).keys()
@@ -255,13 +257,6 @@ def test_columns_of_prompts_may_be_called_as_those_of_rankings(recipe, write, ti
 
 def test_every_option_of_trl_is_used_or_refused():
     """A new option of TRL's configs that nobody looked at would be taken, and do nothing."""
-    import dataclasses
-
-    from transformers import TrainingArguments
-    from trl import DPOConfig
-
-    from pipelines.stages import dpo
-
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     used = {"beta", "loss_type", "max_length", "disable_dropout"}
     for config, module, more in (
@@ -270,3 +265,18 @@ def test_every_option_of_trl_is_used_or_refused():
     ):
         own = {field.name for field in dataclasses.fields(config)} - known
         assert own == used | more | module.NOT_HERE.keys()
+
+
+def test_control_tokens_in_texts_are_counted_by_all_kinds_that_learn_from_answers(recipe, write, tiny_gpt2, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    rows = rows_of(12)
+    rows[2]["prompt"] += tokenizer.eos_token
+    rows[7]["completions"][1] += f" {tokenizer.eos_token} a"
+    rows[7]["tags"][1] = ["dull"]  # kto reads it, too
+    body = stage(write, tiny_gpt2) | {"data": {"train": write("marks.jsonl", rows)}}
+    loaded = load(recipe({kind: body | {"kind": kind, "args": ARGS} for kind in ("reward", "dpo", "kto")}))
+    for kind, module in (("reward", reward), ("dpo", dpo), ("kto", kto)):
+        caplog.clear()
+        module.encode(loaded[kind], module.ready(loaded[kind], tokenizer), 64)
+        assert loaded[kind].report["train"]["control_text"] == 2
+        assert "2 of 12 rows hold the text of a control token" in caplog.text and "marks.jsonl:3" in caplog.text
