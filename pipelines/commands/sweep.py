@@ -304,7 +304,8 @@ def results(plan: Plan, metric: str | None, failed: dict[int, str]) -> sweeps.Sw
         spent |= {(plan.recipes[i].output_dir / name).resolve(): one.seconds for name, one in seen.items()}
         if row.state == "finished":
             row.metric = sweeps.measured(seen[stage]).get(name) if stage in seen else None
-            kls = [value for one in seen.values() if (value := sweeps.kl_of(one)) is not None]
+            below = points.needed([plan.recipes[i]], [stage]) if stage else []  # its own KL, or of what it is built on
+            kls = [value for one in below if (value := sweeps.kl_of(seen[one])) is not None]
             row.kl = kls[-1] if kls else None
         found.points.append(row)
     found.spent = sum(spent.values())

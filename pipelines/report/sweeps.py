@@ -32,7 +32,7 @@ class Row:
     settings: dict[str, str | int | float | bool | list | dict | None]
     state: str = "due"  # finished, failed or due
     metric: float | None = None
-    kl: float | None = None  # nats per answer, of its last stage that measures one
+    kl: float | None = None  # nats per answer, of the metric's stage, or of the last one it builds on that measures it
     seconds: float = 0.0  # of the stages that a swept key decides, wherever they were trained
     error: str = ""  # why it failed
 

@@ -68,7 +68,7 @@ def three(recipe, write, monkeypatch, tiny_gpt2, tmp_path):
         )
         (stage.folder / "loss.txt").write_text(str(loss))
         (stage.folder / "model.txt").write_text(f"{stage.name} {len(out.runs)}")
-        return {"eval_loss": loss, "history": []}
+        return {"eval_loss": loss, "eval_kl": args.get("learning_rate", 5.0), "history": []}
 
     def start(words):
         try:
@@ -244,6 +244,9 @@ def test_a_metric_that_is_not_there_is_named_after_the_runs_and_found_by_the_nex
     assert "did you mean loss" in capsys.readouterr().err
     three.runs.clear()
     assert three.sweep(f"{RATE}=1e-3,2e-3", "--metric", "three/loss") == 0 and three.runs == []
+    assert [p["kl"] for p in found(three.root / "two.learning_rate")["points"]] == [5.0, 5.0]
+    assert three.sweep(f"{RATE}=1e-3,2e-3", "--metric", "two/loss") == 0  # the KL is that of the stage compared
+    assert [p["kl"] for p in found(three.root / "two.learning_rate")["points"]] == [1e-3, 2e-3]
 
 
 def test_a_report_shows_the_sweeps_of_its_run(three):
