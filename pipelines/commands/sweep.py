@@ -119,12 +119,14 @@ def prepare(file: str, words: Sequence[str], draw: int | None = None) -> Plan:
         raise SetupError(f"{file}: a stage is called {sweeps.FOLDER!r}, as the folder of sweeps is: rename the stage")
     root = base.output_dir / sweeps.FOLDER / points.folder_name(map(points.short, swept))
     settings = points.product(swept, draw)
-    recipes, problems = [], {}
+    recipes, problems, looked = [], {}, [but_args(base)]
     for one in settings:
         folder = root / points.folder_name(one.values())
         try:
             recipes.append(recipe.load(file, overrides(fixed, one, folder), ask_hub=True))
-            check_dialogues(recipes[-1])
+            if but_args(recipes[-1]) not in looked:  # it may have to train a tokenizer
+                check_dialogues(recipes[-1])
+                looked.append(but_args(recipes[-1]))
         except RecipeError as error:
             for problem in error.problems:
                 problems.setdefault((problem.path, problem.message), []).append((one, problem))
@@ -142,6 +144,11 @@ def prepare(file: str, words: Sequence[str], draw: int | None = None) -> Plan:
                 f"differ change nothing that {', '.join(stages)} learn"
             )
     return Plan(file, names, stages, fixed, base, settings, recipes, [name for name in stages if name in varied])
+
+
+def but_args(one: Recipe) -> list[dict]:
+    """The sections that templates, tokenizers and rows come from: points that differ in `args` have the same."""
+    return [{key: section for key, section in stage.sections.items() if key != "args"} for stage in one.stages]
 
 
 def read_keys(assigned: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
