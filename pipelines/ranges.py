@@ -143,6 +143,7 @@ RANGES: dict[str, Range] = {
     "min_accuracy": PROBABILITY,
     "tag_penalties": POSITIVE,
     "weights": ANY,
+    "uncertainty_coef": FROM_ZERO,
     # model, tokenizer, data
     "lora_r": COUNT,
     "lora_alpha": COUNT,

@@ -14,6 +14,7 @@ from pipelines.data import mixing
 from pipelines.errors import SetupError
 from pipelines.evaluation import best_of
 from pipelines.evaluation.figures import Values
+from pipelines.generation.implicit_reward import ImplicitReward, load_reward
 from pipelines.generation.logprobs import sequence_scores
 from pipelines.models import chat_template, loading, scorers
 from pipelines.models.config import ModelSection
@@ -32,10 +33,10 @@ def judge(
 ) -> Values:
     """For every model and field of the verdicts, the mean over its answers to each prompt; `score` is what wins.
 
-    `who` is a function `module:name` taking (prompt, answer) and giving a number or named numbers, a reward model, or
-    a classifier, whose score is the log-odds of `label`. `answers[model][prompt]` are pairs (text, whether it came to
-    its end) to a row with `prompt` (and `tools`); `continued[model]` whether the model goes on with the
-    text of its prompt (`scorers.continues`).
+    `who` is a function `module:name` taking (prompt, answer) and giving a number or named numbers, a reward model, a
+    policy of dpo, whose score is its implicit reward, or a classifier, whose score is the log-odds of `label`.
+    `answers[model][prompt]` are pairs (text, whether it came to its end) to a row with `prompt` (and `tools`);
+    `continued[model]` whether the model goes on with the text of its prompt (`scorers.continues`).
     With `most` also what the best of up to so many answers is worth (`best_of.values`), by `oracle` too where given.
     """
     found = {}
@@ -86,7 +87,7 @@ def model_scores(
     share and gets all.
     """
     state = PartialState()
-    model, tokenizer = scorers.load_scorer(ModelSection(model_name_or_path=path), label)
+    model, tokenizer = load_reward(ModelSection(model_name_or_path=path), label)
     if label and not (isinstance(model, scorers.Classifier) and model.config.num_labels > 1):
         raise SetupError(f"label: judge {path} gives one number, it is no classifier of several labels: drop this key")
     model = model.to(state.device).eval()
@@ -99,7 +100,7 @@ def model_scores(
     else:
         ended = [ended for group in groups for _, ended in group]
         encoded = [_dialogue(tokenizer, rows[i], text, end) for i, text, end in zip(where, texts, ended, strict=True)]
-        lengths = [len(ids) for ids in encoded]
+        lengths = [len(prompt) + len(answer) for prompt, answer in encoded]
         limit = loading.positions(model)
         if limit is not None and lengths and max(lengths) > limit:
             raise SetupError(
@@ -110,8 +111,10 @@ def model_scores(
         chunk = mine[start : start + 64]
         batch = [encoded[i] for i in chunk]
         with torch.no_grad():
-            own = isinstance(model, scorers.Classifier)
-            scores_ = model(batch) if own else sequence_scores(model, batch, False, state.device)
+            if isinstance(model, (scorers.Classifier, ImplicitReward)):
+                scores_ = model(batch)
+            else:
+                scores_ = sequence_scores(model, [prompt + answer for prompt, answer in batch], False, state.device)
         found += zip(chunk, scores_.tolist(), strict=True)
     scores: list[list[float]] = [[] for _ in groups]
     for i, score in sorted(gather_object(found) if state.num_processes > 1 else found):
@@ -119,9 +122,9 @@ def model_scores(
     return scores
 
 
-def _dialogue(tokenizer, row: dict, text: str, ended: bool) -> list[int]:
+def _dialogue(tokenizer, row: dict, text: str, ended: bool) -> tuple[list[int], list[int]]:
     prompt_ids, answer_ids = chat_template.encode_answer(tokenizer, row["prompt"], text, row.get("tools"))
-    return prompt_ids + (answer_ids if ended else answer_ids[:-1])  # as PPO scores what broke off: no EOS
+    return prompt_ids, answer_ids if ended else answer_ids[:-1]  # as PPO scores what broke off: no EOS
 
 
 def ranked_values(path: str, names: list[str]) -> Values:

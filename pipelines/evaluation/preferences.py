@@ -4,16 +4,15 @@ whether it only likes what is long."""
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import numpy as np
 
 from pipelines import files
-from pipelines.errors import DataError, SetupError
+from pipelines.errors import DataError
 from pipelines.evaluation.batches import by_length, rows_of
 from pipelines.evaluation.figures import Items, drawn, ratio
-from pipelines.evaluation.texts import answer_nats
 from pipelines.generation.answers import load
+from pipelines.generation.implicit_reward import implicit_reward
 from pipelines.generation.logprobs import sequence_scores
 from pipelines.kinds import of_kind
 from pipelines.models import chat_template, loading, scorers
@@ -81,28 +80,12 @@ def classifier_scores(name: str, path: str, model, tokenizer, settings, rows: li
 
 
 def implicit_rewards(name: str, path: str, model, tokenizer, settings, rows: list[dict]) -> list[float]:
-    """beta * (log pi(answer) - log pi_reference(answer)) of each answer (Rafailov et al. 2023, section 4).
-
-    The reference is the model that the stage in `path` started from, which its folder records.
-    """
-    start = files.recorded(path, "model", "model_name_or_path")
-    if start.startswith(files.HERE):
-        raise SetupError(
-            f"{name}: its reference is the folder {start}, and a record does not tell where that lies: name it in the "
-            "recipe by a hub id, a relative path or stage:NAME to measure what a policy of dpo prefers"
-        )
-    base = str(Path(path).parent / start.removeprefix("stage:")) if start.startswith("stage:") else start
+    """`ImplicitReward` of each answer of each ranking, against the model that the stage in `path` started from."""
+    reward = implicit_reward(path, model, tokenizer, lambda base: load(base)[0])
     encoded = _encode(name, path, model, tokenizer, settings, rows)
+    work = lambda some: reward([encoded[i] for i in some]).tolist()
     lengths = [len(prompt) + len(answer) for prompt, answer in encoded]
-
-    def nats(model, title: str) -> np.ndarray:
-        work = lambda some: answer_nats(model, [encoded[i] for i in some])
-        return np.array(by_length(lengths, settings.batch_size, work, title))
-
-    own = nats(model, f"{name}: preferences")
-    reference, _ = load(base)
-    beta = files.recorded(path, "args", "beta")
-    return (0.1 if beta is None else beta) * (nats(reference, f"{name}: its reference {start}") - own)
+    return by_length(lengths, settings.batch_size, work, f"{name}: preferences")
 
 
 def _encode(name: str, path: str, model, tokenizer, settings, rows: list[dict]) -> list[tuple[list[int], list[int]]]:

@@ -15,7 +15,7 @@ from pipelines.data.plain_text import tokenize
 from pipelines.errors import DataError
 from pipelines.evaluation.batches import by_length, rows_of
 from pipelines.evaluation.figures import Items, ratio
-from pipelines.generation.logprobs import collate, token_logprobs
+from pipelines.generation.logprobs import answer_nats, collate, token_logprobs
 from pipelines.models import chat_template, loading
 
 logger = logging.getLogger(__name__)
@@ -146,12 +146,6 @@ def _answers(tokenizer, rows: list[dict], context: int):
             before = before[-(context - len(ids)) :]
         encoded.append((before, ids))
     return encoded, long
-
-
-def answer_nats(model, some: list[tuple[list[int], list[int]]]) -> list[float]:
-    """-log p of each answer given its prompt, of `(prompt ids, answer ids)`, under a causal model."""
-    logprobs, _ = token_logprobs(model, collate(some, False, model.device), 1.0)
-    return [-part.double().sum().item() for part in logprobs.split([len(answer) for _, answer in some])]
 
 
 def _sources(path: str, tokenizer, rows: list[dict], context: int):

@@ -153,6 +153,12 @@ def sharing_pays(prompt: int, lengths: list[int], width: int) -> bool:
     return len(lengths) > 1 and saved > pairs
 
 
+def answer_nats(model: nn.Module, answers: list[tuple[list[int], list[int]]], packed: bool = False) -> list[float]:
+    """-log p of each answer given its prompt, of `(prompt ids, answer ids)`, under a causal model."""
+    logprobs, _ = token_logprobs(model, collate(answers, packed, model.device), 1.0)
+    return [-part.double().sum().item() for part in logprobs.split([len(answer) for _, answer in answers])]
+
+
 def states_of(model: nn.Module, batch: dict) -> Tensor:
     """Last hidden states (N, H) before each answer token."""
     return plain_model(model).base_model(**batch["inputs"]).last_hidden_state.flatten(0, 1)[batch["states"]]

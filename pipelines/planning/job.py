@@ -10,8 +10,9 @@ import math
 import random
 from dataclasses import dataclass, field
 
+from pipelines import files
 from pipelines.data import mixing, sources
-from pipelines.kinds import CLASSIFIER, KINDS
+from pipelines.kinds import CLASSIFIER, KINDS, of_kind
 from pipelines.models import chat_template
 from pipelines.planning import anatomy, unmade
 from pipelines.ppo.config import METHODS, has_critic
@@ -157,12 +158,19 @@ def _models(stage, tokenizer, labels: set, critic: bool | None = None) -> dict[s
         scorers = reward.get("models") or []
         critic = has_critic(stage.sections.get("args", {}).get("advantage")) if critic is None else critic
         start = reward.get("critic") if reward.get("critic") != "none" else None
-        start = start or (scorers or [path])[0]
+        start = start or (path if not scorers or _implicit(stage, scorers[0]) else scorers[0])
         others = {"critic": start} if critic and start != "shared" else {}  # a value head weighs nothing
         others |= {f"reward {i}": scorer for i, scorer in enumerate(scorers)}
+        others |= {f"reward {i}, its reference": s for i, s in enumerate(scorers) if _implicit(stage, s)}
         for name, of in others.items():
             models[name] = Model(unmade.config_of(stage, of, None, {"num_labels": 1}, overrides=False), CLASSIFIER)
     return models
+
+
+def _implicit(stage, scorer: str) -> bool:
+    """Whether a reward model is a policy whose reward is implicit, measured against a second model."""
+    earlier = stage.earlier.get(scorer.removeprefix("stage:")) if scorer.startswith("stage:") else None
+    return (earlier.kind if earlier else files.kind_of(scorer)) in of_kind(implicit_reward=True)
 
 
 def _limits(stage, config, values: dict) -> tuple[int, int]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
-from pipelines.errors import SetupError
+from pipelines.errors import SetupError, meant
+from pipelines.generation.implicit_reward import ImplicitReward
 from pipelines.generation.logprobs import plain_model
 from pipelines.models.chat_template import as_text
 from pipelines.models.loading import positions, vocabulary
@@ -15,6 +16,7 @@ from pipelines.models.scorers import Classifier
 from pipelines.ppo.algorithm import alike
 from pipelines.ppo.config import has_critic
 from pipelines.ppo.policy_and_critic import ValueHead
+from pipelines.ppo.rewards import COMBINE
 
 
 def check_critic(args, value_model) -> None:
@@ -61,7 +63,7 @@ def check_models(model, value_model, ref_model, reward_funcs: list, tokenizer) -
             problems.append("prompt-learning adapters are not supported: use LoRA")
     for function in reward_funcs:
         if isinstance(function, nn.Module):
-            if function.config.num_labels != 1 and not isinstance(function, Classifier):
+            if function.config.num_labels != 1 and not isinstance(function, (Classifier, ImplicitReward)):
                 problems.append(
                     f"reward model {name_of(function)} has {function.config.num_labels} labels, not one "
                     "score: wrap it in pipelines.models.scorers.Classifier, whose score are the log-odds of a label"
@@ -77,6 +79,14 @@ def check_counts(reward_funcs: list, weights: list, tokenizers: list) -> None:
     for name, given in (("reward_weights", weights), ("reward_processing_classes", tokenizers)):
         if len(given) != len(reward_funcs):
             raise SetupError(f"{name} has {len(given)} entries for {len(reward_funcs)} reward function(s)")
+
+
+def check_combine(combine: str, weights: list) -> None:
+    """Raise SetupError unless `combine` is known and, of the reward models with these `weights`, at least two count."""
+    if combine not in COMBINE:
+        raise SetupError(f"combine must be of {', '.join(COMBINE)}{meant(combine, COMBINE)}")
+    if combine != "sum" and (count := sum(weight != 0 for weight in weights)) < 2:
+        raise SetupError(f"combine: {combine} is for several reward models, and {count} counts: name more, or drop it")
 
 
 def check_ptx(args, ptx_dataset) -> None:

@@ -109,6 +109,8 @@ class Monitor:
             "response_length": tokens / responses,
             "kl_coef": kl_coef,
         }
+        if rollouts.disagreement is not None:
+            metrics["objective/disagreement"] = rollouts.disagreement.mean().item()
         for name, column in self._rewards(rollouts, responses):
             metrics[f"reward/{name}"] = column.mean().item()
         metrics |= self._phrases(rollouts)
@@ -118,7 +120,7 @@ class Monitor:
     def of_held_out(self, rollouts: Rollouts, n: int) -> dict[str, float]:
         """Figures of the first `n` answers, which are to held-out prompts.
 
-        The score is the weighted sum of the reward functions, without normalisation or penalties; the KL is
+        The score is that of the reward functions together, without normalisation or penalties; the KL is
         the mean over answers of log π/π_ref (nats); `ref_perplexity` is exp of the mean over tokens of −log π_ref:
         how fluent the reference finds the answers.
         """
@@ -134,6 +136,8 @@ class Monitor:
         )
         metrics["ref_perplexity"] = math.exp(-metrics["ref_perplexity"])
         metrics["length"] = sum(map(len, rollouts.responses[:n])) / n
+        if rollouts.disagreement is not None:
+            metrics["disagreement"] = rollouts.disagreement[:n].mean().item()
         for name, column in self._rewards(rollouts, n):
             metrics[f"reward/{name}"] = column.mean().item()
             metrics[f"reward/{name}_std"] = column.std().item() if len(column) > 1 else 0.0

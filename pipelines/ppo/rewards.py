@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipelines.errors import SetupError
@@ -17,6 +17,29 @@ from pipelines.models.chat_template import encode_answer
 def length_penalty(prompts, completions, completion_ids, **columns) -> list[float]:
     """Minus the number of tokens of each answer: with a weight of 0.01, a hundred tokens cost 1."""
     return [-float(len(ids)) for ids in completion_ids]
+
+
+COMBINE = ("sum", "mean", "min", "uncertainty")
+
+
+def combined(scores: Tensor, how: str, uncertainty_coef: float = 0.0) -> Tensor:
+    """One score (B,) of the scores (B, M) of M reward models: an ensemble against over-optimisation.
+
+    Coste et al. 2023, https://arxiv.org/abs/2310.02743. `mean`; `min`: the most sceptical model's; `uncertainty`: the
+    mean less `uncertainty_coef` times the deviation over the models, so that an answer about which they disagree is
+    worth less. (They take the variance: the deviation keeps the coefficient free of the scores' scale.)
+    """
+    if how == "mean":
+        return scores.mean(1)
+    if how == "min":
+        return scores.amin(1)
+    assert how == "uncertainty", how
+    return scores.mean(1) - uncertainty_coef * disagreement(scores)
+
+
+def disagreement(scores: Tensor) -> Tensor:
+    """The standard deviation (B,), over the M models, of their scores (B, M) of an answer."""
+    return scores.std(1, unbiased=False)
 
 
 @torch.no_grad()
@@ -47,18 +70,18 @@ def log_odds(model: nn.Module, label: str) -> nn.Module:
 
 def read_anew(
     tokenizer, answers: list, prompts: list, completions: list[str], ends: list[int], tools: list
-) -> list[list[int]]:
-    """Token ids that a reward model reads: those of `answers` (prompt ids, response ids), or of its own `tokenizer`.
+) -> list[tuple[list[int], list[int]]]:
+    """`(prompt ids, answer ids)` that a reward model reads: `answers` as they are, or under its own `tokenizer`.
 
     `prompts` and `completions` are the same as text, `tools` those of each prompt or None; an answer that does not end
     with one of `ends` was cut off, and then has no EOS for the reward model either.
     """
     if tokenizer is None:
-        return [prompt + response for prompt, response in answers]
+        return answers
     out = []
     for prompt, completion, (_, response), its_tools in zip(prompts, completions, answers, tools, strict=True):
         prompt_ids, answer_ids = encode_answer(tokenizer, prompt, completion, its_tools)
-        out.append(prompt_ids + (answer_ids if response[-1] in ends else answer_ids[:-1]))
+        out.append((prompt_ids, answer_ids if response[-1] in ends else answer_ids[:-1]))
     return out
 
 

@@ -23,6 +23,7 @@ from trl.models import unwrap_model_for_generation
 
 from pipelines.errors import SetupError
 from pipelines.generation import decode, with_vllm
+from pipelines.generation.implicit_reward import ImplicitReward
 from pipelines.generation.logprobs import collate, make_ready, sequence_scores, token_logprobs, within
 from pipelines.models import loading, thoughts
 from pipelines.models.chat_template import encode_answer, encode_prompt, naming
@@ -30,7 +31,7 @@ from pipelines.models.scorers import Classifier, continues
 from pipelines.ppo import algorithm, checks
 from pipelines.ppo.config import PPOConfig, has_critic
 from pipelines.ppo.policy_and_critic import PolicyAndCritic, ValueHead, place_frozen, runs_on_fsdp
-from pipelines.ppo.rewards import read_anew
+from pipelines.ppo.rewards import combined, disagreement, read_anew
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Rollouts:
     seconds: dict[str, float]  # per phase, on this process
     # (B, T) log-probs under what sampled, where that was not the policy itself but vLLM; NaN where it gave none
     sampler_logprobs: Tensor | None = None
+    disagreement: Tensor | None = None  # (B,) of the reward models, where they are combined
 
     def places(self, answers: list[int]) -> Tensor:
         """Where the real tokens of `answers`, one answer after the other, are in a flattened (B, T): int64 (N,).
@@ -86,6 +88,8 @@ class RewardScorer:
         batch_size: answers that a model scores at once.
         keep_thoughts: whether what the policy thinks before an answer (`<think>`) is scored as part of it.
         group: answers to each prompt, one after the other.
+        combine: how the models' weighted scores become one, see `rewards.combined`; "sum": by adding them up.
+        uncertainty_coef: of combine="uncertainty".
     """
 
     def __init__(
@@ -99,14 +103,24 @@ class RewardScorer:
         accelerator: Accelerator,
         keep_thoughts: bool = False,
         group: int = 1,
+        combine: str = "sum",
+        uncertainty_coef: float = 0.0,
     ):
+        self.combine, self.uncertainty_coef = combine, uncertainty_coef
         self.keep_thoughts, self.group = keep_thoughts, group
         self.names = unique([checks.name_of(f) for f in functions])
         self.packed = [isinstance(f, nn.Module) and hasattr(f, "score") and make_ready(f) for f in functions]
-        self.functions = [place_frozen(f, accelerator) if isinstance(f, nn.Module) else f for f in functions]
+        self.functions = [self._placed(f, accelerator) if isinstance(f, nn.Module) else f for f in functions]
         self.tokenizers = [None if t is None or checks.same_tokenizer(t, processing_class) else t for t in tokenizers]
         self.weights, self.processing_class, self.eos_token_ids = weights, processing_class, eos_token_ids
         self.batch_size, self.accelerator = batch_size, accelerator
+
+    @staticmethod
+    def _placed(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+        if isinstance(model, ImplicitReward):  # two models: each where the launcher wants it
+            model.place(lambda part: place_frozen(part, accelerator))
+            return model
+        return place_frozen(model, accelerator)
 
     def __call__(
         self, dataset, rows: list[int], answers: list[tuple[list[int], list[int]]]
@@ -142,8 +156,25 @@ class RewardScorer:
         return list(zip(*out, strict=True))
 
     def total(self, rewards: Tensor, applies: Tensor) -> Tensor:
-        """Scores (B,), the weighted sum of those of `rewards` (B, functions) that apply."""
-        return torch.where(applies, rewards, 0.0) @ torch.tensor(self.weights, device=rewards.device)
+        """Scores (B,) of `rewards` (B, functions): the weighted sum of those that apply, models combined before."""
+        given, weights = torch.where(applies, rewards, 0.0), torch.tensor(self.weights, device=rewards.device)
+        if self.combine == "sum":
+            return given @ weights
+        members = self._members()
+        others = [i for i in range(len(self.functions)) if i not in members]
+        one = combined((given * weights)[:, members], self.combine, self.uncertainty_coef)
+        return one + given[:, others] @ weights[others]
+
+    def disagreement(self, rewards: Tensor) -> Tensor | None:
+        """How far the models that are combined are apart (B,); None where scores are only added up."""
+        if self.combine == "sum":
+            return None
+        weights = torch.tensor(self.weights, device=rewards.device)
+        return disagreement((rewards * weights)[:, self._members()])
+
+    def _members(self) -> list[int]:
+        """The reward models that count."""
+        return [i for i, f in enumerate(self.functions) if isinstance(f, nn.Module) and self.weights[i] != 0]
 
     def _model_scores(self, i: int, answers: list, prompts: list, completions: list[str], tools: list) -> Tensor:
         """Scores (answers,) of reward model number `i`, of the ids as they are or under its own tokenizer."""
@@ -152,13 +183,16 @@ class RewardScorer:
             features = model.features(prompts, completions, continues(self.processing_class))
             sequences = [feature["input_ids"] for feature in features]
         else:
-            sequences = read_anew(tokenizer, answers, prompts, completions, self.eos_token_ids, tools)
+            pairs = read_anew(tokenizer, answers, prompts, completions, self.eos_token_ids, tools)
+            sequences = [prompt + answer for prompt, answer in pairs]
             checks.check_lengths(sequences, model, self.names[i])
         scores = torch.empty(len(sequences))
         for chunk in chunks(_by_length([(ids,) for ids in sequences], self.group), self.batch_size):
             with self.accelerator.autocast():
                 if isinstance(model, Classifier):
                     found = within(model, Classifier.forward, [features[j] for j in chunk])
+                elif isinstance(model, ImplicitReward):
+                    found = model([pairs[j] for j in chunk]).float()
                 else:
                     ids = [sequences[j] for j in chunk]
                     found = within(model, sequence_scores, ids, packed, self.accelerator.device, self.group)
@@ -267,6 +301,7 @@ class RolloutMaker:
             ended=torch.tensor([r[-1] in self.eos_token_ids for r in responses], device=device),
             seconds=seconds,
             sampler_logprobs=None if self.vllm is None else padded[..., -1],
+            disagreement=self.scorer.disagreement(rewards),
         )
 
     def _sample(self, model: nn.Module, prompts: list[list[int]], seeds: list) -> tuple[list[list[int]], list[Tensor]]:

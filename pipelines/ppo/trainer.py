@@ -62,6 +62,7 @@ class PPOTrainer(TwoModelTrainer):
         ref_model: frozen reference. None: a copy of `model`, or with PEFT the policy with its adapters off.
         reward_weights: one per reward function, all 1 by default.
         reward_processing_classes: a tokenizer for each reward model that has its own; None: the policy's.
+        reward_combine, uncertainty_coef: how the reward models' scores become one, see `rewards.combined`.
         callbacks, optimizers: as in `transformers.Trainer`.
     """
 
@@ -83,6 +84,8 @@ class PPOTrainer(TwoModelTrainer):
         ref_model: nn.Module | None = None,
         reward_weights: list[float] | None = None,
         reward_processing_classes: list | None = None,
+        reward_combine: str = "sum",
+        uncertainty_coef: float = 1.0,
         callbacks: list | None = None,
         optimizers=(None, None),
     ):
@@ -94,6 +97,8 @@ class PPOTrainer(TwoModelTrainer):
         checks.check_critic(args, value_model)
         checks.check_models(model, value_model, ref_model, reward_funcs, processing_class)
         checks.check_counts(reward_funcs, reward_weights, reward_tokenizers)
+        models = [w for f, w in zip(reward_funcs, reward_weights, strict=True) if isinstance(f, nn.Module)]
+        checks.check_combine(reward_combine, models)
         checks.check_ptx(args, ptx_dataset)
         checks.check_vllm(args, model)
         if ref_model is None and not hasattr(model, "peft_config"):
@@ -140,6 +145,8 @@ class PPOTrainer(TwoModelTrainer):
             self.accelerator,
             args.keep_thoughts,
             args.num_generations,
+            reward_combine,
+            uncertainty_coef,
         )
         self.ref_model = None if ref_model is None else place_frozen(ref_model, self.accelerator)
         self.rollout_maker = RolloutMaker(

@@ -20,7 +20,7 @@ import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 
-from pipelines import ranges
+from pipelines import files, ranges
 from pipelines.errors import ModelError, SetupError, meant
 from pipelines.kinds import CLASSIFIER, KINDS, LANGUAGE_MODEL, of_kind
 from pipelines.models import hub
@@ -134,13 +134,15 @@ def named_models(
     """
     if isinstance(models, list) and len(set(models)) < len(models):
         yield at, "names a model twice", models
-    classes = dict.fromkeys(KINDS[kind].auto_class for kind in able)
     for i, name in enumerate([models] if isinstance(models, str) else models):
         key = at if isinstance(models, str) else f"{at}[{i}]"
         kind = kinds.get(name.removeprefix("stage:")) if name.startswith("stage:") else None
         if kind in KINDS and kind not in able:
             yield key, f"must be a {what} ({', '.join(able)}), this stage is of kind {kind}", name
         elif not name.startswith("stage:"):
+            made = files.kind_of(resolve(name, Path()))  # only a record tells what dpo made from any language model
+            usable = [made] if made in able else [kind for kind in able if not KINDS[kind].implicit_reward]
+            classes = dict.fromkeys(KINDS[kind].auto_class for kind in usable)
             found = [list(of_model(stage, kinds, key, name, auto_class, finished=True)) for auto_class in classes]
             yield from min(found, key=len)  # none is wrong where one of the classes fits
 

@@ -287,7 +287,11 @@ class RewardSection:
     """`reward:` of ppo: what an answer is worth. At least one model or function."""
 
     models: list[str] | None = field(
-        default=None, metadata={"help": "Reward models: `stage:NAME`, folders or hub ids, each with its own tokenizer."}
+        default=None,
+        metadata={
+            "help": "Reward models, classifiers, or policies of dpo or kto (their implicit reward): `stage:NAME`, folders or "
+            "hub ids, each with its own tokenizer."
+        },
     )
     functions: list[str] | None = field(
         default=None,
@@ -295,6 +299,21 @@ class RewardSection:
     )
     weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per model, then per function (null: all 1)."}
+    )
+    combine: str = field(
+        default="sum",
+        metadata={
+            "help": "How the models' scores, each times its weight, become one (functions are added to it): `sum`; "
+            "`mean`; `min`, the most sceptical; `uncertainty`, the mean less uncertainty_coef times their deviation. "
+            "Against over-optimisation: several models of one task, trained apart.",
+            "choices": ["sum", "mean", "min", "uncertainty"],
+        },
+    )
+    uncertainty_coef: float = field(
+        default=1.0,
+        metadata={
+            "help": "With combine: uncertainty. Higher keeps the policy from answers about which the models disagree."
+        },
     )
     tag_penalties: dict[str, float] | None = field(
         default=None,
@@ -432,9 +451,8 @@ class EvaluateSection:
         default=None,
         metadata={
             "help": "Who judges the answers: a Python function `package.module:name` taking (prompt, completion) and "
-            "giving a number, or named numbers of which `score` decides; or a reward model or classifier "
-            "(`stage:NAME`, "
-            "folder, hub id)."
+            "giving a number, or named numbers of which `score` decides; or a reward model, classifier or "
+            "policy of dpo or kto (`stage:NAME`, folder, hub id)."
         },
     )
     label: str | None = field(

@@ -62,7 +62,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         if section.get("labelled"):
             able, what = ("classify",), "classifier"
         elif section.get("preferences"):
-            able, what = ("reward", *of_kind(implicit_reward=True)), "reward model or a policy of dpo or kto"
+            able = ("reward", *of_kind(implicit_reward=True))
+            what = f"reward model or a policy of {' or '.join(able[1:])}"
         elif section.get("pairs") and not any(section.get(key) for key in ("text", "tasks", "prompts")):
             able = (*of_kind(writes_text=True), "seq2seq")
         yield from named_models(stage, kinds, "evaluate.models", section["models"], able, what)
@@ -77,8 +78,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
             if wrong := functions.problem(judge, "prompt", "completion"):
                 yield f"evaluate.{key}", wrong, judge
         elif judge:
-            able = ("reward", "classify") if key == "judge" else ("reward",)
-            what = f"{' (or '.join(able)}{')' * (len(able) - 1)} stage or module:function"
+            able = ("reward", *(["classify"] if key == "judge" else []), *of_kind(implicit_reward=True))
+            what = f"{able[0]} (or {', '.join(able[1:])}) stage or module:function"
             yield from named_models(stage, kinds, f"evaluate.{key}", judge, able, what)
             if key == "judge" and kinds.get(judge.removeprefix("stage:")) == "classify" and judge.startswith("stage:"):
                 for message, value in label_problems(stage, judge, section.get("label")):

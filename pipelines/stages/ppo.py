@@ -33,9 +33,10 @@ from pipelines.data import fingerprint, mixing, plain_text, token_file
 from pipelines.data.sources import sources
 from pipelines.errors import DataError, ModelError, SetupError
 from pipelines.generation import with_vllm
-from pipelines.kinds import CLASSIFIER
+from pipelines.generation.implicit_reward import load_reward
+from pipelines.kinds import CLASSIFIER, of_kind
 from pipelines.models import adapters, chat_template, loading, scorers, tag_heads, tokenizer_setup
-from pipelines.ppo.checks import check_batch, check_rows
+from pipelines.ppo.checks import check_batch, check_combine, check_rows
 from pipelines.ppo.config import has_critic
 from pipelines.ppo.rewards import from_adapter, log_odds
 from pipelines.ppo.rollouts import prompt_limit, unique
@@ -73,7 +74,8 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     named, models = reward.get("functions") or [], reward.get("models") or []
     if not models and not named:
         yield "reward", "what is an answer worth? Give `models: [stage:NAME]` and/or `functions: [module:name]`", None
-    scoring = (("reward", "classify"), "reward (or classify) stage")
+    implicit = of_kind(implicit_reward=True)
+    scoring = (("reward", "classify", *implicit), f"reward (or classify, {', '.join(implicit)}) stage")
     yield from named_models(stage, kinds, "reward.models", models, *scoring)
     for i, name in enumerate(models):
         if (Path(resolve(name, Path())) / files.FINISHED).is_file() and not name.startswith("stage:"):
@@ -90,6 +92,7 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     if critic is not None and critic.endswith("/critic"):
         yield from of_model(stage, kinds, "reward.critic", critic, CLASSIFIER)
     elif critic not in (None, "none", "shared", model.get("model_name_or_path")):
+        scoring = (("reward", "classify"), "reward (or classify) stage")
         yield from named_models(stage, kinds, "reward.critic", critic, *scoring)
     for name in models:
         kind = kinds.get(name.removeprefix("stage:")) if name.startswith("stage:") else "reward"
@@ -116,6 +119,13 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     weights = reward.get("weights")
     if weights is not None and len(weights) != len(models) + len(named):
         yield "reward.weights", f"needs {len(models) + len(named)} numbers: models first, then functions", weights
+    else:
+        try:
+            check_combine(reward.get("combine", "sum"), (weights or [1.0] * len(models))[: len(models)])
+        except SetupError as error:
+            yield "reward.combine", str(error), reward.get("combine")
+    if "uncertainty_coef" in reward and reward.get("combine") != "uncertainty":
+        yield "reward.uncertainty_coef", "goes with combine: uncertainty; drop this key", reward["uncertainty_coef"]
     if reward.get("share_base"):
         yield from _unshared(stage, model, models, critic if has_critic(advantage) else "none")
     if reward.get("label") and not models:
@@ -238,7 +248,7 @@ def run(stage) -> dict:
         if reward.share_base:
             funcs.append(_on_base(path, section, policy).get_base_model())
         else:
-            funcs.append(scorers.load_scorer(_of(section, path), reward.label)[0])
+            funcs.append(load_reward(_of(section, path), reward.label)[0])
         if reward.tag_penalties:
             funcs[-1].tag_penalty = tag_heads.TagPenalty(path, reward.tag_penalties)
         tokenizers.append(loading.load_tokenizer(_of(section, path)))
@@ -267,6 +277,8 @@ def run(stage) -> dict:
         reward_funcs=funcs,
         reward_weights=reward.weights,
         reward_processing_classes=tokenizers,
+        reward_combine=reward.combine,
+        uncertainty_coef=reward.uncertainty_coef,
         value_model=critic,
         train_dataset=Rows(train),
         eval_dataset=Rows(validation) if validation else None,

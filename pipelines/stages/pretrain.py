@@ -52,8 +52,9 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
         yield "tokenizer", "a new model needs a tokenizer: `train: bpe`, or model.tokenizer_name_or_path", None
     if tokenizer.get("train") == "wordpiece":
         yield "tokenizer.train", "wordpiece is for encoders (kind mlm); a language model takes bpe", "wordpiece"
-    if tokenizer.get("train") and tokenizer.get("vocab_size", 8192) < 300:
-        yield "tokenizer.vocab_size", "byte-level BPE needs at least 300 entries", tokenizer["vocab_size"]
+    if tokenizer.get("train") and tokenizer.get("vocab_size", 8192) < 258:
+        message = "byte-level BPE needs at least 258 entries: the 256 bytes, EOS and padding"
+        yield "tokenizer.vocab_size", message, tokenizer["vocab_size"]
     if model.get("chat_template"):
         yield "model.chat_template", "pretraining reads plain text; set it in the sft stage", model["chat_template"]
 

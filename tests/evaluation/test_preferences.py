@@ -235,5 +235,5 @@ def test_a_policy_of_dpo_whose_reference_is_nowhere_is_refused(tmp_path):
     section = {"model_name_or_path": files.portable("/home/ada/models/gpt2")}
     record = {"kind": "dpo", "sections": {"model": section}, "data": {}, "parents": {}}
     files.write_json(tmp_path / files.FINISHED, {"kind": "dpo", "record": record})
-    with pytest.raises(SetupError, match=r"m: its reference is the folder …/gpt2 .*by a hub id, a relative path"):
+    with pytest.raises(SetupError, match=r": its reference is the folder …/gpt2 .*by a hub id, a relative path"):
         implicit_rewards("m", str(tmp_path), None, None, None, [])
