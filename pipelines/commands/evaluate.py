@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prompts", help="a file with the column prompt: every model answers, the judge judges")
     parser.add_argument(
         "--judge",
-        help="package.module:function (prompt, answer) -> number, a reward model, a policy of dpo or a classifier",
+        help="package.module:function (prompt, answer) -> number, a reward model, a policy of dpo or kto, a classifier",
     )
     parser.add_argument("--label", help="of a classifier as judge or for preferences: whose log-odds are the score")
     parser.add_argument("--samples", type=int, default=1, help="answers to each prompt")

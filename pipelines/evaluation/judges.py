@@ -34,7 +34,7 @@ def judge(
     """For every model and field of the verdicts, the mean over its answers to each prompt; `score` is what wins.
 
     `who` is a function `module:name` taking (prompt, answer) and giving a number or named numbers, a reward model, a
-    policy of dpo, whose score is its implicit reward, or a classifier, whose score is the log-odds of `label`.
+    policy whose implicit reward is its score, or a classifier, whose score is the log-odds of `label`.
     `answers[model][prompt]` are pairs (text, whether it came to its end) to a row with `prompt` (and `tools`);
     `continued[model]` whether the model goes on with the text of its prompt (`scorers.continues`).
     With `most` also what the best of up to so many answers is worth (`best_of.values`), by `oracle` too where given.

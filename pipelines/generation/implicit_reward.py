@@ -1,4 +1,4 @@
-"""A policy of DPO as a reward model: how much likelier it finds an answer than the model that it started from."""
+"""A policy of DPO or KTO as a reward model: how much likelier it finds an answer than the model that it started from."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def implicit_reward(path: str | Path, policy: nn.Module, tokenizer, load: Callab
     if start.startswith(files.HERE):
         raise SetupError(
             f"{path}: its reference is the folder {start}, and a record does not tell where that lies: name it in the "
-            "recipe by a hub id, a relative path or stage:NAME to use what a policy of dpo prefers"
+            "recipe by a hub id, a relative path or stage:NAME to use what a policy prefers"
         )
     base = str(Path(path).parent / start.removeprefix("stage:")) if start.startswith("stage:") else start
     if start.startswith("stage:") and not Path(base).is_dir():
@@ -76,7 +76,7 @@ def implicit_reward(path: str | Path, policy: nn.Module, tokenizer, load: Callab
 
 
 def load_reward(section, label: str | None = None) -> tuple[nn.Module, object]:
-    """`(model, its tokenizer)` of a `model:` section: a policy of dpo, or what `scorers.load_scorer` loads."""
+    """`(model, its tokenizer)` of a `model:` section: a policy of dpo or kto, or what `scorers.load_scorer` loads."""
     path = section.model_name_or_path
     if files.kind_of(path) not in of_kind(implicit_reward=True):
         return scorers.load_scorer(section, label)

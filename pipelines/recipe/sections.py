@@ -289,8 +289,8 @@ class RewardSection:
     models: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Reward models, classifiers, or policies of dpo or kto (their implicit reward): `stage:NAME`, folders or "
-            "hub ids, each with its own tokenizer."
+            "help": "Reward models, classifiers, or policies of dpo or kto (their implicit reward): `stage:NAME`, folders "
+            "or hub ids, each with its own tokenizer."
         },
     )
     functions: list[str] | None = field(
