@@ -1,4 +1,4 @@
-"""A policy of DPO or KTO as a reward model: how much likelier it finds an answer than the model that it started from."""
+"""A policy of DPO or KTO as a reward model: how much likelier it finds an answer than the model it started from."""
 
 from __future__ import annotations
 

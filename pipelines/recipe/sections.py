@@ -289,7 +289,7 @@ class RewardSection:
     models: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Reward models, classifiers, or policies of dpo or kto (their implicit reward): `stage:NAME`, folders "
+            "help": "Reward models, classifiers, policies of dpo or kto (their implicit reward): `stage:NAME`, folders "
             "or hub ids, each with its own tokenizer."
         },
     )
