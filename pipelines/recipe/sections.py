@@ -310,10 +310,7 @@ class RewardSection:
         },
     )
     uncertainty_coef: float = field(
-        default=1.0,
-        metadata={
-            "help": "With combine: uncertainty. Higher keeps the policy from answers about which the models disagree."
-        },
+        default=1.0, metadata={"help": "With combine: uncertainty. Higher avoids answers on which the models disagree."}
     )
     tag_penalties: dict[str, float] | None = field(
         default=None,
@@ -402,8 +399,7 @@ class EvaluateSection:
         default=None,
         metadata={
             "help": "Loss per token, perplexity per token, word and byte, bits per byte: a file with the column `text` "
-            "(any "
-            "format that `data:` reads). An EOS is put after every row, in plain text after every line."
+            "(any format that `data:` reads). An EOS is put after every row, in plain text after every line."
         },
     )
     running_text: bool = field(
@@ -422,17 +418,14 @@ class EvaluateSection:
         default=None,
         metadata={
             "help": "Classifiers: a file with `text` (and `text_pair`) and `label`, a name or an id of the model's "
-            "config. "
-            "Accuracy, macro F1, Matthews correlation, confusion matrix."
+            "config. Accuracy, macro F1, Matthews correlation, confusion matrix."
         },
     )
     pairs: str | None = field(
         default=None,
         metadata={
             "help": "Models that write: a file with `prompt` and `completion`, for encoder-decoders `source` and "
-            "`target`. "
-            "What the model writes is compared with the text: BLEU, chrF, ROUGE; and the loss of the text, given the "
-            "prompt."
+            "`target`. What it writes is compared with the text: BLEU, chrF, ROUGE; and its loss, given the prompt."
         },
     )
     tasks: list[str] | None = field(
@@ -491,8 +484,7 @@ class EvaluateSection:
         default=None,
         metadata={
             "help": "Tokens of a window (text), or at which a text (labelled, preferences) or source (pairs) is cut "
-            "(null: "
-            "where training cut them, of a stage's model; else what the model reads, at most 1024)."
+            "(null: where training cut them, of a stage's model; else what the model reads, at most 1024)."
         },
     )
     batch_size: int = field(default=16, metadata={"help": "Rows in memory at once: memory and speed."})
