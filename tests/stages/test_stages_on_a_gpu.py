@@ -253,19 +253,17 @@ MINIBATCH = {
 }
 # (of eight decoded tokens three are computed operator by operator, the last of these recorded, and five replayed)
 TOKEN = {"ppo": 37, "ppo reward model, tags, ptx": 37, "ppo lora, critic shared": 41, "ppo lora": 41, "ppo vllm": 34}
-# Waits of a whole chain, at most: evaluations, checkpoints and logs too.
+# Waits of a whole chain, at most, evaluations, checkpoints and logs too: as many as there are, for one in each batch of
+# an evaluation is few.
 WAITS = {
-    "pretrain": 72,
-    "pretrain streamed": 70,
-    "mlm": 67,
-    "sft packed": 72,
-    "sft lora": 55,
-    "reward": 80,
-    "reward lora, tags": 64,
-    "dpo": 88,
-    "classify": 148,
-    "classify a causal model": 90,
-    "seq2seq": 118,
+    "pretrain": 63,
+    "pretrain streamed": 61,
+    "mlm": 58,
+    "sft packed": 67,
+    "sft lora": 52,
+    "reward": 74,
+    "reward lora, tags": 60,
+    "dpo": 77,
 }
 
 
