@@ -33,11 +33,13 @@ STAGES = (
     "best",
     "alone",
     "preferred",
+    "desired",
     "sft_lora",
     "reward_lora",
     "classify_lora",
     "policy_lora",
     "preferred_lora",
+    "desired_lora",
     "tokens_lora",
 )
 STEPS = 6
@@ -194,6 +196,12 @@ def chain(tmp_path_factory, tiny_gpt2):
             "data": ranked,
             "args": {**short, "ranking_loss": "plackett_luce", "beta": 0.5},
         },
+        "desired": {
+            "kind": "kto",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": ranked,
+            "args": {**short, "beta": 0.5},
+        },
         "sft_lora": {
             "kind": "sft",
             "model": {"model_name_or_path": "stage:sft", **lora},
@@ -221,6 +229,12 @@ def chain(tmp_path_factory, tiny_gpt2):
         },
         "preferred_lora": {
             "kind": "dpo",
+            "model": {"model_name_or_path": "stage:sft_lora", **lora},
+            "data": ranked,
+            "args": short,
+        },
+        "desired_lora": {
+            "kind": "kto",
             "model": {"model_name_or_path": "stage:sft_lora", **lora},
             "data": ranked,
             "args": short,
@@ -318,7 +332,7 @@ def test_two_processes_train_as_one(chain, one, config):
         assert (folder / stage / "adapter" / "adapter_model.safetensors").is_file() == stage.endswith("_lora")
 
 
-KINDS = ("base", "sft", "reward", "classify", "policy", "words", "translate", "preferred")
+KINDS = ("base", "sft", "reward", "classify", "policy", "words", "translate", "preferred", "desired")
 
 
 def logs(folder, stages):
