@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--output", default="runs/add_seeds", help="a new folder")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE, as of `pipelines run`")
     args = parser.parse_args()
-    right: dict[str, list[float]] = {}
+    right: dict[tuple[str, str], list[float]] = {}
     spent: dict[str, list[float]] = {}
     for seed in args.seeds:
         recipe = load("recipes/add.yaml", [*args.overrides, f"seed={seed}", f"output_dir={args.output}/{seed}"])
@@ -37,15 +37,18 @@ def main() -> None:
             began = time.process_time()
             chain.run(recipe, [stage.name])
             spent.setdefault(stage.name, []).append(time.process_time() - began)
-        figures = files.read_record(recipe["scores"].folder / files.FINISHED)["metrics"]["figures"]
-        for name in ("sft", "ppo", "rloo", "grpo"):
-            right.setdefault(name, []).append(figures[f"{name}/score"]["value"])
+        for measured, how in (("scores", "likeliest answer"), ("sampled", "drawn")):
+            figures = files.read_record(recipe[measured].folder / files.FINISHED)["metrics"]["figures"]
+            for name in ("sft", "ppo", "rloo", "grpo"):
+                right.setdefault((name, how), []).append(figures[f"{name}/score"]["value"])
     print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, one process and thread")
     print(f"| | {' | '.join(f'seed {seed}' for seed in args.seeds)} | mean | CPU seconds |")
     print(f"| --- |{' ---: |' * (len(args.seeds) + 2)}")
-    for name, shares in right.items():
+    for (name, how), shares in right.items():
         each = " | ".join(f"{100 * share:.1f} %" for share in shares)
-        print(f"| {name} | {each} | {100 * statistics.mean(shares):.1f} % | {statistics.mean(spent[name]):.0f} |")
+        print(
+            f"| {name}, {how} | {each} | {100 * statistics.mean(shares):.1f} % | {statistics.mean(spent[name]):.0f} |"
+        )
 
 
 if __name__ == "__main__":
