@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import time
 from collections.abc import Collection, Sequence
@@ -296,6 +297,7 @@ def _begin(recipe: Recipe, stage: Stage, action: str) -> tuple[dict, str, float]
     if action == "start" and stage.checkpoints.is_dir():
         shutil.rmtree(stage.checkpoints)
         logger.info("%s: an earlier start failed before its first checkpoint: it begins anew", stage.name)
+    _remove_unfinished(stage)
     earlier = files.read_log(stage.checkpoints)[2]
     record = chain_record.record(stage, parents)
     started = (files.read_record(stage.folder / files.STARTED) or {}).get("started", files.now())
@@ -322,3 +324,12 @@ def _clean(stage: Stage) -> None:
 
     shutil.rmtree(stage.checkpoints, ignore_errors=True)
     (stage.folder / files.STARTED).unlink(missing_ok=True)
+    _remove_unfinished(stage)
+
+
+def _remove_unfinished(stage: Stage) -> None:
+    """Files that a killed run had not written whole (`files.replacing`) go; nobody writes in these folders now."""
+    for folder in (stage.folder, stage.folder.parent / ".tokens" / stage.name):
+        for path in folder.rglob(".*"):
+            if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+                path.unlink()

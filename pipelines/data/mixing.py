@@ -68,7 +68,8 @@ class BadRows:
         """Log and record what was left out, once it is all known."""
         if self.count:
             logger.warning("%s: %d rows left out (bad_rows: drop); %s", source["path"], self.count, self.first)
-            self.report.setdefault("bad_rows", {})[source["path"]] = self.count
+            name = source["path"].rpartition("/")[2]  # records hold no folders
+            self.report.setdefault("bad_rows", {})[name] = self.count
 
 
 def given(section: dict) -> list[str]:

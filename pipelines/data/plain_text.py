@@ -22,15 +22,18 @@ def tokenize(tokenizer, *texts, **how):
     """`tokenizer(*texts, **how)`, with texts that look like special tokens read as text; what is too long for the
     model is no warning, as the callers cut and count it.
     """
-    read = functools.partial(tokenizer, *texts, split_special_tokens=True, verbose=False)
-    halves = ordinary_pieces(tokenizer)
-    if not halves:
-        return read(**how)
-    found = read(**how, return_special_tokens_mask=True)
-    while how.get("truncation") and (more := _parted(found, halves)["added"]):
-        how["max_length"] -= more  # the halves need room, too
-        found = read(**how, return_special_tokens_mask=True)
-    return _parted(found, halves)["encoding"]
+    backend, halves = getattr(tokenizer, "backend_tokenizer", None), ordinary_pieces(tokenizer)
+    mask = {"return_special_tokens_mask": True} if halves else {}
+    read = functools.partial(tokenizer, *texts, split_special_tokens=True, verbose=False, **mask)
+    try:
+        found = read(**how)
+        while halves and how.get("truncation") and (more := _parted(found, halves)["added"]):
+            how["max_length"] -= more  # the halves need room, too
+            found = read(**how)
+    finally:
+        if backend is not None:  # transformers leaves it set, for whoever asks the backend directly
+            backend.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
+    return _parted(found, halves)["encoding"] if halves else found
 
 
 def ordinary_pieces(tokenizer) -> dict[int, list[int]]:

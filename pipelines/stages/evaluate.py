@@ -26,6 +26,7 @@ pipelines evaluate`.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 
 from accelerate import PartialState
@@ -39,6 +40,7 @@ from pipelines.recipe.model_checks import named_models
 from pipelines.recipe.stage import label_problems
 
 logger = logging.getLogger(__name__)
+ABSOLUTE = re.compile(r"(?<![\w.~])/(?:[^\s/:]+/)+")  # the folders of an absolute path
 
 DEFAULTS: dict = {}
 SHAPES = {  # of the rows of each file: pipelines/data/rows.py
@@ -132,7 +134,7 @@ def run(stage) -> dict:
         for sentence in found_twice:
             logger.warning("%s: %s", stage.name, sentence)
         if found_twice:
-            stage.report["overlap"] = found_twice
+            stage.report["overlap"] = [ABSOLUTE.sub("", sentence) for sentence in found_twice]  # it may be published
         files.write_json(stage.folder / "values.json", values)
         print(figures.table(found) + figures.matrices(values), flush=True)
     tables = {"confusion_matrices": figures.confusion(values), "best_of": best_of.curves(found)}

@@ -250,3 +250,18 @@ def test_what_a_kill_after_the_record_left_is_cleaned(two):
     chain.run(two.load())
     assert two.runs == ["one", "two"]
     assert not stage.checkpoints.exists() and not (stage.folder / files.STARTED).exists()
+
+
+def test_what_a_killed_run_had_not_written_whole_is_cleaned(two):
+    chain.run(two.load())
+    stage = two.load()["one"]
+    half, tokens = stage.folder / ".samples.jsonl.22477", stage.folder.parent / ".tokens" / "one" / ".tokens.bin.7"
+    tokens.parent.mkdir(parents=True, exist_ok=True)
+    for path in (half, tokens, kept := stage.folder / ".hidden"):
+        path.write_text("x")
+    (stage.folder / files.FINISHED).rename(stage.folder / files.STARTED)  # as before its end
+    chain.run(two.load(), ["one"])
+    assert not half.exists() and not tokens.exists() and kept.exists()
+    half.write_text("x")
+    chain.run(two.load(), ["one"])  # finished, skipped
+    assert not half.exists()

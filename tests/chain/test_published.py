@@ -76,6 +76,7 @@ def stages(base: str, write) -> dict[str, dict]:
         "sft2": {"kind": "sft", "model": on("stage:base", **LORA), "data": data("sft"), "args": short},
         "reward": {"kind": "reward", "model": on("stage:sft", **LORA), "data": data("pairs"), "args": short},
         "dpo": {"kind": "dpo", "model": on("stage:sft", **LORA), "data": data("pairs"), "args": short},
+        "kto": {"kind": "kto", "model": on("stage:sft", **LORA), "data": data("pairs"), "args": short},
         "classify": {
             "kind": "classify",
             "model": {"model_name_or_path": base, **LORA},

@@ -21,7 +21,7 @@ def test_bad_rows_are_an_error_or_dropped_and_counted(write, caplog):
         list(mixing.stream({"train": path}, "train", "rankings", 0))
     rows = list(mixing.stream({"train": path, "bad_rows": "drop"}, "train", "rankings", 0, report=report))
     assert [row["where"].rpartition(":")[2] for row in rows] == ["1", "3"]
-    assert report["bad_rows"] == {path: 2} and "2 rows left out (bad_rows: drop)" in caplog.text
+    assert report["bad_rows"] == {"p.jsonl": 2} and "2 rows left out (bad_rows: drop)" in caplog.text
     assert "p.jsonl:2: " in caplog.text
 
 

@@ -257,6 +257,7 @@ def test_the_order_of_the_batch_never_changes_an_update(tmp_path, micro):
 
     def shuffled(r):
         moved = {f.name: getattr(r, f.name) for f in dataclasses.fields(r) if f.name != "seconds"}
+        moved = {name: value for name, value in moved.items() if value is not None}
         moved = {n: x[order] if isinstance(x, torch.Tensor) else [x[i] for i in order] for n, x in moved.items()}
         return dataclasses.replace(r, **moved)
 
