@@ -297,7 +297,6 @@ def _begin(recipe: Recipe, stage: Stage, action: str) -> tuple[dict, str, float]
     if action == "start" and stage.checkpoints.is_dir():
         shutil.rmtree(stage.checkpoints)
         logger.info("%s: an earlier start failed before its first checkpoint: it begins anew", stage.name)
-    _remove_unfinished(stage)
     earlier = files.read_log(stage.checkpoints)[2]
     record = chain_record.record(stage, parents)
     started = (files.read_record(stage.folder / files.STARTED) or {}).get("started", files.now())

@@ -1,5 +1,6 @@
 """The command line itself: verbs and near misses, the launcher that `--on` starts, what a wheel brings along."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -7,12 +8,15 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
 from pipelines import __main__, launch
 from pipelines.commands import init
+from pipelines.commands.run_here import configure_logging
 from pipelines.errors import SetupError
 
 ROOT = Path(__file__).parents[2]
@@ -224,3 +228,20 @@ def test_a_wheel_in_an_empty_folder(tmp_path):
     code = "from pipelines import launch; print(launch.config_file('cpu_2'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=empty, env=environment, capture_output=True, text=True)
     assert str(tmp_path / "site") in done.stdout
+
+
+def test_a_fraction_of_steps_is_no_change_of_settings():
+    """A resumed run whose recipe says `eval_steps: 0.1`; the Trainer's state holds the steps that it came to."""
+    configure_logging()
+    log, heard = logging.getLogger("transformers.trainer_utils"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    log.addHandler(handler)
+    try:
+        args = SimpleNamespace(eval_steps=0.1, per_device_train_batch_size=2, n_gpu=1)
+        state = SimpleNamespace(eval_steps=11, train_batch_size=2)
+        compare_trainer_and_checkpoint_args(args, state)
+        log.warning("another")
+    finally:
+        log.removeHandler(handler)
+    assert heard == ["another"]

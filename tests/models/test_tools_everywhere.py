@@ -4,9 +4,10 @@ import pytest
 from dialogue_families import tokenizer_of
 
 from pipelines.errors import DataError
-from pipelines.evaluation import judges, texts
+from pipelines.evaluation import judges, measure, texts
 from pipelines.models import chat_template, tokenizer_setup
 from pipelines.ppo.rewards import read_anew
+from pipelines.recipe.sections import EvaluateSection
 from pipelines.stages.ppo import Rows
 
 TOOLS = [
@@ -42,6 +43,17 @@ def test_judges_read_the_tools(tokenizer):
     (ids,) = read_anew(tokenizer, [([1], [2])], [PROMPT], ["yes"], [2], [TOOLS])
     assert ids == with_tools
     assert judges._dialogue(tokenizer, {"prompt": PROMPT, "tools": TOOLS}, "yes", True) == ids
+
+
+def test_evaluate_asks_with_the_tools_and_keeps_thoughts_where_asked(tokenizer, monkeypatch):
+    given = []
+    monkeypatch.setattr(measure, "fitting", lambda model, tokenizer, prompts, length, tools: range(len(prompts)))
+    monkeypatch.setattr(measure.generation_answers, "answers", lambda *a, **how: given.append(how) or [[("yes", True)]])
+    rows = [{"prompt": PROMPT, "tools": TOOLS, "where": "a:1"}, {"prompt": "hi", "where": "a:2"}]
+    for keep in (True, False):
+        measure.answered("m", None, tokenizer, rows, [[0], [1]], 1.0, EvaluateSection(keep_thoughts=keep))
+    assert [how["tools"] for how in given] == [[TOOLS, None]] * 2
+    assert [how["keep_thoughts"] for how in given] == [True, False]
 
 
 def test_pairs_are_the_whole_answer(tokenizer):
