@@ -67,11 +67,15 @@ def _inside(checkpoint: Path) -> list[str]:
 
 
 def damage(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint that was saved to its end; empty where nothing is. Every process calls it."""
+    """What is wrong with a checkpoint that was saved to its end; empty where nothing is, or it has no marker.
+
+    Every process calls it, and none but the first looks for the marker: the others may not see yet what it has just
+    written.
+    """
     state = PartialState()
     asked: list = [None]
     if state.is_main_process:
-        asked[0] = _marker(checkpoint)
+        asked[0] = _marker(checkpoint) if (checkpoint / COMPLETE).is_file() else ({}, [])
     broadcast_object_list(asked)
     listed, wrong = asked[0]
     names = sorted(listed, key=lambda name: (-listed[name]["bytes"], name))[state.process_index :: state.num_processes]

@@ -239,8 +239,7 @@ class ChainTrainer:
 
     def _load_best_model(self):
         best = self.state.best_model_checkpoint
-        wrong = checkpoints.damage(Path(best)) if (Path(best) / checkpoints.COMPLETE).is_file() else []
-        if wrong:
+        if wrong := checkpoints.damage(Path(best)):
             raise StorageError(
                 f"{best}, the best model of this training, is damaged: {'; '.join(wrong[:3])}. "
                 "The same command goes on from what is whole"

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from pipelines.__main__ import main
 from pipelines.chain import chain
 from pipelines.recipe.recipe import load
 from pipelines.training import checkpoints, loop
+from pipelines.training.trainer import ChainTrainer
 
 ROWS = [
     {"prompt": f"what colour is the {w}", "completion": f"the {w} is red"} for w in "cat dog bird fish tree".split()
@@ -198,3 +200,26 @@ def test_space_that_is_missing_is_said_at_the_start(stage_of, monkeypatch, caplo
     monkeypatch.setattr("pipelines.files.free_bytes", lambda path: 100_000)
     chain.run(stage_of("s", max_steps=2))
     assert "its checkpoints need about" in caplog.text and "has 100.0 kB free" in caplog.text
+
+
+def test_a_process_that_does_not_see_the_marker_yet_takes_part_in_the_check(monkeypatch, tmp_path):
+    """The first process writes it, and looks at it: were the others to look too, one of two could wait for ever."""
+    taken, loaded = [], []
+    second = SimpleNamespace(is_main_process=False, process_index=1, num_processes=2)
+    monkeypatch.setattr(checkpoints, "PartialState", lambda: second)
+
+    def broadcast(box):
+        taken.append("asked")
+        box[0] = {}, []
+
+    monkeypatch.setattr(checkpoints, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(checkpoints, "gather_object", lambda part: taken.append("found") or part)
+
+    class Parent:
+        state = SimpleNamespace(best_model_checkpoint=str(tmp_path / "checkpoint-6"))  # without a marker
+
+        def _load_best_model(self):
+            loaded.append(1)
+
+    type("Both", (ChainTrainer, Parent), {})()._load_best_model()
+    assert taken == ["asked", "found"] and loaded
