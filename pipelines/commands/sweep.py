@@ -21,7 +21,7 @@ from pipelines.recipe.stage import Recipe
 from pipelines.recipe.yaml_with_lines import parse, split_values
 from pipelines.report import run_folder, sweeps
 from pipelines.report.run_folder import Seen
-from pipelines.training.best_checkpoint import LOWER_IS_BETTER
+from pipelines.training.best_checkpoint import lower_is_better
 
 ABOUT = """\
 Run a recipe with every combination of some values, and compare what comes out.
@@ -81,6 +81,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("recipe", help="a YAML file; see recipes/")
     parser.add_argument("words", nargs="+", metavar="STAGE | KEY=a,b,c", help="stages (default: all); keys and values")
     parser.add_argument("--metric", metavar="STAGE/METRIC", help="what to compare (default: of the last stage)")
+    parser.add_argument("--better", choices=("higher", "lower"), help="what is better, of a --metric that does not say")
     parser.add_argument("--random", type=int, metavar="N", help="N of the combinations, the same ones every time")
     parser.add_argument("--on", metavar="NAME", help="as in `pipelines run`, for every point")
     parser.add_argument("--gpus", type=int, metavar="N", help="as in `pipelines run`, for every point")
@@ -94,12 +95,12 @@ def main(argv: list[str]) -> int:
         launch.processes(args.on, args.gpus)
     run_here.configure_logging()
     plan = prepare(args.recipe, args.words, args.random)
-    check_metric(plan, args.metric)
+    check_metric(plan, args.metric, args.better)
     with files.lock(plan.folder, True) as writable:
         if not writable:
             raise StorageError(f"{plan.folder} cannot be written to: change its rights, or choose another output_dir=…")
         survey(plan)
-        return run(plan, args.metric, hardware)
+        return run(plan, args.metric, args.better == "lower", hardware)
 
 
 # --- which points, and whether they can be run ---
@@ -222,8 +223,11 @@ def link(plan: Plan, one: Recipe) -> None:
 # --- running them ---
 
 
-def run(plan: Plan, metric: str | None, hardware: Sequence[str]) -> int:
-    """Run what is due, one run after the other; writes the results after each. Returns the exit code."""
+def run(plan: Plan, metric: str | None, lower: bool, hardware: Sequence[str]) -> int:
+    """Run what is due, one run after the other; writes the results after each. Returns the exit code.
+
+    `lower`: whether a metric that does not say what is better is better when it is lower.
+    """
     failed: dict[int, str] = {}
 
     missing = [name for name in plan.shared if not (plan.recipes[0][name].folder / files.FINISHED).is_file()]
@@ -248,14 +252,14 @@ def run(plan: Plan, metric: str | None, hardware: Sequence[str]) -> int:
         except SetupError as error:  # another process changed something since the survey
             code, why, stopped = 2, str(error), False
         if stopped:
-            sweeps.write(plan.folder, results(plan, metric, failed))
+            sweeps.write(plan.folder, results(plan, metric, lower, failed))
             launch.last_words(f"stopped in {described(plan.settings[i])}; the same command goes on from there")
             return 130
         if code:
             failed[i] = why
             print(f"{title}: failed: {why}", flush=True)
-        sweeps.write(plan.folder, results(plan, metric, failed))
-    found = results(plan, metric, failed)
+        sweeps.write(plan.folder, results(plan, metric, lower, failed))
+    found = results(plan, metric, lower, failed)
     sweeps.write(plan.folder, found)
     if (plan.base.output_dir / files.CHAIN).is_file():
         run_here.draw(plan.base.output_dir)
@@ -273,9 +277,11 @@ def start(words: Sequence[str]) -> tuple[int, str, bool]:
 # --- what came out ---
 
 
-def check_metric(plan: Plan, metric: str | None) -> None:
-    """Raise `SetupError` for a `--metric` that does not name a stage which the keys decide."""
+def check_metric(plan: Plan, metric: str | None, better: str | None) -> None:
+    """Raise `SetupError` for a `--metric` of a stage that no key decides, or where it is not known what is better."""
     if metric is None:
+        if better:
+            raise SetupError(f"--better {better} is for a --metric: what is better of the default one is known")
         return
     stage, _, name = metric.partition("/")
     if stage in plan.shared:
@@ -283,9 +289,14 @@ def check_metric(plan: Plan, metric: str | None) -> None:
     if stage not in plan.varied or not name:
         near = errors.meant(stage, plan.varied) if stage not in plan.varied else ""
         raise SetupError(f"--metric {metric}: give STAGE/METRIC, with one of the stages {', '.join(plan.varied)}{near}")
+    known = lower_is_better(name)
+    if known is None and better is None:
+        raise SetupError(f"--metric {metric}: is it better when higher or lower? Say --better higher or --better lower")
+    if known is not None and better and known != (better == "lower"):
+        raise SetupError(f"--better {better}: {name} is better when {'lower' if known else 'higher'}; drop --better")
 
 
-def results(plan: Plan, metric: str | None, failed: dict[int, str]) -> sweeps.Sweep:
+def results(plan: Plan, metric: str | None, lower: bool, failed: dict[int, str]) -> sweeps.Sweep:
     """What the folders of the points hold now."""
     found = sweeps.Sweep(
         recipe=Path(plan.file).name if Path(plan.file).is_absolute() else plan.file,
@@ -296,7 +307,7 @@ def results(plan: Plan, metric: str | None, failed: dict[int, str]) -> sweeps.Sw
     found.shared_seconds = sum(max(s[name].seconds if name in s else 0 for s in runs) for name in plan.shared)
     stage, name = metric.split("/", 1) if metric else default_metric(plan, runs)
     found.metric = f"{stage}/{name}" if name else ""
-    found.lower_is_better = name.endswith(LOWER_IS_BETTER)
+    found.lower_is_better = lower if (known := lower_is_better(name)) is None else known
     spent: dict[Path, float] = {}
     for i, seen in enumerate(runs):
         row = sweeps.Row(

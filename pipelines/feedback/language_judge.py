@@ -110,7 +110,8 @@ class RankSection:
             "help": "A model that ranks: a reward model (`stage:NAME`, folder, hub id), a language model as a mapping "
             "with the keys of `JudgeSection` (`{model: …}`, `{endpoint: http://…/v1, model: …}`; "
             "docs/human-feedback.md), or a list of several, each a labeller. With `judgements` it fills in what nobody "
-            "ranked, and its agreement with people is measured."
+            "ranked, and its agreement with people is measured.",
+            "keys": JudgeSection,
         },
     )
 

@@ -24,13 +24,17 @@ from pipelines.errors import meant
 
 @dataclass(frozen=True)
 class Field:
-    """One key of a section: its type, its default as text, its help text and the values allowed (empty: any)."""
+    """One key of a section: its type, its default as text, its help text and the values allowed (empty: any).
+
+    `keys`: where its value may be a mapping, or a list of them, the dataclass with the keys of that.
+    """
 
     name: str
     hint: Any
     default: str
     help: str
     choices: tuple = ()
+    keys: type | None = None
 
     @property
     def annotation(self) -> str:
@@ -51,10 +55,12 @@ def fields(cls: type) -> dict[str, Field]:
             default = repr(value)
         elif field.default_factory is not dataclasses.MISSING:
             factory: Any = field.default_factory
-            default = repr(factory()) if factory in (list, dict) else f"{getattr(factory, '__name__', 'made')}()"
+            plain = factory in (list, dict) or getattr(factory, "__name__", "") == "<lambda>"
+            default = repr(factory()) if plain else f"{getattr(factory, '__name__', 'made')}()"
         text = " ".join(str(field.metadata.get("help") or "").split())
         choices = tuple(field.metadata.get("choices") or ())
-        found[field.name] = Field(field.name, hints[field.name], default, text, choices)
+        keys = field.metadata.get("keys")
+        found[field.name] = Field(field.name, hints[field.name], default, text, choices, keys)
     return found
 
 

@@ -42,15 +42,48 @@ class TokenizerSection:
 
 
 @dataclass
+class SourceSection:
+    """One source of rows inside `data.train` or `data.validation`."""
+
+    path: str = field(
+        default="",
+        metadata={
+            "help": "Local .jsonl, .json, .csv, .parquet, .arrow, .txt (each also .gz), a glob of them, a folder of "
+            "save_to_disk, "
+            "or a hub id; see docs/data-formats.md."
+        },
+    )
+    name: str | None = field(default=None, metadata={"help": "Hub only: the configuration of the data set."})
+    split: str = field(default="train", metadata={"help": "Hub only: the split to read."})
+    revision: str | None = field(default=None, metadata={"help": "Hub only: branch, tag or commit to pin."})
+    columns: dict[str, str] | None = field(default=None, metadata={"help": "As `data.columns`, for this source only."})
+    weight: float = field(
+        default=1.0,
+        metadata={"help": "How often each row is seen per epoch: 2 twice, 0.5 every second row (a seeded choice)."},
+    )
+    rows: int | None = field(default=None, metadata={"help": "Read at most so many rows."})
+    sample_by: str = field(
+        default="line",
+        metadata={
+            "help": "Text files only: what a document is, `line`, `paragraph` (blank lines between) or `document`.",
+            "choices": ["line", "paragraph", "document"],
+        },
+    )
+
+
+@dataclass
 class DataSection:
     """`data:` where rows come from. A source is a path, a hub id, or a mapping with the keys of `SourceSection`."""
 
-    train: Any = field(default=None, metadata={"help": "A source, or a list of sources that are mixed."})
+    train: Any = field(
+        default=None, metadata={"help": "A source, or a list of sources that are mixed.", "keys": SourceSection}
+    )
     validation: Any = field(
         default=None,
         metadata={
             "help": "A source, a list of sources, or a fraction (0.05) of the training rows, split by prompt so that "
-            "the same prompt is never on both sides. null: no validation."
+            "the same prompt is never on both sides. null: no validation.",
+            "keys": SourceSection,
         },
     )
     columns: dict[str, str] | None = field(
@@ -97,36 +130,9 @@ class PPODataSection(DataSection):
 
     ptx: Any = field(
         default=None,
-        metadata={"help": "Sources of rows with `text`, mixed into every step with the weight args.ptx_coef."},
-    )
-
-
-@dataclass
-class SourceSection:
-    """One source of rows inside `data.train` or `data.validation`."""
-
-    path: str = field(
-        default="",
         metadata={
-            "help": "Local .jsonl, .json, .csv, .parquet, .arrow, .txt (each also .gz), a glob of them, a folder of "
-            "save_to_disk, "
-            "or a hub id; see docs/data-formats.md."
-        },
-    )
-    name: str | None = field(default=None, metadata={"help": "Hub only: the configuration of the data set."})
-    split: str = field(default="train", metadata={"help": "Hub only: the split to read."})
-    revision: str | None = field(default=None, metadata={"help": "Hub only: branch, tag or commit to pin."})
-    columns: dict[str, str] | None = field(default=None, metadata={"help": "As `data.columns`, for this source only."})
-    weight: float = field(
-        default=1.0,
-        metadata={"help": "How often each row is seen per epoch: 2 twice, 0.5 every second row (a seeded choice)."},
-    )
-    rows: int | None = field(default=None, metadata={"help": "Read at most so many rows."})
-    sample_by: str = field(
-        default="line",
-        metadata={
-            "help": "Text files only: what a document is, `line`, `paragraph` (blank lines between) or `document`.",
-            "choices": ["line", "paragraph", "document"],
+            "help": "Sources of rows with `text`, mixed into every step with the weight args.ptx_coef.",
+            "keys": SourceSection,
         },
     )
 

@@ -70,8 +70,8 @@ class Sweep:
 def write(folder: Path, sweep: Sweep) -> None:
     """Write `sweep.json` and `sweep.html` into the sweep's folder."""
     files.write_json(folder / RESULTS, dataclasses.asdict(sweep))
-    about = f"{sweep.recipe}: {sum(p.state == 'finished' for p in sweep.points)} of {len(sweep.points)} points finished"
-    files.write_text(folder / PAGE, document(f"sweep of {', '.join(sweep.keys)}", about, section(sweep)))
+    about = f"{sum(p.state == 'finished' for p in sweep.points)} of {len(sweep.points)} points finished"
+    files.write_text(folder / PAGE, document(sweep.recipe, about, section(sweep)))
 
 
 def read(path: Path) -> Sweep:

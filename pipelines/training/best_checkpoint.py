@@ -12,7 +12,15 @@ from transformers import EarlyStoppingCallback
 
 from pipelines import errors
 
-LOWER_IS_BETTER = ("loss", "mse", "perplexity", "kl")
+LOWER = """
+    loss train_loss loss_per_token mse kl calibration_error runtime seconds
+    perplexity pseudo_perplexity ref_perplexity word_perplexity byte_perplexity bits_per_byte brier_score ter
+""".split()
+HIGHER = """
+    accuracy subset_accuracy accuracy_per_pair accuracy_per_ranking in_order margin f1 f1_macro f1_micro
+    matthews mcc pearson spearman score scores raw_scores rlhf_reward oracle win_rate ranked_win_rate eos_rate ended
+    sacrebleu bleu chrf chrf++ sentence_chrf rouge1 rouge2 rougeL acc acc_norm acc_mutual_info exact_match
+""".split()
 WITHOUT = (None, False, "no")  # values that ask for no evaluation
 PLATEAU = ("reduce_lr_on_plateau", "greedy")  # schedules that look at held-out rows
 
@@ -21,6 +29,21 @@ def reported(stage) -> tuple[str, ...]:
     """What evaluations of a stage report, without `eval_`; the first decides where the recipe names none."""
     report = getattr(stage.module, "reported", None)  # a kind that reports only its loss has none
     return report(stage) if report else ("loss",)
+
+
+def lower_is_better(metric: str) -> bool | None:
+    """Whether a metric is better when it is lower; None where that depends on what somebody wants (a length) or is not
+    known here (what a judge or a task of the user's own gives).
+
+    `metric`: a name as it is logged, with or without `eval_`, or a figure of `evaluate` (MODEL/text/perplexity,
+    TASK/acc,none). A reward (`reward/NAME`) is better when it is higher, whatever its function is called.
+    """
+    name = metric.removeprefix("eval_")
+    first, *rest = name.split("/")
+    if first == "reward" and len(rest) == 1 and not name.endswith(("_std", "_count")):
+        return False
+    base = name.rpartition("/")[2].partition(",")[0]
+    return True if base in LOWER else False if base in HIGHER else None
 
 
 def wanted(args: dict) -> bool:
@@ -35,7 +58,8 @@ def defaults(args: dict, metrics: tuple[str, ...]) -> dict:
     named.
     """
     metric = args.get("metric_for_best_model") or metrics[0]
-    named = {"metric_for_best_model": metric, "greater_is_better": not metric.endswith(LOWER_IS_BETTER)}
+    lower = lower_is_better(metric)
+    named = {"metric_for_best_model": metric, **({} if lower is None else {"greater_is_better": not lower})}
     if not wanted(args):  # a schedule that waits for a plateau looks at the metric, too
         return named if "metric_for_best_model" in args or args.get("lr_scheduler_type") in PLATEAU else {}
     strategy = args.get("eval_strategy") or args.get("save_strategy") or "steps"
@@ -74,11 +98,13 @@ def problems(args: dict, has_validation: bool, metrics: tuple[str, ...]) -> Iter
     if name is not None and name.removeprefix("eval_") not in metrics:
         text = f"must be one of {', '.join(metrics)}{errors.meant(name.removeprefix('eval_'), metrics)}"
         yield "args.metric_for_best_model", f"{text}: that is what this stage reports", name
-    elif name is not None and args.get("greater_is_better") in (True, False):
-        lower = name.endswith(LOWER_IS_BETTER)
-        if args["greater_is_better"] == lower:
+    elif name is not None:
+        lower, greater = lower_is_better(name), args.get("greater_is_better")
+        if lower is None and greater is None:
+            yield "args.greater_is_better", f"say true or false: what is better depends on what {name} is for", None
+        elif lower is not None and greater == lower:
             text = f"{name} is better when {'lower' if lower else 'higher'}: drop this key"
-            yield "args.greater_is_better", text, args["greater_is_better"]
+            yield "args.greater_is_better", text, greater
     if args.get("best_kl_cap") is not None and not wanted(args):
         yield "args.best_kl_cap", "is used only with load_best_model_at_end: true", args["best_kl_cap"]
     if not (wanted(args) or args.get("early_stopping_patience") is not None):

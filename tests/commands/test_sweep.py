@@ -68,7 +68,7 @@ def three(recipe, write, monkeypatch, tiny_gpt2, tmp_path):
         )
         (stage.folder / "loss.txt").write_text(str(loss))
         (stage.folder / "model.txt").write_text(f"{stage.name} {len(out.runs)}")
-        return {"eval_loss": loss, "eval_kl": args.get("learning_rate", 5.0), "history": []}
+        return {"eval_loss": loss, "eval_kl": args.get("learning_rate", 5.0), "size": loss, "history": []}
 
     def start(words):
         try:
@@ -210,6 +210,9 @@ def test_a_run_with_other_settings_in_the_output_folder_is_left_alone(three, cap
         (["output_dir=a,b"], ["output_dir cannot be swept"]),
         ([f"{RATE}=1e-3,2e-3", "--metric", "tow/loss"], ["--metric", "did you mean two"]),
         ([f"{RATE}=1e-3,2e-3", "--metric", "one/loss"], ["no key changes one"]),
+        ([f"{RATE}=1e-3,2e-3", "--metric", "three/politeness"], ["--better higher or --better lower"]),
+        ([f"{RATE}=1e-3,2e-3", "--metric", "three/loss", "--better", "higher"], ["better when lower", "drop"]),
+        ([f"{RATE}=1e-3,2e-3", "--better", "higher"], ["--better higher is for a --metric"]),
         ([f"{RATE}=1e-3,2e-3", "--random", "0"], ["--random 0"]),
         ([f"{RATE}=1e-3,2e-3", "--on", "cpu_22"], ["did you mean cpu_2"]),
         ([f"seed={','.join(map(str, range(501)))}"], ["501 points are too many"]),
@@ -240,13 +243,27 @@ def test_a_run_that_outlived_a_killed_sweep_is_waited_for(three, capsys):
 
 
 def test_a_metric_that_is_not_there_is_named_after_the_runs_and_found_by_the_next_command(three, capsys):
-    assert three.sweep(f"{RATE}=1e-3,2e-3", "--metric", "three/los") == 2
+    assert three.sweep(f"{RATE}=1e-3,2e-3", "--metric", "three/los", "--better", "lower") == 2
     assert "did you mean loss" in capsys.readouterr().err
     three.runs.clear()
     assert three.sweep(f"{RATE}=1e-3,2e-3", "--metric", "three/loss") == 0 and three.runs == []
     assert [p["kl"] for p in found(three.root / "two.learning_rate")["points"]] == [5.0, 5.0]
     assert three.sweep(f"{RATE}=1e-3,2e-3", "--metric", "two/loss") == 0  # the KL is that of the stage compared
     assert [p["kl"] for p in found(three.root / "two.learning_rate")["points"]] == [1e-3, 2e-3]
+
+
+def test_what_is_better_of_a_metric_that_does_not_say_is_an_option(three):
+    for better in ("higher", "lower"):
+        assert three.sweep(f"{RATE}=1e-3,2e-3", "--metric", "three/size", "--better", better) == 0
+        result = found(three.root / "two.learning_rate")
+        assert result["lower_is_better"] == (better == "lower") and result["metric"] == "three/size"
+        best = next(
+            line for line in (three.root / "two.learning_rate" / "sweep.html").read_text().split("<tr>") if "★" in line
+        )
+        assert ("0.002" in best) == (better == "lower"), best
+    page = (three.root / "two.learning_rate" / "sweep.html").read_text()
+    headings = re.findall(r"<h[12]>(.*?)</h[12]>", page)
+    assert len(set(headings)) == len(headings) == 2 and sum("two.learning_rate" in one for one in headings) == 1
 
 
 def test_a_report_shows_the_sweeps_of_its_run(three):

@@ -1,16 +1,21 @@
 """Keys and types are those of the installed configs; values become their type or a sentence that says what is right."""
 
+import ast
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 from trl import SFTConfig
 
+from pipelines.commands import keys
 from pipelines.kinds import KINDS
 from pipelines.recipe import schema
 from pipelines.recipe.sections import SFTArguments
 from pipelines.recipe.stage import section_class
 
 SFT = SFTConfig
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_section_has_the_keys_of_the_class_it_extends_and_its_own():
@@ -62,3 +67,32 @@ def test_bad_values_say_what_would_be_right(key, value, words):
 def test_model_config_keys():
     assert {"n_layer", "n_embd", "vocab_size", "hidden_size"} <= schema.model_config_keys("gpt2")[0]
     assert schema.model_config_keys("gtp2")[0] == set()
+
+
+def test_keys_shows_every_mapping_that_a_recipe_may_hold(capsys):
+    """Whatever a check reads the keys of (`wrong_keys`) is declared where the key is, so that `keys` prints it too."""
+    sections = {
+        node.name
+        for path in (ROOT / "pipelines").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Section")
+    }
+    shown = ""
+    for kind in KINDS:
+        assert keys.main([kind]) == 0
+        shown += capsys.readouterr().out
+    assert {"JudgeSection", "SourceSection", "RewardSection"} <= sections
+    assert [name for name in sections if f"({name})" not in shown] == []
+    assert "<lambda>" not in shown
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_of_a_part_are_those_of_the_whole(kind, capsys):
+    keys.main([kind])
+    whole = capsys.readouterr().out
+    for places in re.findall(r"^([\w., ]+?)(?:, as a mapping)?:   \(\w+\)$", whole, re.M):
+        for place in places.split(", "):
+            assert keys.main([kind, place]) == 0
+            part = capsys.readouterr().out
+            assert f"{places}" in part and set(part.splitlines()) <= set(whole.splitlines())
+    assert keys.main([kind, "nothing"]) == 2 and "has no section" in capsys.readouterr().err

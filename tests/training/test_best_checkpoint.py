@@ -1,6 +1,7 @@
 """Every training kind keeps its best checkpoint by one rule: the metrics it reports, lower is better where it is."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from pipelines.recipe.stage import Stage
 from pipelines.training import arguments, best_checkpoint
 
 LOWER = {"loss", "perplexity", "pseudo_perplexity", "mse", "kl", "ref_perplexity"}
+EITHER = {"length", "mean_score"}  # what is better depends on what somebody wants
 TRAINED = [name for name, kind in KINDS.items() if "args" in kind.sections]
 
 
@@ -23,12 +25,46 @@ def stage_of(kind: str, args: dict) -> Stage:
 
 @pytest.mark.parametrize("kind", TRAINED)
 def test_each_metric_has_its_direction_in_every_kind(kind):
+    names = best_checkpoint.reported(stage_of(kind, {}))
+    for metric, prefix, greater in product(names, ("", "eval_"), (None, True, False)):
+        given = {"metric_for_best_model": prefix + metric, "greater_is_better": greater}
+        wrong = [key for key, *_ in best_checkpoint.problems(given, True, names)]
+        if metric in EITHER and greater is None or metric not in EITHER and greater == (metric in LOWER):
+            assert wrong == ["args.greater_is_better"], given
+        else:
+            assert wrong == [], given
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_the_best_is_kept_by_that_direction(kind):
     for metric in best_checkpoint.reported(stage_of(kind, {})):
         for name in (metric, f"eval_{metric}"):
-            args, wrong = arguments.problems(stage_of(kind, {"metric_for_best_model": name}), arguments.Hardware("cpu"))
+            given = {"metric_for_best_model": name} | ({"greater_is_better": False} if metric in EITHER else {})
+            args, wrong = arguments.problems(stage_of(kind, given), arguments.Hardware("cpu"))
             assert wrong == [] and args.load_best_model_at_end, (metric, wrong)
-            assert args.greater_is_better == (metric not in LOWER), (kind, name)
+            assert args.greater_is_better == (metric not in LOWER | EITHER), (kind, name)
             assert (args.eval_strategy, args.eval_steps) == (args.save_strategy.value, args.save_steps)
+
+
+def test_a_reward_is_better_when_higher_whatever_its_function_is_called():
+    functions = {"functions": ["m:no_loss", "m:toxicity", "m:kl"], "models": ["stage:perplexity"]}
+    names = best_checkpoint.reported(Stage("p", "ppo", Path("runs/p"), {"reward": functions}))
+    rewards = [name for name in names if name.startswith("reward/")]
+    assert len(rewards) == 4 and [best_checkpoint.lower_is_better(f"eval_{name}") for name in rewards] == [False] * 4
+    assert best_checkpoint.lower_is_better("reward/no_loss_std") is None
+
+
+def test_headlines_say_what_is_better_and_figures_of_evaluate_are_read_by_their_last_part():
+    for kind in KINDS.values():
+        assert all(best_checkpoint.lower_is_better(name) is not None for name, _ in kind.headline)
+    lower = best_checkpoint.lower_is_better
+    assert all(map(lower, ["a/text/perplexity", "b over a/preferences/loss", "arc/bits_per_byte,none"]))
+    assert [lower(name) for name in ("reward/preferences/loss", "loss/score", "arc/acc_norm,none")] == [
+        True,
+        False,
+        False,
+    ]
+    assert [lower(name) for name in ("sft/toxicity", "my_loss", "sft/length")] == [None] * 3
 
 
 @pytest.mark.parametrize("kind", TRAINED)
