@@ -32,8 +32,8 @@ def main(argv: list[str]) -> int:
     shared = overlap.find(evaluate.training_data(loaded.stages), evaluate.evaluation_data(loaded.stages))
     for warning in disk.warnings(loaded):
         print(f"warning: {warning}")
-    for sentence in shared:
-        print(f"note: {sentence}")
+    if shared:
+        print(f"note: {overlap.note(shared)}")
     print(f"{args.recipe}: {len(loaded.stages)} stages, no problems")
     left_out = [line for stage in loaded.stages for line in model_checks.left_out(stage)] if args.offline else []
     if left_out:

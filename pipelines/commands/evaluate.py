@@ -95,8 +95,8 @@ def main(argv: list[str]) -> int:
     found = figures(values)
     if state.is_main_process:
         print(table(found) + matrices(values))
-        shared = overlap.find(learned_from(args.models), evaluation_files(settings))
-        print("".join(f"note: {sentence}\n" for sentence in shared), end="")
+        if shared := overlap.find(learned_from(args.models), evaluation_files(settings)):
+            print(f"note: {overlap.note(shared)}")
         if args.json:
             tables = {f"{name}/labelled/confusion_matrix": of for name, of in confusion(values).items()}
             files.write_json(args.json, named(found) | tables)

@@ -25,6 +25,9 @@ ROWS = 10_000  # of each source that are compared
 CHARACTERS = 5_000_000  # likewise
 FACTORS = np.array([pow(0x9E3779B97F4A7C15, n, 2**64) for n in range(LENGTH)], dtype=np.uint64)
 
+ADVICE = "rows to evaluate on are training data, too: hold others out, or leave these out of training"
+SHOWN = 40  # characters of the example
+
 WORD = re.compile(r"\w+")
 
 Source = tuple[dict, str]  # a source in full form, and the shape of its rows
@@ -42,8 +45,8 @@ class Texts:
 
 
 def find(training: list[Source], evaluation: list[Source], most: int = ROWS) -> list[str]:
-    """A sentence for each file of `evaluation` some of whose rows stand in `training`, with the first of them; then one
-    that names what was not compared. At most the first `most` rows of each source are read.
+    """A line for each file of `evaluation` some of whose rows stand in `training`, with the first of them; then one
+    that names what was not compared. At most the first `most` rows of each source are read. `note` shows them.
     """
     skipped: dict[str, str] = {}
     held = [(source["path"], _texts([(source, kind)], most, skipped)) for source, kind in _here(evaluation, skipped)]
@@ -51,7 +54,7 @@ def find(training: list[Source], evaluation: list[Source], most: int = ROWS) -> 
         return []
     trained = _texts(_here(training, skipped), most, skipped)
     rows_of = {text: i for i, text in reversed(list(enumerate(trained.plain)))}
-    found = [sentence for path, texts in held if (sentence := _sentence(path, texts, trained, rows_of))]
+    found = [line for path, texts in held if (line := _line(path, texts, trained, rows_of))]
     if found and (trained.cut or any(texts.cut for _, texts in held)):
         found.append(f"of each file at most {most:,} rows and {CHARACTERS // 10**6} MB of text were compared")
     if skipped:
@@ -60,7 +63,12 @@ def find(training: list[Source], evaluation: list[Source], most: int = ROWS) -> 
     return found
 
 
-def _sentence(path: str, held: Texts, trained: Texts, rows_of: dict[str, int]) -> str | None:
+def note(lines: list[str]) -> str:
+    """What `find` found, for people."""
+    return "\n  ".join([ADVICE, *lines])
+
+
+def _line(path: str, held: Texts, trained: Texts, rows_of: dict[str, int]) -> str | None:
     """What of one file stands in training data; None where nothing does."""
     twins = {i: rows_of[text] for i, text in enumerate(held.plain) if text in rows_of}
     exact = len(twins)
@@ -75,13 +83,12 @@ def _sentence(path: str, held: Texts, trained: Texts, rows_of: dict[str, int]) -
             twins.setdefault(i, first[run])
     if not twins:
         return None
-    i = min(twins)
-    text = held.plain[i][:60] + ("…" if len(held.plain[i]) > 60 else "")
-    return (
-        f"{len(twins)} of {len(held.plain)} rows of {path} also stand in training data ({exact} word for word, "
-        f"{len(twins) - exact} by {LENGTH} words in a row); the first: {held.where[i]} and {trained.where[twins[i]]}, "
-        f"{text!r}"
-    )
+    i, near = min(twins), len(twins) - exact
+    how = f" by {LENGTH} words in a row" if near else ""
+    how = f" ({exact} word for word, {near}{how})" if near and exact else how
+    text = held.plain[i][:SHOWN] + ("…" if len(held.plain[i]) > SHOWN else "")
+    places = f"{held.where[i].removeprefix(path)}, {trained.where[twins[i]]}"
+    return f"{path}: {len(twins)} of {len(held.plain)} rows{how}, as {text!r} ({places})"
 
 
 def _here(sources: list[Source], skipped: dict[str, str]) -> list[Source]:

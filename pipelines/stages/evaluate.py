@@ -131,10 +131,9 @@ def run(stage) -> dict:
     found = figures.figures(values)
     if PartialState().is_main_process:
         found_twice = overlap.find(training_data(stage.earlier.values()), evaluation_data([stage]))
-        for sentence in found_twice:
-            logger.warning("%s: %s", stage.name, sentence)
         if found_twice:
-            stage.report["overlap"] = [ABSOLUTE.sub("", sentence) for sentence in found_twice]  # it may be published
+            logger.warning("%s: %s", stage.name, overlap.note(found_twice))
+            stage.report["overlap"] = [ABSOLUTE.sub("", line) for line in found_twice]  # it may be published
         files.write_json(stage.folder / "values.json", values)
         print(figures.table(found) + figures.matrices(values), flush=True)
     tables = {"confusion_matrices": figures.confusion(values), "best_of": best_of.curves(found)}

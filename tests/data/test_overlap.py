@@ -24,8 +24,7 @@ def test_the_same_but_for_case_and_space_is_found_and_counted_once(write):
     held = prompts(write, "held.jsonl", "What is  it?", "another", "what is it?")
     trained = prompts(write, "train.jsonl", "x", "WHAT is\nit?")
     [found] = find([trained, trained], [held, ({**held[0], "columns": None}, held[1])])
-    assert "2 of 3 rows" in found and "(2 word for word, 0 by 13" in found
-    assert "held.jsonl:1 and " in found and "train.jsonl:2, 'what is it?'" in found
+    assert found == f"{held[0]['path']}: 2 of 3 rows, as 'what is it?' (:1, {trained[0]['path']}:2)"
 
 
 def test_thirteen_words_in_a_row_are_found_in_any_form_of_data(write):
@@ -49,7 +48,9 @@ def test_thirteen_words_in_a_row_are_found_in_any_form_of_data(write):
     pairs = {"path": write("r.jsonl", [{"prompt": shared, "chosen": "a", "rejected": "b"}])}
     for source, kind in ((document, "text"), (dialogue, "sft"), (pairs, "rankings")):
         [found] = find([(source, kind)], [held])
-        assert "1 of 3 rows" in found and "(0 word for word, 1 by 13" in found, kind
+        assert "1 of 3 rows by 13 words in a row, as " in found, kind
+    [found] = find([(document, "text"), prompts(write, "e.jsonl", text(3, 12).upper())], [held])
+    assert "2 of 3 rows (1 word for word, 1 by 13 words in a row), as " in found
     assert find([prompts(write, "n.jsonl", " ".join(shared.split()[:12]), text(9, 40))], [held]) == []
 
 
@@ -143,16 +144,16 @@ def test_check_and_evaluate_warn(recipe, write, tiny_gpt2, capsys, monkeypatch, 
     )
     assert __main__.main(["check", str(path), "--offline"]) == 0
     out = capsys.readouterr().out
-    assert "note: 1 of 2 rows of validation.jsonl also stand in training data" in out
-    assert "note: 1 of 2 rows of held.jsonl" in out and "held.jsonl:1 and train.jsonl:4" in out
+    assert out.count("note: ") == 1 and f"note: {overlap.ADVICE}\n  validation.jsonl: 1 of 2 rows, as " in out
+    assert "  held.jsonl: 1 of 2 rows, as 'what colour is 3' (:1, train.jsonl:4)\n" in out
     from pipelines.chain import chain
     from pipelines.recipe.recipe import load
 
     loaded = load(path)
     chain.run(loaded)
     text_ = (loaded["scores"].folder / "stage.json").read_text()
-    assert "1 of 2 rows of held.jsonl also stand" in text_ and "validation.jsonl" not in text_
+    assert "held.jsonl: 1 of 2 rows" in text_ and "validation.jsonl" not in text_
     capsys.readouterr()
     command = ["evaluate", "out/sft", "--prompts", "held.jsonl", "--judge", "tests.evaluation.test_best_of:length"]
     assert __main__.main([*command, "--response-length", "4"]) == 0
-    assert "note: 1 of 2 rows of held.jsonl" in capsys.readouterr().out
+    assert f"note: {overlap.ADVICE}\n  held.jsonl: 1 of 2 rows" in capsys.readouterr().out

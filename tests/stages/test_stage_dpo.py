@@ -7,10 +7,11 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import preference_stages
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from preference_stages import TRL, check_parts, check_resumed, policy, rankings, with_lora
 from tiny_words import WORDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -19,45 +20,16 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from pipelines.chain import chain
 from pipelines.recipe.problems import RecipeError
 from pipelines.recipe.recipe import load
-from pipelines.speed.packed_attention import enable_packed_attention
+from pipelines.stages import dpo
 from pipelines.training.preferences import (
     PAIR_LOSSES,
     collate_rankings,
-    enable_answer_logprobs,
     pair_loss,
     plackett_luce,
     rankings_loss,
     table,
 )
 from pipelines.training.rankings import decided
-
-ARGS = {"global_batch_size": 8, "learning_rate": 1e-3, "max_steps": 4, "save_steps": 2, "logging_steps": 1}
-
-
-def rankings(count, answers, seed=0):
-    """Encoded rankings of random tokens: answers of different lengths to the same prompt."""
-    draw = torch.Generator().manual_seed(seed)
-    some = lambda n: torch.randint(5, 300, (n,), generator=draw).tolist()  # noqa: E731
-    out = []
-    for row in range(count):
-        prompt = some(4 + row % 3)
-        out.append(
-            {
-                "prompts": [prompt] * answers,
-                "answers": [some(2 + (row + k) % 4) for k in range(answers)],
-                "ranks": [float(k + 1) for k in range(answers)],
-                "row": row,
-            }
-        )
-    return out
-
-
-def policy(folder, packed=True):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    if packed:
-        enable_packed_attention(model)
-    enable_answer_logprobs(model)
-    return model.train()
 
 
 def settings(**changes):
@@ -92,10 +64,7 @@ def test_two_answers_give_the_loss_gradients_and_weights_of_trl(tiny_gpt2, tmp_p
         loss_type=[name],
         beta=0.3,
         label_smoothing=0.1,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        gradient_checkpointing=False,
+        **TRL,
         per_device_train_batch_size=6,
     )
     text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
@@ -187,12 +156,7 @@ def rows_of(count):
 
 
 def stage(write, folder, **args):
-    return {
-        "kind": "dpo",
-        "model": {"model_name_or_path": str(folder), "chat_template": "plain"},
-        "data": {"train": write("r.jsonl", rows_of(40)), "validation": 0.2},
-        "args": {**ARGS, **args},
-    }
+    return preference_stages.stage("dpo", write("r.jsonl", rows_of(40)), folder, **args)
 
 
 @pytest.mark.parametrize("form", ["pairs", "plackett_luce"])
@@ -202,35 +166,15 @@ def test_the_stage_learns_the_ranking_and_resumes_to_the_bit(recipe, write, tiny
     chain.run(loaded, ["whole"])
     metrics = json.loads((loaded["whole"].folder / "stage.json").read_text())["metrics"]
     assert metrics["accuracy"] > 0.95 and metrics["margin"] > 0 and metrics["pairs"] % 6 == 0
-    from pipelines.stages import dpo
-
-    real = dpo.PreferenceTrainer.training_step
-
-    def stop(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(dpo.PreferenceTrainer, "training_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        chain.run(loaded, ["broken"])
-    monkeypatch.undo()
-    chain.run(loaded, ["broken"])
-    weights = [load_file(loaded[name].folder / "model.safetensors") for name in ("whole", "broken")]
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    check_resumed(loaded, dpo.PreferenceTrainer, monkeypatch)
 
 
 def test_lora_and_gradient_accumulation(recipe, write, tiny_gpt2):
     body = stage(write, tiny_gpt2, per_device_train_batch_size=2)
     whole = stage(write, tiny_gpt2, per_device_train_batch_size=8)
-    lora = stage(write, tiny_gpt2) | {
-        "model": {**body["model"], "use_peft": True, "lora_target_modules": ["all-linear"]}
-    }
-    loaded = load(recipe({"parts": body, "whole": whole, "lora": lora}))
+    loaded = load(recipe({"parts": body, "whole": whole, "lora": with_lora(stage(write, tiny_gpt2))}))
     chain.run(loaded)
-    parts, one = (load_file(loaded[name].folder / "model.safetensors") for name in ("parts", "whole"))
-    assert all(torch.allclose(value, one[key], atol=1e-5) for key, value in parts.items())
-    assert (loaded["lora"].folder / "adapter" / "adapter_model.safetensors").is_file()
+    check_parts(loaded)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ import dataclasses
 import json
 import random
 
+import preference_stages
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
-from test_stage_dpo import policy, rankings
+from preference_stages import TRL, check_parts, check_resumed, policy, rankings, with_lora
 from tiny_words import WORDS
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, KTOConfig, KTOTrainer
@@ -22,8 +22,6 @@ from pipelines.recipe.problems import RecipeError
 from pipelines.recipe.recipe import load
 from pipelines.stages import dpo, kto, reward
 from pipelines.training.preferences import collate_rankings, kto_losses, mismatched
-
-ARGS = {"global_batch_size": 8, "learning_rate": 1e-3, "max_steps": 4, "save_steps": 2, "logging_steps": 1}
 
 
 @pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
@@ -53,10 +51,7 @@ def test_loss_rewards_and_weights_are_those_of_trl(tiny_gpt2, tmp_path, name):
         beta=0.3,
         desirable_weight=1.5,
         undesirable_weight=0.7,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        gradient_checkpointing=False,
+        **TRL,
         per_device_train_batch_size=6,
     )
     text = Dataset.from_list([{"prompt": "a", "completion": "b", "label": True}] * 6)
@@ -151,12 +146,7 @@ def rows_of(count):
 
 
 def stage(write, folder, **args):
-    return {
-        "kind": "kto",
-        "model": {"model_name_or_path": str(folder), "chat_template": "plain"},
-        "data": {"train": write("r.jsonl", rows_of(40)), "validation": 0.2},
-        "args": {**ARGS, **args},
-    }
+    return preference_stages.stage("kto", write("r.jsonl", rows_of(40)), folder, **args)
 
 
 def test_the_stage_learns_and_resumes_to_the_bit(recipe, write, tiny_gpt2, monkeypatch, caplog):
@@ -171,20 +161,7 @@ def test_the_stage_learns_and_resumes_to_the_bit(recipe, write, tiny_gpt2, monke
     history = [json.loads(line) for line in open(loaded["whole"].folder / "history.jsonl")]
     assert all({"kl", "margin", "accuracy"} <= entry.keys() for entry in history if "loss" in entry)
     assert {"eval_kl", "eval_margin", "eval_accuracy"} <= next(e for e in history if "eval_loss" in e).keys()
-    real = kto.UnpairedTrainer.training_step
-
-    def stop(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(kto.UnpairedTrainer, "training_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        chain.run(loaded, ["broken"])
-    monkeypatch.undo()
-    chain.run(loaded, ["broken"])
-    weights = [load_file(loaded[name].folder / "model.safetensors") for name in ("whole", "broken")]
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    check_resumed(loaded, kto.UnpairedTrainer, monkeypatch)
 
 
 def test_micro_batches_of_uneven_rows_change_nothing_and_lora_trains(recipe, write, tiny_gpt2):
@@ -192,13 +169,10 @@ def test_micro_batches_of_uneven_rows_change_nothing_and_lora_trains(recipe, wri
     data = {"train": write("mixed.jsonl", rows), "validation": 0.2}
     body = stage(write, tiny_gpt2, per_device_train_batch_size=2) | {"data": data}
     whole = stage(write, tiny_gpt2, per_device_train_batch_size=8) | {"data": data}
-    lora = body | {"model": {**body["model"], "use_peft": True, "lora_target_modules": ["all-linear"]}}
     apo = stage(write, tiny_gpt2, loss_type="apo_zero_unpaired")
-    loaded = load(recipe({"parts": body, "whole": whole, "lora": lora, "apo": apo}))
+    loaded = load(recipe({"parts": body, "whole": whole, "lora": with_lora(body), "apo": apo}))
     chain.run(loaded)
-    parts, one = (load_file(loaded[name].folder / "model.safetensors") for name in ("parts", "whole"))
-    assert all(torch.allclose(value, one[key], atol=1e-5) for key, value in parts.items())
-    assert (loaded["lora"].folder / "adapter" / "adapter_model.safetensors").is_file()
+    check_parts(loaded)
     metrics = [json.loads((loaded[name].folder / "stage.json").read_text())["metrics"] for name in ("parts", "whole")]
     assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], abs=1e-5)
     assert metrics[0]["train_loss"] == pytest.approx(metrics[1]["train_loss"], abs=1e-5)
@@ -274,7 +248,9 @@ def test_control_tokens_in_texts_are_counted_by_all_kinds_that_learn_from_answer
     rows[7]["completions"][1] += f" {tokenizer.eos_token} a"
     rows[7]["tags"][1] = ["dull"]  # kto reads it, too
     body = stage(write, tiny_gpt2) | {"data": {"train": write("marks.jsonl", rows)}}
-    loaded = load(recipe({kind: body | {"kind": kind, "args": ARGS} for kind in ("reward", "dpo", "kto")}))
+    loaded = load(
+        recipe({kind: body | {"kind": kind, "args": preference_stages.ARGS} for kind in ("reward", "dpo", "kto")})
+    )
     for kind, module in (("reward", reward), ("dpo", dpo), ("kto", kto)):
         caplog.clear()
         module.encode(loaded[kind], module.ready(loaded[kind], tokenizer), 64)
