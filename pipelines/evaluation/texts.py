@@ -15,7 +15,7 @@ from pipelines.data.plain_text import tokenize
 from pipelines.errors import DataError
 from pipelines.evaluation.batches import by_length, rows_of
 from pipelines.evaluation.figures import Items, ratio
-from pipelines.generation.logprobs import answer_nats, collate, token_logprobs
+from pipelines.generation.logprobs import answer_nats
 from pipelines.models import chat_template, loading
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,7 @@ def text_values(name: str, model, tokenizer, settings, seed: int) -> dict[str, I
     )
 
     def work(some: list[int]) -> list[float]:
-        batch = collate([(windows[i][:1], windows[i][1:]) for i in some], False, model.device)
-        logprobs, _ = token_logprobs(model, batch, 1.0)
-        return [-part.double().sum().item() for part in logprobs.split([len(windows[i]) - 1 for i in some])]
+        return answer_nats(model, [(windows[i][:1], windows[i][1:]) for i in some])
 
     nats = by_length([len(w) for w in windows], settings.batch_size, work, f"{name}: text")
     tokens = np.array([len(w) - 1 for w in windows])

@@ -7,6 +7,7 @@ right-padded where it cannot. Heads are applied to answer positions only and log
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.errors import CannotPack
-from pipelines.speed.fast_model import fast_gelu, float32_head
+from pipelines.speed.fast_model import attention_for_any_device, fast_gelu, float32_head
 from pipelines.speed.fused_head import in_head, linear_logprobs
 from pipelines.speed.packed_attention import NAME, enable_packed_attention
 from pipelines.speed.packing import alike, pack, pack_branches
@@ -156,7 +157,8 @@ def sharing_pays(prompt: int, lengths: list[int], width: int) -> bool:
 def answer_nats(model: nn.Module, answers: list[tuple[list[int], list[int]]], packed: bool = False) -> list[float]:
     """-log p of each answer given its prompt, of `(prompt ids, answer ids)`, under a causal model."""
     logprobs, _ = token_logprobs(model, collate(answers, packed, model.device), 1.0)
-    return [-part.double().sum().item() for part in logprobs.split([len(answer) for _, answer in answers])]
+    sums = [-part.double().sum() for part in logprobs.split([len(answer) for _, answer in answers])]
+    return torch.stack(sums).tolist()
 
 
 def states_of(model: nn.Module, batch: dict) -> Tensor:
@@ -202,22 +204,31 @@ def has_plain_head(model: nn.Module) -> bool:
     """Whether logits are just the output embedding applied to the last hidden state (no soft-capping …).
 
     Found out once per model on four tokens, whatever its config says. A head that ZeRO-3 has cut up can only
-    be reached through the model.
+    be reached through the model; so can one that PEFT has wrapped since, for the rows of new tokens.
     """
     head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        _log_own_logits(type(model).__name__)
+        return False
     if hasattr(head.weight, "ds_id"):
         return False
     if not hasattr(model, "_has_plain_head"):
         ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
         # Accelerate's autocast around `forward` may be running: it cannot be entered twice, it would never end
         forward = getattr(model, "_original_forward", model)
-        own = forward(input_ids=ids, use_cache=False).logits.float()
-        ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+        with attention_for_any_device(model.config.get_text_config()):
+            own = forward(input_ids=ids, use_cache=False).logits.float()
+            ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
         near = torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
-        model._has_plain_head = isinstance(head, nn.Linear) and head.weight.is_floating_point() and near
+        model._has_plain_head = head.weight.is_floating_point() and near
         if not model._has_plain_head:
-            logger.warning("%s: log-probs from its own logits (slower, more memory).", type(model).__name__)
+            _log_own_logits(type(model).__name__)
     return model._has_plain_head
+
+
+@functools.cache
+def _log_own_logits(architecture: str) -> None:
+    logger.warning("%s: log-probs from its own logits (slower, more memory).", architecture)
 
 
 def token_values(critic: nn.Module, batch: dict) -> Tensor:

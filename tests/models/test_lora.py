@@ -516,16 +516,27 @@ def check_quantized(folder, base, seen, auto):
     return getattr(transformers, auto).from_pretrained(folder)
 
 
-@pytest.mark.parametrize("bits", ["load_in_4bit", pytest.param("load_in_8bit", marks=pytest.mark.slow)])
-def test_qlora_trains_and_is_merged_at_full_precision(bits, tiny_gpt2, recipe, write, seen):
+@pytest.mark.parametrize(
+    "kind, bits",
+    [
+        ("sft", "load_in_4bit"),
+        ("dpo", "load_in_4bit"),
+        *(
+            pytest.param(kind, bits, marks=pytest.mark.slow)
+            for kind, bits in (("sft", "load_in_8bit"), ("dpo", "load_in_8bit"))
+            + (("kto", "load_in_4bit"), ("kto", "load_in_8bit"))
+        ),
+    ],
+)
+def test_qlora_trains_and_is_merged_at_full_precision(kind, bits, tiny_gpt2, recipe, write, seen):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM
 
     model = {"model_name_or_path": str(tiny_gpt2), **LORA, "lora_target_modules": ["all-linear"], bits: True}
     stage = {
-        "kind": "sft",
+        "kind": kind,
         "model": model,
-        "data": {"train": write("a.jsonl", ROWS)},
+        "data": {"train": write("a.jsonl", ROWS if kind == "sft" else PAIRS)},
         "args": {
             "global_batch_size": 6,
             "max_steps": 12,
@@ -534,9 +545,9 @@ def test_qlora_trains_and_is_merged_at_full_precision(bits, tiny_gpt2, recipe, w
             "optim": "adamw_bnb_8bit",
         },
     }
-    loaded = recipe_recipe.load(recipe({"sft": stage}))
+    loaded = recipe_recipe.load(recipe({"x": stage}))
     chain.run(loaded)
-    folder = loaded["sft"].folder
+    folder = loaded["x"].folder
     merged = said(check_quantized(folder, tiny_gpt2, seen, "AutoModelForCausalLM"))
     log = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     found = [e["loss"] for e in log if "loss" in e]

@@ -18,8 +18,16 @@ from pipelines.chain import chain
 from pipelines.errors import SetupError
 from pipelines.generation import answers
 from pipelines.generation.decode import Sampler, generate, lean_decode, ready_mask, takes_ready_masks, uniforms
-from pipelines.generation.logprobs import collate, make_ready, sequence_scores, token_logprobs, token_values
-from pipelines.models import sharding
+from pipelines.generation.logprobs import (
+    collate,
+    has_plain_head,
+    make_ready,
+    sequence_scores,
+    token_logprobs,
+    token_values,
+)
+from pipelines.models import adapters, sharding
+from pipelines.models.config import ModelSection
 from pipelines.ppo import checks, rollouts
 from pipelines.ppo.policy_and_critic import ValueHead, place_frozen
 from pipelines.recipe.recipe import load
@@ -27,6 +35,7 @@ from pipelines.speed import packed_attention
 from pipelines.speed.fast_model import float32_linear, fuse_loss
 from pipelines.speed.fused_head import linear_cross_entropy, linear_logprobs
 from pipelines.training import arguments
+from pipelines.training.preferences import collate_rankings, enable_answer_logprobs
 
 
 def gpt2(kind=GPT2LMHeadModel, **settings):
@@ -75,8 +84,24 @@ def test_a_model_with_an_attention_that_refuses_the_cpu_is_fused_all_the_same(na
         with pytest.raises(RuntimeError, match="only supports"):
             model(torch.tensor([[1, 2]]))
         assert fuse_loss(model) and model.config._attn_implementation == name
+        policy = gpt2()
+        policy.config._attn_implementation_internal = name
+        enable_answer_logprobs(policy)  # of dpo and kto, likewise before the model is moved
+        assert has_plain_head(policy) and policy.config._attn_implementation == name
     finally:
         AttentionInterface._global_mapping.pop(name)
+
+
+def test_log_probs_of_answers_where_adapters_train_the_rows_of_new_tokens():
+    """Of dpo and kto: PEFT wraps the head after the model was looked at, and it is more than a product then."""
+    policy, batch = gpt2(), collate_rankings([{"prompts": [[1, 2], [1, 2]], "answers": [[3, 4], [5]]}], False, False)
+    enable_answer_logprobs(policy)
+    expected = policy(answers=batch)
+    adapted = adapters.adapt(policy, ModelSection(use_peft=True), "CAUSAL_LM", [3])
+    assert type(policy.get_output_embeddings()) is not nn.Linear
+    torch.testing.assert_close(adapted(answers=batch), expected)  # nothing is learned yet
+    adapted(answers=batch).sum().backward()
+    assert any(w.grad is not None and w.grad.any() for name, w in adapted.named_parameters() if "token" in name)
 
 
 def test_scores_and_values_are_not_rounded_by_autocast():
