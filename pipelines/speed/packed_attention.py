@@ -41,6 +41,7 @@ class Seams:
     on_host: OnHost | None = None
     branches: torch.Tensor | None = None  # (tokens,), see `pack_branches`
     kernel: torch.dtype | None = None  # what `varlen` computes in; None: blocks
+    shared: varlen.Shared | None = None  # `branches` for the kernel
 
     @functools.cached_property
     def rows(self) -> PackedRows:
@@ -181,7 +182,9 @@ def packed_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
         reason = varlen.why_not_layer(query, key, value, dropout, window, seams.longest)
         if reason is None:
             parts = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, d)
-            return varlen.attention(*parts, cu, seams.longest, seams.kernel, causal, kwargs.get("scaling"))[None], None
+            where = cu if seams.shared is None else seams.shared
+            output = varlen.attention(*parts, where, seams.longest, seams.kernel, causal, kwargs.get("scaling"))
+            return output[None], None
         varlen.log_blocks(type(module).__name__, reason)
     return _attention_in_blocks(module, query, key, value, seams, causal, **kwargs), None
 
@@ -267,9 +270,11 @@ def _before_forward(backbone, args, kwargs):
     dtype, kernel = backbone.dtype, None
     if torch.is_autocast_enabled(seams.device.type):
         dtype = torch.get_autocast_dtype(seams.device.type)
-    if branches is None and varlen.why_not(seams.device, dtype) is None:
+    known = branches is None or on_host is not None and on_host.groups
+    if known and varlen.why_not(seams.device, dtype) is None:
         kernel = dtype
-    kwargs |= {"max_length_q": longest, "seams": Seams(seams, longest, on_host, branches, kernel)}
+    shared = varlen.Shared.of(on_host.groups, seams.device) if kernel and branches is not None else None
+    kwargs |= {"max_length_q": longest, "seams": Seams(seams, longest, on_host, branches, kernel, shared)}
     kwargs["use_cache"] = False  # a cache mixes the sequences up
     # Left alone, transformers would build a tokens x tokens mask from the positions. It passes 4-D masks on
     # as they are; an empty one cannot be used by mistake.

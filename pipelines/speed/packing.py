@@ -7,6 +7,7 @@ are those of transformers' flash-attention path, so the same batch serves both).
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ class OnHost:
 
     lengths: tuple[int, ...]  # tokens of each sequence
     targets: int  # labels that are learned
+    groups: tuple[tuple[int, ...], ...] = ()  # of `pack_branches`: of each sequence the beginning and its branches
 
 
 def plan_packs(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -102,9 +104,8 @@ def pack_branches(groups: list[list[list[int]]], share: bool = True) -> dict[str
         group, 1, 2, … in its members.
     """
     groups = groups if share else [[ids] for group in groups for ids in group]
-    ids, positions, branches, last, lengths = [], [], [], [], []
+    ids, positions, branches, last, parts = [], [], [], [], []
     for group in groups:
-        start = len(ids)
         # of a member at least the last token stands in its own branch
         common = alike(group) if len(group) > 1 else 0
         ids += group[0][:common]
@@ -115,9 +116,11 @@ def pack_branches(groups: list[list[list[int]]], share: bool = True) -> dict[str
             positions += range(common, len(member))
             branches += [number] * (len(member) - common)
             last.append(len(ids) - 1)
-        lengths.append(len(ids) - start)
-    out = _packed_batch(torch.tensor(ids), torch.tensor(ids), torch.tensor(lengths))
+        parts.append((common, *(len(member) - common for member in group)))
+    out = _packed_batch(torch.tensor(ids), torch.tensor(ids), torch.tensor([sum(part) for part in parts]))
     del out["labels"]
+    if share:
+        out["on_host"] = dataclasses.replace(out["on_host"], groups=tuple(parts))
     out |= {"position_ids": torch.tensor(positions)[None], "last": torch.tensor(last)}
     return out | ({"branches": torch.tensor(branches)} if share else {})
 

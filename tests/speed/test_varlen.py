@@ -12,7 +12,7 @@ from test_packing import assert_same_gradients, build, packed_loss, separate_los
 from pipelines.errors import SetupError
 from pipelines.speed import varlen
 from pipelines.speed.packed_attention import enable_packed_attention
-from pipelines.speed.packing import pack
+from pipelines.speed.packing import pack, pack_branches
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -77,6 +77,47 @@ def test_a_sequence_does_not_see_another(kernel):
     assert same[:6].all() and same[14:].all() and not same[6:14].any()
 
 
+def groups_of(*sizes):
+    """Groups of (prompt, answers …) of so many tokens, each answer behind its own copy of the prompt."""
+    lengths = iter(sequences([n for size in sizes for n in size], seed=3))
+    prompts = [[next(lengths) for _ in size] for size in sizes]
+    return [[prompt + answer for answer in answers] for prompt, *answers in prompts]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "neox"])
+def test_answers_behind_one_copy_of_their_prompt_are_as_each_behind_its_own(name, kernel):
+    model, groups = build(name), groups_of((9, 4, 1, 6), (5, 7), (3, 2, 2))
+    groups.append(sequences([4, 6], seed=8))  # with nothing in common
+    members, reference = [ids for group in groups for ids in group], copy.deepcopy(model)
+    enable_packed_attention(model)
+    kernel.clear()
+    batch = pack_branches(groups)
+    last, layers = batch.pop("last"), model.config.num_hidden_layers
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model.base_model(**batch, use_cache=False).last_hidden_state[0, last].float()
+    assert len(kernel) == layers and all(causal for causal, *_ in kernel)
+    alone = [reference.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in members]
+    torch.testing.assert_close(states, torch.stack(alone), atol=5e-2, rtol=2e-2)
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+    (states * weights).sum().backward()
+    (torch.stack(alone) * weights).sum().backward()
+    for (part, mine), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert (mine.grad - theirs.grad).norm() <= 5e-2 * theirs.grad.norm() + 1e-3, part
+
+
+def test_the_copies_of_a_prompt_give_their_gradients_back():
+    """In float64, against the same in a loop; a prompt's are summed in float32, whatever the dtype."""
+    shared = varlen.Shared.of(((2, 1, 3), (0, 4), (1, 2, 2)), CPU)
+    assert shared.seams.tolist() == [0, 2, 3, 6, 10, 11, 13, 15] and shared.longest == 4
+    assert shared.key_seams.tolist() == [0, 2, 5, 10, 14, 15, 18, 21] and shared.longest_keys == 5
+    assert shared.places.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 10, 11, 12, 10, 13, 14]
+    many = torch.arange(1).repeat(300)
+    x = torch.ones(1, 1, 8, dtype=torch.bfloat16, requires_grad=True)
+    varlen._Copies.apply(x, many).sum().backward()
+    assert x.grad.unique().tolist() == [300.0]  # bfloat16 counts to 256 by ones
+
+
 @pytest.mark.parametrize("change", ["window", "dropout", "branches", "head size"])
 def test_what_the_kernel_cannot_do_is_done_in_blocks_and_logged(change, kernel, caplog):
     model = build("mistral_window" if change == "window" else "gpt2" if change == "dropout" else "llama_gqa")
@@ -127,18 +168,24 @@ def test_it_is_chosen_by_what_a_card_can_do(monkeypatch):
         assert "Ampere" in varlen.why_not(CUDA, torch.float16)
 
 
-@pytest.mark.parametrize("fault", ["raises", "other numbers"])
+@pytest.mark.parametrize("fault", ["raises", "other numbers", "upper left"])
 def test_a_card_on_which_it_fails_attends_in_blocks(fault, monkeypatch):
+    real = varlen.varlen.varlen_attn
+
     def wrong(query, key, value, *rest, **how):
         if fault == "raises":
             raise RuntimeError("no kernel image is available\nand more")
-        return query + (key + value).repeat_interleave(2, 1)
+        if fault == "upper left":  # the first query at the first key, wherever there are more keys
+            patch.setattr(varlen_on_cpu, "sees", lambda n, keys, causal: torch.ones(n, keys, dtype=torch.bool).tril())
+            return real(query, key, value, *rest, **how)
+        return query + (key + value)[: len(query)].repeat_interleave(2, 1)
 
+    varlen_on_cpu.install()
     varlen._trial.cache_clear()
     monkeypatch.setattr(varlen.varlen, "varlen_attn", wrong)
     with pytest.MonkeyPatch.context() as patch, simulated_gpu(patch):
-        expected = {"raises": "no kernel image is available", "other numbers": "other numbers than SDPA"}
-        assert expected[fault] in varlen.why_not(CUDA, torch.bfloat16)
+        expected = "no kernel image is available" if fault == "raises" else "other numbers than SDPA"
+        assert expected in varlen.why_not(CUDA, torch.bfloat16)
     varlen._trial.cache_clear()
 
 
