@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.errors import CannotPack
-from pipelines.speed.fast_model import attention_for_any_device, fast_gelu, float32_head
+from pipelines.speed.fast_model import fast_gelu, float32_head, has_plain_logits, is_cut_up
 from pipelines.speed.fused_head import in_head, linear_logprobs
 from pipelines.speed.packed_attention import NAME, enable_packed_attention
 from pipelines.speed.packing import alike, pack, pack_branches
@@ -199,28 +199,21 @@ def token_logprobs(
     return logprobs, -(every.exp() * every).sum(-1) if entropy else None
 
 
-@torch.no_grad()
 def has_plain_head(model: nn.Module) -> bool:
     """Whether logits are just the output embedding applied to the last hidden state (no soft-capping …).
 
-    Found out once per model on four tokens, whatever its config says. A head that ZeRO-3 has cut up can only
-    be reached through the model; so can one that PEFT has wrapped since, for the rows of new tokens.
+    Found out once per model on four tokens, whatever its config says. A head that PEFT has wrapped since, for the rows
+    of new tokens, can only be reached through the model.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         _log_own_logits(type(model).__name__)
         return False
-    if hasattr(head.weight, "ds_id"):
-        return False
     if not hasattr(model, "_has_plain_head"):
-        ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-        # Accelerate's autocast around `forward` may be running: it cannot be entered twice, it would never end
-        forward = getattr(model, "_original_forward", model)
-        with attention_for_any_device(model.config.get_text_config()):
-            own = forward(input_ids=ids, use_cache=False).logits.float()
-            ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-        near = torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
-        model._has_plain_head = head.weight.is_floating_point() and near
+        # Accelerate's autocast around `forward` may be running: it cannot be entered twice, it would never end. Nor can
+        # DeepSpeed's hooks around the whole model.
+        forward = getattr(model, "_original_forward", model.forward if is_cut_up(model) else model)
+        model._has_plain_head = head.weight.is_floating_point() and has_plain_logits(model, forward)
         if not model._has_plain_head:
             _log_own_logits(type(model).__name__)
     return model._has_plain_head

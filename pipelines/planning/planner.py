@@ -257,7 +257,7 @@ class Planner:
         """
         a, rows = self.anatomy("model"), self.decoded(setup)
         tokens, answers = rows * (self.job.longest + self.job.target), rows * self.job.target
-        chunk = self.chunk(setup) if a.fusable and setup.strategy != "zero3" else answers
+        chunk = self.chunk(setup) if a.fusable else answers
         sampling = 3 * rows * a.vocabulary * 4
         sampling += self.halved("model", setup, "bf16_decoding")
         return sampling + costs.scoring(tokens, a.widest, answers, a.vocabulary, chunk, setup.compute)
@@ -288,7 +288,7 @@ class Planner:
             tokens = rows * self.job.target
         elif self.refers:
             tokens = math.ceil(tokens * self.job.learned)
-        if setup.strategy == "zero3" or not a.fusable:
+        if not a.fusable:
             return costs.full_logits(tokens, a.vocabulary, size, tied)
         chunk = self.chunk(setup)
         wide = chunk if setup.gpu else fused_head.CPU_WIDE_ROWS

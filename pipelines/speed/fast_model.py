@@ -23,10 +23,13 @@ LOGIT_CHANGES = {
     "logits_scaling": 1.0,
     "output_router_logits": False,
 }
+OTHER_LOGITS = "its logits are not head(last hidden states)"
+OWN_LOSS = "%s keeps its own loss (slower, more memory): %s."
 
 
 def _why_not_fused(model) -> str | None:
-    """Why this model's loss cannot be computed from its last hidden states and its head; or None."""
+    """Why this model's loss cannot be computed from its last hidden states and its head, as far as its parts say; or
+    None."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
@@ -37,22 +40,31 @@ def _why_not_fused(model) -> str | None:
             return f"its config sets {name}"
     if model.base_model is model:
         return "it has no separate backbone"
-    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
-        return "ZeRO-3 has cut its weights up"
     if head.weight.device.type == "meta":
         return "its weights are not loaded yet"
-    # Anything else a forward may do between backbone and logits shows on four tokens.
-    ids = torch.arange(4, device=head.weight.device)[None] % head.weight.size(0)
+    return None
+
+
+def is_cut_up(model) -> bool:
+    """Whether ZeRO-3 has cut up weights of this model: it can compute nothing before DeepSpeed's engine has it."""
+    return any(hasattr(weight, "ds_id") for weight in model.parameters())
+
+
+@torch.no_grad()
+def has_plain_logits(model, forward) -> bool:
+    """Whether the logits of `forward`, the model's own, are its head applied to its last hidden states: anything else
+    that it may do between them shows on four tokens.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    ids = torch.arange(4, device=head.weight.device)[None] % config.vocab_size
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    with torch.no_grad(), attention_for_any_device(config):
-        own = model(input_ids=ids, use_cache=False).logits.float()
+    with attention_for_any_device(config):
+        own = forward(input_ids=ids, use_cache=False).logits.float()
         ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
     for module, training in modes:
         module.training = training
-    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item()):
-        return "its logits are not head(last hidden states)"
-    return None
+    return own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
 
 
 @contextlib.contextmanager
@@ -105,11 +117,15 @@ def fuse_loss(model) -> bool:
     """
     if getattr(model, "loss_is_fused", None) is None:
         reason = _why_not_fused(model)
+        # what ZeRO-3 has cut up can only be looked at in the first forward
+        model.logits_are_known = reason is not None or not is_cut_up(model)
+        if reason is None and model.logits_are_known and not has_plain_logits(model, model):
+            reason = OTHER_LOGITS
         model.loss_is_fused = reason is None
-        if reason:
-            logger.warning("%s keeps its own loss (slower, more memory): %s.", type(model).__name__, reason)
-        else:
+        if reason is None:
             _fuse(model)
+        else:
+            logger.warning(OWN_LOSS, type(model).__name__, reason)
     return model.loss_is_fused
 
 
@@ -130,11 +146,14 @@ def _fuse(model) -> None:
 
     @functools.wraps(type(model).forward)  # Trainer and generate read the signature
     def forward(self, *args, labels=None, num_items_in_batch=None, **kwargs):
+        if labels is not None and not self.logits_are_known:
+            self.logits_are_known, self.loss_is_fused = True, has_plain_logits(self, self.unfused_forward)
+            if not self.loss_is_fused:
+                logger.warning(OWN_LOSS, type(self).__name__, OTHER_LOGITS)
         head = self.get_output_embeddings()
-        elsewhere = kwargs.get("fused_lm_head") or kwargs.get("output_router_logits")
+        elsewhere = not self.loss_is_fused or kwargs.get("fused_lm_head") or kwargs.get("output_router_logits")
         elsewhere = elsewhere or kwargs.get("shift_labels") is not None
-        # PEFT may have wrapped the head since, ZeRO-3 have cut it up
-        plain = isinstance(head, torch.nn.Linear) and not hasattr(head.weight, "ds_id")
+        plain = isinstance(head, torch.nn.Linear)  # PEFT may have wrapped the head since
         if labels is None or elsewhere or not plain:
             extra = {"labels": labels, "num_items_in_batch": num_items_in_batch}
             return self.unfused_forward(*args, **{k: v for k, v in extra.items() if v is not None}, **kwargs)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pipelines.generation.logprobs import collate, has_plain_head, lay_out_groups, token_logprobs
+from pipelines.speed.fast_model import is_cut_up
 
 
 def collate_rankings(rankings: list[dict], packed: bool, share: bool) -> dict:
@@ -46,7 +47,8 @@ def enable_answer_logprobs(model) -> None:
     The model's own forward does it, so that DDP, FSDP and autocast see a forward like any other; without `answers` it
     is what it was.
     """
-    has_plain_head(model)  # looked at now: in shards it cannot be, nor in the middle of their forward
+    if not is_cut_up(model):  # looked at now: in FSDP's shards it cannot be, nor in the middle of their forward
+        has_plain_head(model)
     model.forward_without_answers = model.forward  # an attribute, so that deepcopy binds it to the copy
 
     @functools.wraps(type(model).forward)

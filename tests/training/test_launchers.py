@@ -304,6 +304,7 @@ def one(chain):
 
 
 FSDP = {"script": (ROOT / "tests" / "fsdp_on_cpu.py",)}
+ON_CPU = {"fsdp2": FSDP, "zero3": {"script": (ROOT / "tests" / "zero3_on_cpu.py",)}}
 
 
 @pytest.mark.slow
@@ -313,7 +314,7 @@ def test_two_processes_train_as_one(chain, one, config):
         pytest.skip("deepspeed is not installed (the extra `deepspeed`)")
     recipe, folder = chain(config)
     stages = STAGES[:-1] if config == "zero3" else STAGES  # it cannot train new tokens beside adapters
-    run(command(config, recipe, *stages, **(FSDP if config.startswith("fsdp") else {})))
+    run(command(config, recipe, *stages, **ON_CPU.get(config, {})))
     assert_alike(one, folder, stages=stages)
     import transformers
 
@@ -410,7 +411,7 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(chain):
 def test_killed_shards_go_on_to_the_same_weights(chain, one, config):
     if config.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed (the extra `deepspeed`)")
-    how = FSDP if config.startswith("fsdp") else {}
+    how = ON_CPU.get(config, {})
     recipe, folder = chain(f"{config}_killed")
     stages = ("base", "sft", "reward", "policy", "sft_lora")
     for stage in ("sft", "policy", "sft_lora"):
