@@ -1,13 +1,17 @@
 """The head of a language model with its loss: ours, PyTorch's and TRL's on the same numbers, in one run.
 
-    python benchmarks/head_speed.py              # on the GPU where there is one, else on the CPU; one table
-    python benchmarks/head_speed.py --dtype fp32 --repeats 5
+    python benchmarks/head_speed.py              # on the GPU where there is one, else on the CPU; one Markdown table
+    python benchmarks/head_speed.py --dtype fp32 --sizes tiny --repeats 5
 
-Forward and backward of the loss of `rows` hidden states, gradients of states and weights. Times are medians of CPU
-seconds (GPU: seconds), the candidates in turn; memory is the peak of a process of its own above what its inputs take.
+Forward and backward of the loss of some hidden states, gradients of states and weights, under autocast in bf16. Times
+are the least CPU seconds (GPU: seconds) of `--repeats` runs in this process, the candidates in turn, and one in a
+process of its own, whose peak of memory above what its inputs take is the memory. `loss` and `gradients` say how far
+each is from `whole` in float32: the loss relative to it, of the gradients the largest difference relative to the
+largest number (of the states' or the weights', whichever is further).
 
     ours    pipelines.speed.fused_head.linear_cross_entropy
     torch   torch.nn.functional.linear_cross_entropy with LinearCrossEntropyOptions() (PyTorch 2.13)
+    torch+  the same with as many rows in a chunk as ours has
     TRL     the kernel of trl's add_fused_lm_head (TRL 1.16)
     whole   cross_entropy(linear(hidden, weight), labels)
 """
@@ -16,8 +20,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
+import importlib.metadata
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -26,18 +31,29 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from pipelines.speed.fused_head import linear_cross_entropy
+from pipelines.speed.fused_head import chunk_rows, linear_cross_entropy
 
-SIZES = {"tiny": (1024, 256, 8192), "GPT-2 124M": (1024, 768, 50257), "1B, large vocabulary": (1024, 2048, 128256)}
+SIZES = {  # states, their width, vocabulary
+    "tiny": (1024, 256, 8192),
+    "SmolLM2 135M": (2048, 576, 49152),
+    "GPT-2 124M": (1024, 768, 50257),
+    "1B, large vocabulary": (1024, 2048, 128256),
+}
+ON_CPU = ("tiny", "SmolLM2 135M", "GPT-2 124M")  # without --sizes; the last takes minutes there
 
 
-def torchs(hidden, weight, labels):
+def torchs(hidden, weight, labels, rows=None):
     """PyTorch's, which knows nothing of autocast."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
-    options = torch.nn.LinearCrossEntropyOptions()
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
     return functional.linear_cross_entropy(hidden, weight, labels, options=options)
+
+
+def torchs_in_our_chunks(hidden, weight, labels):
+    """PyTorch's in chunks as large as ours."""
+    return torchs(hidden, weight, labels, chunk_rows(len(weight), hidden))
 
 
 def trls(hidden, weight, labels):
@@ -55,7 +71,13 @@ def whole(hidden, weight, labels):
     return functional.cross_entropy(functional.linear(hidden, weight).float(), labels)
 
 
-CANDIDATES = {"ours": linear_cross_entropy, "torch": torchs, "TRL": trls, "whole": whole}
+CANDIDATES = {
+    "ours": linear_cross_entropy,
+    "torch": torchs,
+    "torch+": torchs_in_our_chunks,
+    "TRL": trls,
+    "whole": whole,
+}
 
 
 def inputs(size: str, device: torch.device) -> list[torch.Tensor]:
@@ -75,21 +97,28 @@ def step(name: str, parts: list[torch.Tensor], dtype: str) -> tuple[float, list[
     return loss.item(), torch.autograd.grad(loss, parts[:2])
 
 
-def peak(name: str, size: str, dtype: str, device: torch.device) -> int:
-    """Bytes above the inputs at the peak; in a process of its own."""
-    parts = inputs(size, device)
+def alone(name: str, size: str, dtype: str, device: torch.device) -> tuple[float, int]:
+    """Seconds, and bytes above the inputs at the peak, of one step in a process of its own."""
+    hidden, weight, labels = parts = inputs(size, device)
+    # a few rows, so that libraries have loaded what they need
+    step(name, [hidden[:8].detach().requires_grad_(), weight[:64].detach().requires_grad_(), labels[:8] % 64], dtype)
     if device.type == "cuda":
-        step(name, parts, dtype)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(name, parts, dtype)
-        return torch.cuda.max_memory_allocated() - before
-    small = inputs("tiny", device)
-    step(name, [small[0][:8].detach().requires_grad_(), small[1], small[2][:8]], dtype)  # libraries load what they need
+        return timed(name, parts, dtype)[0], torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
     before = resident("VmRSS")
-    step(name, parts, dtype)
-    return resident("VmHWM") - before
+    return timed(name, parts, dtype)[0], resident("VmHWM") - before
+
+
+def timed(name: str, parts: list[torch.Tensor], dtype: str) -> tuple[float, tuple[float, list[torch.Tensor]]]:
+    """Seconds of a `step`, and what it gave."""
+    clock = time.process_time if parts[0].device.type == "cpu" else time.perf_counter
+    began = clock()
+    found = step(name, parts, dtype)
+    if parts[0].device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - began, found
 
 
 def resident(what: str) -> int:
@@ -98,50 +127,64 @@ def resident(what: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
+def apart(found: tuple[float, list[torch.Tensor]], right: tuple[float, list[torch.Tensor]]) -> tuple[float, float]:
+    """How far a loss and its gradients are from the right ones, as the docstring above says."""
+    gradients = [(a - b).abs().max() / b.abs().max() for a, b in zip(found[1], right[1], strict=True)]
+    return abs(found[0] / right[0] - 1), max(gradients).item()
+
+
+def measure(size: str, dtype: str, heads: list[str], repeats: int, device: torch.device) -> None:
+    """Print a row of the table for each of the heads."""
+    parts, seconds, errors = inputs(size, device), {name: [] for name in heads}, {}
+    right = step("whole", parts, "fp32")
+    for _ in range(repeats):
+        for name in heads:
+            took, found = timed(name, parts, dtype)
+            seconds[name].append(took)
+            errors[name] = apart(found, right)
+            del found
+    del parts, right
+    rows, width, vocabulary = SIZES[size]
+    for name in heads:
+        command = [sys.executable, __file__, "--alone", name, size, dtype]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        took, memory = json.loads(done.stdout.split("ALONE ")[1])
+        loss, gradients = errors[name]
+        figures = f"{min(took, *seconds[name]):.2f} | {memory / 1e6:.0f} | {loss:.0e} | {gradients:.0e}"
+        print(f"| {size}: {rows} x {width} x {vocabulary} | {dtype} | {name} | {figures} |", flush=True)
+        assert max(loss, gradients) < (1e-4 if dtype == "fp32" else 5e-2), f"{name} computes something else"
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES)
+    parser.add_argument("--heads", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.peak:
-        print("PEAK", json.dumps(peak(*args.peak, device)))
+    if args.alone:
+        print("ALONE", json.dumps(alone(*args.alone, device)))
         return
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    print(f"{device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads; seconds and MB at the peak")
-    for size in args.sizes:
+    trl = importlib.metadata.version("trl")
+    print(f"{datetime.date.today()}, {machine(device)}; torch {torch.__version__}, trl {trl}\n")
+    print("| states x width x vocabulary | dtype | head | seconds | MB | loss | gradients |")
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    for size in args.sizes or (ON_CPU if device.type == "cpu" else SIZES):
         for dtype in args.dtype:
-            parts, seconds, loss = inputs(size, device), {name: [] for name in CANDIDATES}, {}
-            reference = None
-            for turn in range(args.repeats + 1):
-                for name in CANDIDATES:
-                    began = clock()
-                    loss[name], gradients = step(name, parts, dtype)
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                    if turn:
-                        seconds[name].append(clock() - began)
-                    elif name == "ours":
-                        reference = gradients
-                    else:
-                        apart = max(
-                            ((a - b).norm() / b.norm()).item() for a, b in zip(gradients, reference, strict=True)
-                        )
-                        assert apart < (1e-4 if dtype == "fp32" else 2e-2), f"{name}: gradients differ by {apart:.1e}"
-                    del gradients
-            del parts, reference
-            for name in CANDIDATES:
-                command = [sys.executable, __file__, "--peak", name, size, dtype]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                memory = json.loads(done.stdout.split("PEAK ")[1])
-                print(
-                    f"{size:<22} {dtype}  {name:<6} {statistics.median(seconds[name]):7.3f} s  {memory / 1e6:7.0f} MB  "
-                    f"loss {loss[name]:.5f}",
-                    flush=True,
-                )
+            measure(size, dtype, args.heads, args.repeats, device)
+
+
+def machine(device: torch.device) -> str:
+    """What computes, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    half = "" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ", no bf16 instructions"
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}{half}), {torch.get_num_threads()} thread(s)"
 
 
 if __name__ == "__main__":

@@ -150,6 +150,11 @@ CASES = [
     Case("dpo", llama(8, 512, 32768), 2, 60, model=LORA),
     Case("kto", gpt2(8, 768, 16384), 2, 60),
     Case("pretrain", gpt2(8, 512, 32768), 8, 128),  # as many rows a step as on two and on four processes
+    # little but a head
+    Case("pretrain", gpt2(2, 256, 49152), 16, 128),
+    Case("sft", llama(2, 256, 49152), 8, 120),
+    Case("ppo", gpt2(2, 256, 49152), 8, 40, {"response_length": 48}),
+    Case("dpo", gpt2(2, 256, 49152), 4, 60),
 ]
 STEPS, SAVED = 5, 4  # optimizer steps of a case, and after which of them a checkpoint is written
 
