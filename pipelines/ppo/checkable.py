@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 
 import regex
 
@@ -122,7 +122,7 @@ def parsed(text: str):
     """JSON as Python values, numbers exact (`Decimal`); `ValueError` for NaN, a name twice, anything around it."""
     if not isinstance(text, str):
         raise TypeError(f"it is a {type(text).__name__}")
-    return json.loads(text, parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse, object_pairs_hook=_object)
+    return json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_refuse, object_pairs_hook=_object)
 
 
 def same_json(one, other) -> bool:
@@ -132,6 +132,14 @@ def same_json(one, other) -> bool:
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same_json, one, other))
     return type(one) is type(other) and one == other
+
+
+def _number(text: str) -> Decimal | tuple[str]:
+    """A number exactly; one whose power is more than `Decimal` holds, as it is written."""
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return (text,)
 
 
 def _refuse(name: str):

@@ -4,7 +4,7 @@ It is that of the last `\boxed{…}` or `#### …` (GSM8K), whichever comes late
 Read are `1,234.50`, `1{,}234`, `$1,234`, `−3`, `.5`, `3/4`, `3 1/2`, `\frac{3}{4}`, `1.5e3`, `1.5 \times 10^3` and
 `2 million`, with a unit or a full stop behind. A point is the decimal mark, commas group thousands. Numbers are equal
 exactly, without rounding: `0.5` is `1/2` and `42.0` is `42`. A percent sign counts as a unit (`25%` is `25`), and `25%`
-is also `0.25`. What holds digits and is no number (`12:30`, `1.2.3`, `1,00`, `10-3`, `6 * 7`, `\sqrt{2}`, `(3,4)`) is
+is also `0.25`. What holds digits and is no number (`12:30`, `1.2.3`, `1,00`, `1 234`, `2k`, `10-3`, `6 * 7`, `\sqrt{2}`, `(3,4)`) is
 none: such an answer is wrong rather than guessed at.
 """
 
@@ -33,20 +33,20 @@ NUMBER = re.compile(
     # a sign belongs to the number unless it stands between two things
     r"(?P<sign>(?<![\w)\]}])[-+]|(?<==)\s*-\s+|(?<=:)\s*-\s+)?"
     # not inside of a longer run of digits, behind an operator without a space, or under a sign that makes it another
-    r"(?<![\w±√])(?<!\d[.,:/])(?<![\w)\]}][-–+*/^])"
+    r"(?<![\w±√⁻₋])(?<!\d[.,:/])(?<![\w)\]}][-+*/^])"
     rf"(?:(?:(?P<whole>\d+)\s*)?{LATEX_FRACTION}"
     r"|(?P<mixed>\d+)\s+(?P<part>\d+)/(?P<of>\d+)"
     rf"|(?P<top>{UNSIGNED})\s*/\s*(?P<bottom>{UNSIGNED})"
     rf"|(?:(?P<times>{UNSIGNED})\s*(?:×|\\times|\\cdot|·|\*|x)\s*)?{TEN_TO}"
     rf"|(?P<plain>{UNSIGNED})(?:[eE](?P<exponent>[-+]?\d{{1,3}})(?!\w))?)"
-    # … and not the beginning of something longer: 12:30, 1.2.3, 4x2, 10-3, 2^5, 2π, 2x
-    r"(?![.,:/–-]?\d|\s*/\s*\d|[A-Za-z]+\d|[xyzi](?![A-Za-z])|\s*(?:\^|\*\*)|[⁰¹²³⁴-⁹]"
+    # … and not the beginning of something longer: 12:30, 1.2.3, 4x2, 10-3, 2^5, 2π, 2x, 2k
+    r"(?![.,:/-]?\d|\s*/\s*\d|[A-Za-z]+\d|(?:[xyzikKMB]|bn|mn)(?![A-Za-z])|\s*(?:\^|\*\*)|[⁰¹²³⁴-⁹⁺⁻]"
     r"|\s*(?:\\pi|π|\\sqrt|√|\\infty|∞))"
-    r"\s*(?P<percent>%|percent\b|per cent\b)?(?:(?P<magnitude>thousand|million|billion|trillion)\b)?",
+    r"\s*(?P<percent>%|percent\b|per cent\b)?(?:(?P<magnitude>(?i:dozen|hundred|thousand|million|billion|trillion))\b)?",
 )
 # Digits that are no number of their own: in names (H2O, GPT-4) and in the powers of units (cm^2).
 NAMES = re.compile(r"[^\W\d_]\w*(?:-\w+)*|(?<=[^\W\d_)}°])\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)")
-MAGNITUDES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 LONGEST = 300  # characters of a number; Python refuses to read numbers of thousands of digits
 
 
@@ -112,8 +112,12 @@ def _last_number(text: str) -> Number | None:
 
 
 def _stands_alone(text: str, found: re.Match) -> bool:
-    """Whether a number is neither the last part of a calculation nor the argument of a LaTeX command."""
+    """Whether a number is neither the last part of a calculation or of a longer number nor an argument in LaTeX."""
     before = text[max(0, found.start() - 80) : found.start()]
+    if found["sign"] and re.search(r"[-+]\s*$", before) or re.search(r"(?<!\S)—$", before):
+        return False  # --5, and a dash that may be a minus
+    if re.match(r"\d{3}(?!\d)", found[0]) and re.search(r"(?<![\w.,])\d{1,3}(?:[ '’]\d{3})*[ '’]$", before):
+        return False  # 1 234
     calculation = r"[\d)\]}%]\s*(?:[+*/×·÷^±-]|\*\*|\\times|\\cdot|\\div|\\pm)\s*$"
     argument = r"\\[A-Za-z]+\s*(?:\[[^\]]*\])?\s*\{\s*$|\}\s*\{\s*$|[_^]\{?\s*$|\\(?:sqrt|pm|mp)\s*$|[√±]\s*$"
     return not re.search(f"{calculation}|{argument}", before)
@@ -139,7 +143,7 @@ def _value(match: re.Match) -> Number | None:
             value = Fraction(part.get("times", "1")) * Fraction(10) ** power
     except ZeroDivisionError:
         return None
-    value *= MAGNITUDES.get(part.get("magnitude", ""), 1)
+    value *= MAGNITUDES.get(part.get("magnitude", "").lower(), 1)
     return Number(-value if "-" in part.get("sign", "") else value, "percent" in part)
 
 
@@ -151,8 +155,10 @@ WRAPPED = re.compile(
 def _plain(text: str) -> str:
     """The text without what only dresses it: currency, emphasis, LaTeX's spaces and fonts; digits are ASCII."""
     text = re.sub(r"[^\W_]", lambda m: str(unicodedata.decimal(m[0], m[0])), text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
-    text = WRAPPED.sub(r"\1", text).replace("−", "-").replace("{,}", ",")
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda m: unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
+    text = re.sub("[−–‒﹣－]", "-", text).replace("＋", "+")
+    text = WRAPPED.sub(r"\1", text).replace("{,}", ",")
     text = re.sub(r"(?<=\d)(?:\\[,;:! ]|[\u00a0\u2009\u202f])\s?(?=\d{3}(?!\d))", ",", text)
     text = re.sub(r"\\left|\\right|\\displaystyle|\\[,;:! ()\[\]]|~|[\u00a0\u2009\u202f]", " ", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)", "°", text).replace("\\%", "%").replace("\\$", "$")

@@ -26,19 +26,21 @@ THE_NUMBER = {  # answers that end with a number, by what it is
         | The answer is 42. | The answer is 42! | It is 42... | (42) | "42" | **42** | *42* | _42_ | `42` | **Answer:** 42
         | **Answer: 42** | $42$ | $$42$$ | \(42\) | \[42\] | <answer>42</answer> | - 42 apples | x=42 | 40 + 2 = 42
         | 6*7=42 | 42 kg | 42kg | 42 cm^2 | 42 m/s^2 | 42 m² | 42 m2 of H2O | 42, says GPT-4 | 42 % | 42 percent | 42 USD
-        | 42€ | € 42 | Rs.42 | 042 | 42.000 | 84/2 | 84 / 2 | \frac{84}{2} | ٤٢ | 0.42e2 | 4.2 \times 10^1 | 4.2×10^{1}""",
+        | 42€ | € 42 | Rs.42 | 042 | 42.000 | 84/2 | 84 / 2 | \frac{84}{2} | ٤٢ | 0.42e2 | 4.2 \times 10^1 | 4.2×10^{1}
+        | #### ＋42 | 42 K | 300 K - 258 K = 42 K | 3.5 dozen | ４２""",
     "-42": r"""#### -42 | #### −42 | \boxed{-42} | \boxed{- 42} | \boxed{x=-42} | x = - 42 | It is -42. | -$42 | $-42 | −42
-        | -42.0 | (-42) | -84/2 | -\frac{84}{2} | \frac{-84}{2} | \boxed{-\dfrac{84}{2}}""",
+        | -42.0 | (-42) | –42 | #### –42 | －42 | ﹣42 | -84/2 | -\frac{84}{2} | \frac{-84}{2} | \boxed{-\dfrac{84}{2}}""",
     "1234567/2": r"""617,283.5 | #### $617,283.50 | 6,17,283.5 | \boxed{617{,}283.5} | \boxed{617\,283.5}
         | \frac{1,234,567}{2} | 1234567/2 | 617283 1/2 | 617283\frac12 | 617283½ | 6.172835e5""",
-    "3000000": "3 million | 3,000,000 | 3e6 | 0.003 billion people | \\boxed{3\\times10^6} | 3000 thousand",
-    "1/8": r".125 | 0.125 | 1/8 | \frac18 | \tfrac{1}{8} | ⅛ | 12.5 × 10^-2 | 125E-3",
+    "3000000": "3 million | 3,000,000 | 3e6 | 0.003 billion people | \\boxed{3\\times10^6} | 3000 thousand | 3 Million | #### 3 MILLION",
+    "1/8": r".125 | 0.125 | 1/8 | \frac18 | \tfrac{1}{8} | ⅛ | - ⅛ of it, so +⅛ | 12.5 × 10^-2 | 125E-3",
 }
 NO_NUMBER = r"""12:30 | 1.2.3 | 1,00 | 1,234,56 | 3,14 | 3,4 | (3,4) | 10-3 | 2024-05-03 | 3–4 | 6 * 7 | 6*7 | 40 + 2
     | 10 - 3 | 6 \times 7 | 2^5 | 2**5 | 5² | 0x10 | 4x2 | 2x | x = ±2 | \pm 2 | √2 | \sqrt{2} | \sqrt2 | 2\sqrt{3} | 2\pi
     | 1/2/3 | 1/0 | \frac{1}{0} | \frac{\pi}{4} | \frac{1}{x} | \frac{x}{2} | forty-two | nan | ∞ | - | #### | \boxed | x2
     | \boxed{} | \boxed{1, 2} | \boxed{(3,4)} | \boxed{x^2} | \boxed{x \le 5} | \boxed{42 or 43} | 42 \boxed{none} | \boxed{4
-    | 42, at 12:30 | 1e99999 | log_2"""
+    | 42, at 12:30 | 1e99999 | log_2 | 1 234 | #### 1 234 | 1 234 567 | 1'234 | 1.5k | $3M | 3bn | --5 | +-5 | ₋5 | #### ⁻5
+    | it is —5 | 10⁻³ | 3×10⁻³ | 3 – 4"""
 
 
 @pytest.mark.parametrize("value", THE_NUMBER)
@@ -59,7 +61,7 @@ def test_a_heading_is_no_final_answer_and_what_follows_one_is_not_read():
     assert final_number("#### 1. Add them\nThe answer is 42").value == 42
     assert final_number("#### 42\nQuestion: how much is 17?").value == 42
     assert final_number("####\n42").value == 42
-    assert final_number("1\u202f234").value == 1234 and final_number("1 234").value == 234
+    assert final_number("1\u202f234").value == 1234
 
 
 def test_a_percent_sign_is_a_unit_or_hundredths():
@@ -158,12 +160,33 @@ JSON = [  # answer, the row's, whether they are equal
     ('{"a": 1', '{"a": 1}', False),
     ("", "null", False),
     ("[" * 100_000, "[]", False),
+    ("1e99999999999999999999", "1e99999999999999999999", True),
+    ("1e99999999999999999999", "1e88888888888888888888", False),
 ]
 
 
 @pytest.mark.parametrize("answer, right, equal", JSON, ids=range(len(JSON)))
 def test_json_is_equal_exactly(answer, right, equal):
     assert json_matches([answer], [right]) == [float(equal)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.from_regex(r"-?(0|[1-9][0-9]{0,5})(\.[0-9]{1,3})?([eE][+-]?[0-9]{1,25})?", fullmatch=True))
+def test_every_number_of_json_is_json_and_equal_to_itself(number):
+    assert json_valid([number, f"[{number}]"]) == json_matches([number, f" {number}"], [number] * 2) == [1.0, 1.0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from("-−–－﹣"), st.integers(1, 10**6), st.sampled_from([*"#=:(", "is", "####", "x ="]))
+def test_whatever_looks_like_a_minus_is_one(minus, number, before):
+    assert final_number(f"{before} {minus}{number}").value == -number
+    assert final_number(f"\\boxed{{{minus}{number:,}}}").value == -number
+
+
+@given(st.integers(1, 999), st.lists(st.integers(0, 999), min_size=1, max_size=3), st.sampled_from(" '’"))
+def test_no_part_of_a_number_in_groups_is_taken_for_the_number(first, groups, mark):
+    written = mark.join([str(first), *(f"{group:03}" for group in groups)])
+    assert [final_number(f"{dress}{written}") for dress in ("", "It is ", "#### ")] == [None] * 3
 
 
 values = st.recursive(
