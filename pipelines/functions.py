@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterable
 
@@ -41,6 +42,16 @@ def load(name: str) -> Callable:
     if not callable(function):
         raise SetupError(f"{function_name} in {module_name} is no function but {type(function).__name__}")
     return function
+
+
+def number(value) -> float:
+    """What a user's function gave, as a number. Raises `ValueError` for what is none: text, None, a list, 10**400."""
+    if not isinstance(value, (str, bytes)):
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several
+            pass
+    raise ValueError(f"{reprlib.repr(value)} is no number")
 
 
 def problem(name: str, *arguments: str, columns: Iterable[str] = (), more: bool = False) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 
 import torch
@@ -60,18 +61,38 @@ def verdicts(
         return {"score": model_scores(who, rows, groups, label, continued)}
     function = functions.load(who)
     by_prompt = [
-        [_fields(function(row["prompt"], text)) for text, _ in group] for row, group in zip(rows, groups, strict=True)
+        [_verdict(who, row, function(row["prompt"], text)) for text, _ in group]
+        for row, group in zip(rows, groups, strict=True)
     ]
+    for row, group in zip(rows, by_prompt, strict=True):
+        if other := next((v for v in group if v.keys() != group[0].keys()), None):
+            raise SetupError(
+                f"{row.get('where', row['prompt'])}: judge {who} gives {', '.join(group[0])} for one answer and "
+                f"{', '.join(other)} for another: give all of a prompt the same fields"
+            )
     names = dict.fromkeys(name for group in by_prompt for name in group[0])
     if "score" not in names:
         raise SetupError(f"judge {who} gives {', '.join(names)}, but no `score` to compare models by")
-    return {name: [[float(v[name]) for v in group] for group in by_prompt if name in group[0]] for name in names}
+    return {name: [[v[name] for v in group] for group in by_prompt if name in group[0]] for name in names}
 
 
 def mean_verdict(verdicts: list) -> dict[str, float]:
     """The mean of each field over verdicts: numbers (their field is `score`), mappings or named tuples of numbers."""
     named = [_fields(verdict) for verdict in verdicts]
     return {field: sum(float(v[field]) for v in named) / len(named) for field in named[0]}
+
+
+def _verdict(who: str, row: dict, given) -> dict[str, float]:
+    """What the function `who` gave for an answer to `row`, by field; `SetupError` for what is no finite number."""
+    found = {}
+    for field, value in _fields(given).items():
+        try:
+            found[field] = functions.number(value)
+            if not math.isfinite(found[field]):
+                raise ValueError(f"{value} is not finite")
+        except ValueError as error:
+            raise SetupError(f"{row.get('where', row['prompt'])}: judge {who}, {field}: {error}") from None
+    return found
 
 
 def _fields(verdict) -> dict:

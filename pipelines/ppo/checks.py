@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
+from pipelines import functions
 from pipelines.errors import SetupError, meant
 from pipelines.generation.implicit_reward import ImplicitReward
 from pipelines.generation.logprobs import plain_model
@@ -130,33 +132,56 @@ def check_batch(batch: int, mini_batches: int, world: int, group: int = 1) -> No
         )
 
 
-def check_rows(functions: list, rows: list[dict], weights: list[float] | None = None, models: int = 0) -> None:
+def check_rows(reward_funcs: list, rows: list[dict], weights: list[float] | None = None, models: int = 0) -> None:
     """Raise SetupError where a reward function cannot read a row, or a row has nothing that rewards an answer to it.
 
     Functions with an attribute `try_rows` that is true are called once with all rows and empty answers: what they
     refuse, they would refuse in the middle of training. Others are left alone, they may be slow.
 
     Args:
-        functions: reward models, which are left alone too, and functions; or functions alone.
+        reward_funcs: reward models, which are left alone too, and functions; or functions alone.
         rows: of one side, all with the same columns.
-        weights: of `models` reward models that are not in `functions`, then of these. None: all 1.
+        weights: of `models` reward models that are not in `reward_funcs`, then of these. None: all 1.
     """
     if not rows:
         return
-    counted = [True] * len(functions) if weights is None else [weight != 0 for weight in weights[models:]]
+    counted = [True] * len(reward_funcs) if weights is None else [weight != 0 for weight in weights[models:]]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     given = {"prompts": [row["prompt"] for row in rows], "completions": [""] * len(rows)}
     given["completion_ids"] = [[] for _ in rows]
-    tried = [getattr(function, "try_rows", False) for function in functions]
-    found = [function(**given, **columns) for function, yes in zip(functions, tried, strict=True) if yes]
+    tried = [getattr(function, "try_rows", False) for function in reward_funcs]
+    trying = [function for function, yes in zip(reward_funcs, tried, strict=True) if yes]
+    found = [
+        read_scores(name_of(function), function(**given, **columns), len(rows), columns.get("where"))
+        for function in trying
+    ]
     other = models > 0 or any(yes and not known for yes, known in zip(counted, tried, strict=True))
     counted = [yes for yes, known in zip(counted, tried, strict=True) if known]
     if other or not found:
         return
     for row, scores in zip(rows, zip(*found, strict=True), strict=True):
         if all(score is None for score, yes in zip(scores, counted, strict=True) if yes):
-            names = ", ".join(name_of(function) for function in functions)
+            names = ", ".join(name_of(function) for function in reward_funcs)
             raise SetupError(f"{row.get('where', 'a row')}: {names} does not apply to this row, so nothing rewards it")
+
+
+def read_scores(name: str, given, count: int, where: list[str] | None = None) -> list[float | None]:
+    """What the reward function `name` returned for `count` answers: numbers, None where it does not apply to one.
+
+    Raises SetupError for anything else, which names the row by `where` if that is known.
+    """
+    if isinstance(given, (str, bytes, dict)) or not hasattr(given, "__len__"):
+        raise SetupError(f"reward function {name} must return one number for each answer, not {reprlib.repr(given)}")
+    if len(given) != count:
+        raise SetupError(f"reward function {name} returned {len(given)} scores for {count} answers")
+    scores: list[float | None] = []
+    for i, score in enumerate(given):
+        try:
+            scores.append(None if score is None else functions.number(score))
+        except ValueError as error:
+            at = f"{where[i]}: " if where else f"answer {i}: "
+            raise SetupError(f"{at}reward function {name} returned {error}: give a number, or None") from None
+    return scores
 
 
 def check_lengths(sequences: list[list[int]], model, name: str) -> None:

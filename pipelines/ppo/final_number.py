@@ -4,8 +4,8 @@ It is that of the last `\boxed{…}` or `#### …` (GSM8K), whichever comes late
 Read are `1,234.50`, `1{,}234`, `$1,234`, `−3`, `.5`, `3/4`, `3 1/2`, `\frac{3}{4}`, `1.5e3`, `1.5 \times 10^3` and
 `2 million`, with a unit or a full stop behind. A point is the decimal mark, commas group thousands. Numbers are equal
 exactly, without rounding: `0.5` is `1/2` and `42.0` is `42`. A percent sign counts as a unit (`25%` is `25`), and `25%`
-is also `0.25`. What holds digits and is no number (`12:30`, `1.2.3`, `1,00`, `1 234`, `2k`, `10-3`, `6 * 7`, `\sqrt{2}`, `(3,4)`) is
-none: such an answer is wrong rather than guessed at.
+is also `0.25`. What holds digits and is no number (`12:30`, `1.2.3`, `1,00`, `1 234`, `2k`, `10-3`, `6 * 7`,
+`\sqrt{2}`, `(3,4)`) is none: such an answer is wrong rather than guessed at.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ NUMBER = re.compile(
     # … and not the beginning of something longer: 12:30, 1.2.3, 4x2, 10-3, 2^5, 2π, 2x, 2k
     r"(?![.,:/-]?\d|\s*/\s*\d|[A-Za-z]+\d|(?:[xyzikKMB]|bn|mn)(?![A-Za-z])|\s*(?:\^|\*\*)|[⁰¹²³⁴-⁹⁺⁻]"
     r"|\s*(?:\\pi|π|\\sqrt|√|\\infty|∞))"
-    r"\s*(?P<percent>%|percent\b|per cent\b)?(?:(?P<magnitude>(?i:dozen|hundred|thousand|million|billion|trillion))\b)?",
+    r"\s*(?P<percent>%|percent\b|per cent\b)?"
+    r"(?:(?P<magnitude>(?i:dozen|hundred|thousand|million|billion|trillion))\b)?",
 )
 # Digits that are no number of their own: in names (H2O, GPT-4) and in the powers of units (cm^2).
 NAMES = re.compile(r"[^\W\d_]\w*(?:-\w+)*|(?<=[^\W\d_)}°])\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)")

@@ -148,11 +148,7 @@ class RewardScorer:
                 out.append(self._model_scores(i, answers, prompts, completions, tools).tolist())
                 continue
             scores = function(prompts=prompts, completions=completions, completion_ids=responses, **columns)
-            if len(scores) != len(rows):
-                raise SetupError(
-                    f"reward function {self.names[i]} returned {len(scores)} scores for {len(rows)} answers"
-                )
-            out.append([None if score is None else float(score) for score in scores])
+            out.append(checks.read_scores(self.names[i], scores, len(rows), columns.get("where")))
         return list(zip(*out, strict=True))
 
     def total(self, rewards: Tensor, applies: Tensor) -> Tensor:

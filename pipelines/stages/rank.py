@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -222,10 +223,13 @@ def scripted(labeller: str, samples: list[dict]) -> list[dict]:
 
     function, name, rows = functions.load(labeller), labeller.partition(":")[2], []
     for sample in samples:
-        ranks, tags = function(sample["prompt"], sample["completions"])
-        row = {"prompt": sample["prompt"], "completions": sample["completions"], "ranks": ranks, "tags": tags}
-        row |= {"labeller": name, **({"models": sample["models"]} if "models" in sample else {})}
+        given = function(sample["prompt"], sample["completions"])
         try:
+            if not isinstance(given, (tuple, list)) or len(given) != 2:
+                raise DataError(f"it must give (ranks, tags), not {reprlib.repr(given)}")
+            ranks, tags = given
+            row = {"prompt": sample["prompt"], "completions": sample["completions"], "ranks": ranks, "tags": tags}
+            row |= {"labeller": name, **({"models": sample["models"]} if "models" in sample else {})}
             normalise(row, "rankings")
         except DataError as error:
             raise DataError(f"labeller {labeller}, asked about {sample['where']}: {error}") from None
