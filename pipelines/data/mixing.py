@@ -96,7 +96,8 @@ def load(
     has_validation = section.get("validation") is not None
     validation = list(stream(section, "validation", kind, seed, task, report)) if has_validation else []
     if not train and not streaming:
-        raise DataError("data.train: no rows are left for training")
+        paths = ", ".join(source["path"] for source in sources(section, "train"))
+        raise DataError(f"data.train: no rows are left for training, of {paths}")
     if kind in KEEPS:  # `datasets` takes the columns of the first row alone
         names = dict.fromkeys(name for row in [*train, *validation] for name in row)
         train, validation = ([{**dict.fromkeys(names), **row} for row in side] for side in (train, validation))

@@ -150,6 +150,9 @@ def _unpaired(row: dict, ignored: set[str]) -> dict:
         ignored |= {name for name in ("margin", "models") if row.get(name) is not None}
         ranking = _ranking(row, ignored)
         labels = desirable(ranking["ranks"], ranking.get("tags"))
+        keys = [_key(answer) for answer in ranking["completions"]]
+        if len({(key, label) for key, label in zip(keys, labels, strict=True)}) > len(set(keys)):
+            raise DataError("the same answer stands twice, once with a tag and once without: which is it?")
         kept = {name: ranking[name] for name in ("prompt", "completions", "tools") if name in ranking}
         return {**kept, "labels": labels}
     asked, answer, tools = _example(row, "unpaired", ignored)

@@ -15,7 +15,8 @@ each judgement is a row. A file that grows later makes the stage stale: `--redo`
 a list of judges is as many labellers. Beside `judgements` a judge ranks everything too: its rankings of prompts that
 people ranked only say how far it agrees with them (`agreement` in stage.json), the others are used.
 
-Beside it stands `best.jsonl`, the winners as rows for sft (best of n): `data: {train: stage:rankings/best.jsonl}`.
+Beside it stands `best.jsonl`, the winners as rows for sft (best of n): `data: {train: stage:rankings/best.jsonl}`; those
+that broke off before their end are left out and counted.
 """
 
 from __future__ import annotations
@@ -146,7 +147,18 @@ def run(stage) -> dict:
     tools = {_key(sample): sample["tools"] for sample in samples if sample.get("tools")}
     rankings = [row | ({"tools": tools[_key(row)]} if _key(row) in tools else {}) for row in rankings]
     files.write_rows(stage.folder / RANKINGS, rankings)
-    won = files.write_rows(stage.folder / BEST, winners(rankings))
+    best, unfinished = winners(rankings, samples)
+    won = files.write_rows(stage.folder / BEST, best)
+    if unfinished:
+        logger.warning(
+            "%s: the best answers to %d prompts broke off and are not in %s, from which sft would learn to end there "
+            "(sample with a larger response_length)",
+            stage.name,
+            unfinished,
+            BEST,
+        )
+    if not won:
+        logger.warning("%s: no ranking has a winner without tags: %s is empty", stage.name, BEST)
     ties = sum(len(set(row["ranks"])) == 1 for row in rankings)
     tags = [tag for row in rankings for answer in row.get("tags") or [] for tag in answer]
     return {
@@ -154,6 +166,7 @@ def run(stage) -> dict:
         "rankings": len(rankings),
         "undecided": ties,
         "winners": won,
+        **({"winners_cut_off": unfinished} if unfinished else {}),
         **{f"tagged_{tag}": tags.count(tag) for tag in sorted(set(tags))},
         **judges_,
     }
@@ -203,19 +216,27 @@ def by_scores(name: str, model: str, samples: list[dict]) -> list[dict]:
     return rows
 
 
-def winners(rankings: list[dict]) -> list[dict]:
-    """The best answer of every ranking that decides something, as rows `prompt, completion`.
+def winners(rankings: list[dict], samples: list[dict]) -> tuple[list[dict], int]:
+    """`(rows, unfinished)`: the best answer of every ranking that decides something, as rows `prompt, completion`.
 
-    Of answers that share the first rank the first without a tag; a ranking whose best answers all have tags gives none.
+    Of answers that share the first rank the first without a tag that came to its end, by `ended` of the `samples`; a
+    ranking whose best answers all have tags gives none, nor does one whose best broke off: those are counted.
     """
-    rows = []
+    told = [(s, zip(s["completions"], s["ended"], strict=True)) for s in samples if s.get("ended")]
+    broken = {(json.dumps(s["prompt"]), answer) for s, answers in told for answer, ended in answers if not ended}
+    rows, unfinished = [], 0
     for ranking in rankings:
-        ranks, tags = ranking["ranks"], ranking.get("tags") or [[]] * len(ranking["ranks"])
-        clean = [i for i, rank in enumerate(ranks) if rank == min(ranks) and not tags[i]]
-        if clean and len(set(ranks)) > 1:
-            row = {"prompt": ranking["prompt"], "completion": ranking["completions"][clean[0]]}
+        prompt, answers, ranks = (ranking[key] for key in ("prompt", "completions", "ranks"))
+        tags = ranking.get("tags") or [[]] * len(ranks)
+        if len(set(ranks)) == 1:
+            continue
+        clean = [answers[i] for i, rank in enumerate(ranks) if rank == min(ranks) and not tags[i]]
+        whole = [answer for answer in clean if (json.dumps(prompt), answer) not in broken]
+        if whole:
+            row = {"prompt": prompt, "completion": whole[0]}
             rows.append(row | ({"tools": ranking["tools"]} if ranking.get("tools") else {}))
-    return rows
+        unfinished += bool(clean and not whole)
+    return rows, unfinished
 
 
 def scripted(labeller: str, samples: list[dict]) -> list[dict]:

@@ -127,6 +127,7 @@ def test_rows_of_both_forms_and_what_is_wrong_with_them():
         ({"prompt": "a", "completions": ["b", "c"], "labels": [1, 0]}, "no column ranks"),
         ({"completion": "b", "label": 1}, "no column prompt"),
         ({"prompt": "a", "completion": " ", "label": 1}, "completion is empty"),
+        ({"prompt": "a", "completions": ["b", "b"], "ranks": [1, 1], "tags": [["dull"], []]}, "the same answer"),
     ):
         with pytest.raises(DataError, match=words):
             normalise(row, "unpaired")

@@ -80,8 +80,13 @@ def test_what_models_wrote_is_ranked_and_learned_from(recipe, stages, caplog):
     assert not (folder / "README.md").exists() and not (folder / "checkpoints").exists()
 
     best = loaded["rankings"].folder / "best.jsonl"
-    assert {row["prompt"] for row in rows(best)} <= {row["prompt"] for row in samples} and rows(best)
-    assert len(list(mixing.stream({"train": str(best)}, "train", "sft", 0))) == len(rows(best))
+    whole = {(s["prompt"], c) for s in samples for c, ended in zip(s["completions"], s["ended"], strict=True) if ended}
+    assert {(row["prompt"], row["completion"]) for row in rows(best)} <= whole
+    won = json.loads((loaded["rankings"].folder / "stage.json").read_text())["metrics"]
+    assert won["winners"] == len(rows(best)) and won["winners"] + won["winners_cut_off"] + won["undecided"] == len(
+        samples
+    )
+    assert not rows(best) or len(list(mixing.stream({"train": str(best)}, "train", "sft", 0))) == len(rows(best))
     rankings = rows(loaded["rankings"].folder / "rankings.jsonl")
     assert [r["ranks"] for r in rankings] == [[len(c) for c in s["completions"]] for s in samples]
     assert rankings[0]["labeller"] == "by_length" and rankings[0]["models"] == samples[0]["models"]
@@ -173,7 +178,13 @@ def test_the_winners_of_rankings_are_rows_for_sft():
         {"prompt": "d", "completions": ["x", "y"], "ranks": [1, 1]},  # decides nothing
         {"prompt": "e", "completions": ["x", "y"], "ranks": [2.5, 0.5]},
     ]
-    assert [(row["prompt"], row["completion"]) for row in winners(rankings)] == [("a", "y"), ("b", "y"), ("e", "y")]
+    best = lambda *samples: [(row["prompt"], row["completion"]) for row in winners(rankings, list(samples))[0]]
+    assert best() == best({"prompt": "a", "completions": ["x", "y", "z"]}) == [("a", "y"), ("b", "y"), ("e", "y")]
+    cut = [{"prompt": p, "completions": ["y", "x"], "ended": [False, True]} for p in "abc"]  # in another order
+    assert best(*cut) == [("e", "y")] and winners(rankings, cut)[1] == 2
+    rankings[1]["tags"] = None  # then x is as good
+    assert best(*cut) == [("b", "x"), ("e", "y")] and winners(rankings, cut)[1] == 1
+    assert winners(rankings[3:4], []) == ([], 0)
 
 
 def test_a_labeller_that_answers_nonsense_is_named(recipe, stages):
