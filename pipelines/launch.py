@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipelines import shipped
@@ -115,6 +117,34 @@ def start(timeout: float = 1800):
                 memory = next((os.environ[name] for name in ALLOCATORS if name in os.environ), "PyTorch's defaults")
                 logger.info("memory of the GPU: %s (switch off with %s=expandable_segments)", memory, OFF_ON_GPU)
     return state
+
+
+_alone = itertools.count()
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[bool]:
+    """For what the first process does alone and may take hours, such as asking a server: `with first_alone() as first`.
+
+    The others (to which it gives False) wait at its end until the first one is there, or is gone, however long that
+    takes: behind a barrier they would give up after the `timeout` of `start`. Every process must come here.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.num_processes == 1:
+        yield True
+        return
+    from torch.distributed.distributed_c10d import _get_default_store  # the public ways to wait all have an end
+
+    store, done = _get_default_store(), f"pipelines/first_alone/{next(_alone)}"
+    try:
+        yield state.is_main_process
+    finally:
+        if state.is_main_process:
+            store.set(done, "")
+    while not store.check([done]):
+        time.sleep(0.2)
 
 
 def _asked(what: str) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from pipelines import files
+from pipelines import files, launch
 from pipelines.errors import DataError, SetupError
 from pipelines.feedback.endpoint import Endpoint, NoReply, Reply, key_for
 from pipelines.feedback.store import MOST, TAGS, dense
@@ -290,8 +290,22 @@ def _replies(name: str, judge: JudgeSection, asked: list[tuple[str, int]], cache
     state.wait_for_everyone()  # all have read it before the first one adds to it
     if known:
         logger.info("%s: %d of %d replies are there already", name, len(known), len(questions))
-    if judge.endpoint and not state.is_main_process:
-        return [None] * len(asked)
+    if judge.endpoint:
+        with launch.first_alone() as first:
+            return _asked(name, judge, how, keys, questions, known, cache) if first else [None] * len(asked)
+    return _asked(name, judge, how, keys, questions, known, cache)
+
+
+def _asked(
+    name: str,
+    judge: JudgeSection,
+    how: dict,
+    keys: list[str],
+    questions: dict[str, tuple[str, int]],
+    known: dict[str, Reply],
+    cache: Path,
+) -> list[Reply | None]:
+    """The replies to the questions `keys`, those that are not `known` asked for and kept in `cache`."""
     todo = {key: text for key, (text, _) in questions.items() if key not in known}
     usable = lambda key: isinstance(read(known[key], questions[key][1], judge.tags), Verdict)
     used, lost, missing = sum(map(usable, known)), 0, []
@@ -306,7 +320,7 @@ def _replies(name: str, judge: JudgeSection, asked: list[tuple[str, int]], cache
                 continue
             lost, known[key] = 0, reply
             used += usable(key)
-            if state.is_main_process:
+            if PartialState().is_main_process:
                 files.append_rows(cache, [{"key": key, **asdict(reply)}])
             if len(known) >= HOPELESS and not used:
                 raise SetupError(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -119,11 +120,16 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
     weights = reward.get("weights")
     if weights is not None and len(weights) != len(models) + len(named):
         yield "reward.weights", f"needs {len(models) + len(named)} numbers: models first, then functions", weights
+    elif weights and not (any(weights) and all(map(math.isfinite, weights))):
+        yield "reward.weights", "must be numbers, one of them other than 0: else nothing is rewarded", weights
     else:
         try:
             check_combine(reward.get("combine", "sum"), (weights or [1.0] * len(models))[: len(models)])
         except SetupError as error:
             yield "reward.combine", str(error), reward.get("combine")
+    if reward.get("combine", "sum") != "sum" and len(set(models)) < len(models):
+        twice = next(name for name in models if models.count(name) > 1)
+        yield "reward.models", f"{twice} is named twice, and agrees with itself: an ensemble is of different models", None
     if "uncertainty_coef" in reward and reward.get("combine") != "uncertainty":
         yield "reward.uncertainty_coef", "goes with combine: uncertainty; drop this key", reward["uncertainty_coef"]
     if reward.get("share_base"):

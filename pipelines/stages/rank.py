@@ -15,8 +15,8 @@ each judgement is a row. A file that grows later makes the stage stale: `--redo`
 a list of judges is as many labellers. Beside `judgements` a judge ranks everything too: its rankings of prompts that
 people ranked only say how far it agrees with them (`agreement` in stage.json), the others are used.
 
-Beside it stands `best.jsonl`, the winners as rows for sft (best of n): `data: {train: stage:rankings/best.jsonl}`; those
-that broke off before their end are left out and counted.
+Beside it stands `best.jsonl`, the winners as rows for sft (best of n): `data: {train: stage:rankings/best.jsonl}`.
+Winners that broke off before their end are left out and counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 
 from accelerate import PartialState
 
-from pipelines import errors, files, functions
+from pipelines import errors, files, functions, launch
 from pipelines.data import mixing, sources
 from pipelines.data.rows import normalise
 from pipelines.errors import DataError, SetupError
@@ -127,9 +127,14 @@ def judge_name(judge: str | dict) -> str:
 
 def run(stage) -> dict:
     """Rank, or read the judgements; write the file; returns the counts. Every process calls it; the first writes."""
-    first, settings = PartialState().is_main_process, stage.section("rank")
-    if not first and not settings.judge:
-        return {}
+    if stage.section("rank").judge:
+        return _rank(stage, PartialState().is_main_process)
+    with launch.first_alone() as first:  # a labeller may be slow
+        return _rank(stage, first) if first else {}
+
+
+def _rank(stage, first: bool) -> dict:
+    settings = stage.section("rank")
     samples, _ = mixing.load(stage.data, stage.spec.rows, stage.seed, report=stage.report)
     rankings, judges_ = [], {}
     if settings.judgements:

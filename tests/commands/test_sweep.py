@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,24 @@ def test_the_same_command_goes_on_after_a_kill(three):
     assert state_of(three.root / "two.learning_rate" / "1e-3" / "three") == kept
     three.runs.clear()
     assert three.sweep(f"{RATE}=1e-3,2e-3,4e-3") == 0 and three.runs == []
+
+
+def test_a_point_whose_folder_is_deleted_is_made_again_and_no_other(three, capsys):
+    words = (f"{RATE}=1e-3,2e-3", f"{BETA}=0,0.2")
+    assert three.sweep(*words) == 0
+    folder = three.root / "two.learning_rate,three.weight_decay"
+    kept = state_of(folder / "1e-3,0")
+    three.runs.clear()
+    shutil.rmtree(folder / "2e-3,0.2")  # its `two` is a link into the point before it
+    assert three.sweep(*words) == 0 and three.runs == [("2e-3,0.2", "three")]
+    assert state_of(folder / "1e-3,0") == kept
+    three.runs.clear()
+    shutil.rmtree(folder / "2e-3,0")  # where the other point's link leads to
+    assert three.sweep(*words) == 2 and three.runs == []
+    shown = capsys.readouterr().err
+    assert "2e-3,0.2: three" in shown and "two, whose folder is gone" in shown and "move the folder of a point" in shown
+    shutil.rmtree(folder / "2e-3,0.2")
+    assert three.sweep(*words) == 0 and three.runs == [("2e-3,0", "two"), ("2e-3,0", "three"), ("2e-3,0.2", "three")]
 
 
 def test_a_point_that_fails_is_recorded_and_the_others_go_on(three, capsys):

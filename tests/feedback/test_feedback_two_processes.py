@@ -4,31 +4,47 @@ figures.
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.feedback.stand_in_judge import serving
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 PROMPTS = [{"prompt": f"what colour is the {w} {i}"} for i in range(7) for w in ("cat", "dog", "tree")]
 
 
-def launch(recipe, processes):
+def start(words, processes):
     config = ROOT / "accelerate_configs" / ("cpu.yaml" if processes == 1 else "cpu_2.yaml")
     clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
-    done = subprocess.run(
-        [Path(sys.executable).parent / "accelerate", "launch", "--config_file", config, "-m", "pipelines", recipe],
+    return subprocess.Popen(
+        [Path(sys.executable).parent / "accelerate", "launch", "--config_file", config, *words],
         env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        start_new_session=True,
     )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout
+
+
+def finish(run):
+    out, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, out[-3000:]
+    return out
+
+
+def launch(recipe, processes):
+    return finish(start(["-m", "pipelines", recipe], processes))
 
 
 def test_the_loop_is_the_same_on_one_and_two_processes(tmp_path, write, tiny_gpt2):
@@ -74,6 +90,7 @@ def test_the_loop_is_the_same_on_one_and_two_processes(tmp_path, write, tiny_gpt
                 "judge": "stage:reward",
                 "response_length": 6,
                 "samples": 2,
+                "best_of": 4,
                 "max_length": 32,
                 "rankings": "stage:rankings/rankings.jsonl",
             },
@@ -96,7 +113,66 @@ def test_the_loop_is_the_same_on_one_and_two_processes(tmp_path, write, tiny_gpt
     )
     for name in ("accuracy", "margin", "tag_long_auc"):
         assert one["reward"][name] == pytest.approx(two["reward"][name], abs=1e-4)
-    assert one["scores"]["figures"].keys() == two["scores"]["figures"].keys() >= {"sft/perplexity", "sft/score"}
+    assert (
+        one["scores"]["figures"].keys() == two["scores"]["figures"].keys() >= {"sft/perplexity", "sft/best_of_4/score"}
+    )
     for name, figure in one["scores"]["figures"].items():
         assert figure == pytest.approx(two["scores"]["figures"][name], rel=1e-4, abs=1e-4)
     assert (runs[2] / "reward" / "tags.safetensors").exists()
+
+
+def test_what_the_first_process_does_alone_may_take_longer_than_others_wait_for_each_other(tmp_path):
+    script = tmp_path / "alone.py"
+    script.write_text(
+        "import time\nfrom pipelines import launch\nstate = launch.start(timeout=3)\n"
+        "for _ in range(2):\n"
+        "    with launch.first_alone() as first:\n"
+        "        time.sleep(7 if first else 0)\n"
+        "state.wait_for_everyone()\nprint('together', first, flush=True)\n"
+    )
+    out = finish(start([script], 2))
+    assert "together True" in out and "together False" in out
+
+
+def test_judges_ask_once_and_rank_the_same_on_two_processes_also_after_a_kill(tmp_path, write, tiny_gpt2):
+    """A reward model, a language model that runs here (its replies are of no use) and an endpoint, one after the other."""
+    torch.manual_seed(1)
+    reward = tmp_path / "reward"
+    AutoModelForSequenceClassification.from_pretrained(tiny_gpt2, num_labels=1).save_pretrained(reward)
+    AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(reward)
+    samples = [{"prompt": f"q{i}", "completions": ["a fish" * (1 + i % 3), "b c d", f"it is {i}"]} for i in range(8)]
+    data, found = write("samples.jsonl", samples), {}
+    killed = threading.Event()
+
+    def hang(handler, number, text):
+        """Half of the questions, then silence: until the run is killed."""
+        return number >= 8 and not killed.wait(300)
+
+    for name, processes, behave in (("one", 1, None), ("two", 2, None), ("killed", 2, hang)):
+        judges = [
+            str(reward),
+            {"model": str(tiny_gpt2), "rubric": "short", "response_length": 4},
+            {"endpoint": "ENDPOINT", "model": "judge", "concurrency": 2},
+        ]
+        folder, recipe = tmp_path / name, tmp_path / f"{name}.yaml"
+        stage = {"kind": "rank", "rank": {"judge": judges}, "data": {"train": data}}
+        text = yaml.safe_dump({"output_dir": str(folder), "stages": {"rankings": stage}}, sort_keys=False)
+        with serving(behave) as server:
+            recipe.write_text(text.replace("ENDPOINT", server.url))
+            if name == "killed":
+                run = start(["-m", "pipelines", recipe], processes)
+                while len(server.asked) < 10 and run.poll() is None:
+                    time.sleep(0.2)
+                os.killpg(run.pid, signal.SIGKILL)
+                run.communicate()
+                killed.set()
+            launch(recipe, processes)
+        asked = [body["messages"][0]["content"] for body in server.asked]
+        assert len(set(asked)) == 16 and len(asked) == 16 + (2 if name == "killed" else 0), name  # two were under way
+        rankings = folder / "rankings"
+        counts = json.loads((rankings / "stage.json").read_text())["metrics"]["judges"]
+        found[name] = [(rankings / file).read_text() for file in ("rankings.jsonl", "best.jsonl")], counts
+        lines = (rankings / "judge.jsonl").read_text().splitlines()
+        assert len(lines) == len(set(lines)) == 32, name
+    assert found["one"] == found["two"] == found["killed"]
+    assert len(found["one"][0][0].splitlines()) == 16  # of the reward model and of the endpoint
