@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.feedback.stand_in_judge import serving
 
@@ -139,7 +139,10 @@ def test_judges_ask_once_and_rank_the_same_on_two_processes_also_after_a_kill(tm
     torch.manual_seed(1)
     reward = tmp_path / "reward"
     AutoModelForSequenceClassification.from_pretrained(tiny_gpt2, num_labels=1).save_pretrained(reward)
-    AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(reward)
+    writer = tmp_path / "writer"  # with room for a judge's prompt
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_gpt2, n_positions=2048)).save_pretrained(writer)
+    for folder in (reward, writer):
+        AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(folder)
     samples = [{"prompt": f"q{i}", "completions": ["a fish" * (1 + i % 3), "b c d", f"it is {i}"]} for i in range(8)]
     data, found = write("samples.jsonl", samples), {}
     killed = threading.Event()
@@ -151,7 +154,7 @@ def test_judges_ask_once_and_rank_the_same_on_two_processes_also_after_a_kill(tm
     for name, processes, behave in (("one", 1, None), ("two", 2, None), ("killed", 2, hang)):
         judges = [
             str(reward),
-            {"model": str(tiny_gpt2), "rubric": "short", "response_length": 4},
+            {"model": str(writer), "rubric": "short", "response_length": 4},
             {"endpoint": "ENDPOINT", "model": "judge", "concurrency": 2},
         ]
         folder, recipe = tmp_path / name, tmp_path / f"{name}.yaml"
