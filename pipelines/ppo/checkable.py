@@ -56,7 +56,7 @@ def pattern_matches(completions: list[str], pattern: list, **columns) -> list[fl
             continue
         try:
             rewards.append(float(matches(given, completion)))
-        except (regex.error, TypeError) as error:
+        except (regex.error, TypeError, RecursionError) as error:
             raise SetupError(f"{_at(columns, i)}pattern: {_short(given)} is no regular expression: {error}") from None
         except TimeoutError:
             raise SetupError(

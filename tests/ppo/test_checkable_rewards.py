@@ -132,6 +132,8 @@ def test_a_pattern_that_cannot_be_read_or_never_ends_is_named(monkeypatch):
         pattern_matches(["a"], ["("], where=["p.jsonl:3"])
     with pytest.raises(SetupError, match="row 0: pattern: 3 is no regular expression"):
         pattern_matches(["a"], [3])
+    with pytest.raises(SetupError, match="row 0: pattern: .* is no regular expression: maximum recursion"):
+        pattern_matches(["a"], ["(" * 5000 + ")" * 5000])
     monkeypatch.setattr(checkable, "SECONDS", 0.05)
     with pytest.raises(SetupError, match=r"took more than 0.05 s on an answer of 40 characters"):
         pattern_matches(["a" * 40], ["(a|aa)+b"])
