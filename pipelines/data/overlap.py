@@ -54,7 +54,8 @@ def find(training: list[Source], evaluation: list[Source], most: int = ROWS) -> 
         return []
     trained = _texts(_here(training, skipped), most, skipped)
     rows_of = {text: i for i, text in reversed(list(enumerate(trained.plain)))}
-    found = [line for path, texts in held if (line := _line(path, texts, trained, rows_of))]
+    lines = [_line(path, texts, trained, rows_of) for path, texts in held]
+    found = list(dict.fromkeys(filter(None, lines)))  # a file may be read as several kinds of rows
     if found and (trained.cut or any(texts.cut for _, texts in held)):
         found.append(f"of each file at most {most:,} rows and {CHARACTERS // 10**6} MB of text were compared")
     if skipped:

@@ -27,6 +27,12 @@ def test_the_same_but_for_case_and_space_is_found_and_counted_once(write):
     assert found == f"{held[0]['path']}: 2 of 3 rows, as 'what is it?' (:1, {trained[0]['path']}:2)"
 
 
+def test_a_file_that_two_kinds_evaluate_on_is_one_line(write):
+    row = {"prompt": "What is it?", "completions": ["a clock", "a mill"], "ranks": [1, 2], "tags": [[], []]}
+    path = write("ranked.jsonl", [row])
+    assert len(find([({"path": path}, "rankings")], [({"path": path}, "rankings"), ({"path": path}, "unpaired")])) == 1
+
+
 def test_thirteen_words_in_a_row_are_found_in_any_form_of_data(write):
     shared = text(1, 13)
     held = prompts(write, "held.jsonl", f"tell me: {shared}!", text(2, 40), text(3, 12))
