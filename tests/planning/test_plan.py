@@ -291,6 +291,14 @@ def a_job(kind="sft", **values):
     return Job(stage, kind, values, models, 1000, [512], 512, 1, 64 if kind == "ppo" else 0)
 
 
+@pytest.mark.parametrize("kind", ["sft", "ppo"])
+def test_no_launcher_holds_whole_logits(kind):
+    planner = Planner(a_job(kind))
+    setups = [Setup(gpu="h100", strategy=how, world=4, micro=32, bf16=True) for how in ("ddp", "fsdp2", "zero3")]
+    assert len({planner.head(setup) for setup in setups}) == 1
+    assert len({planner.rollouts(setup) for setup in setups[1:]}) == 1
+
+
 def test_what_is_suggested_fits_and_what_was_asked_does_not():
     planner, asked = Planner(a_job()), Setup(gpu="h100", micro=32, bf16=True)
     room = 0.6 * planner.memory(asked).total
