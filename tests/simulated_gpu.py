@@ -7,8 +7,8 @@
     gpu.counts["rollout"]                        # Counter of operators, waits, copies
 
 Where a tensor is, is an attribute of its storage, so views, parameters and what autograd keeps share it. A dispatch
-mode looks at every operator: a host tensor of one dimension or more beside a device tensor is an error, as on CUDA, and
-what comes of device tensors is on the device. It counts operators that compute (about: kernel launches), waits of the
+mode looks at every operator: a host tensor beside a device tensor is an error, as on CUDA, unless it is a single number
+that is only read; and what comes of device tensors is on the device. It counts operators that compute (about: kernel launches), waits of the
 host for the device (`.item()`, `.cpu()`, `.tolist()`, `bool()`, boolean indices, `nonzero` …) with the line of the
 project that caused them, and copies from the host. PyTorch itself sees CPU tensors only: autocast is the CPU's, and
 nothing is learned about speed, memory, NCCL or kernels.
@@ -141,8 +141,10 @@ class SimulatedGPU(TorchDispatchMode):
             if here:
                 self.count("copy" if on_gpu(pytree.tree_leaves(args[0])[0]) else "wait")
             return
+        schema = zip(func._schema.arguments, args, strict=False)
+        written = [x for of, x in schema if of.alias_info is not None and of.alias_info.is_write]
         for x in here:
-            if x.dim() == 0 and base not in ("cat", "stack"):
+            if x.dim() == 0 and base not in ("cat", "stack") and not any(x is out for out in written):
                 continue
             if base in INDEXED and on_gpu(args[0]) and not (len(args) > 2 and x is args[2]):
                 self.count("copy")  # indices may be on the host

@@ -17,7 +17,7 @@ from pipelines.evaluation import best_of
 from pipelines.evaluation.figures import Values
 from pipelines.generation.implicit_reward import ImplicitReward, load_reward
 from pipelines.generation.logprobs import sequence_scores
-from pipelines.models import chat_template, loading, scorers
+from pipelines.models import chat_template, loading, scorers, sharding
 from pipelines.models.config import ModelSection
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,8 @@ def model_scores(
     share and gets all.
     """
     state = PartialState()
-    model, tokenizer = load_reward(ModelSection(model_name_or_path=path), label)
+    with sharding.on_each_process():
+        model, tokenizer = load_reward(ModelSection(model_name_or_path=path), label)
     if label and not (isinstance(model, scorers.Classifier) and model.config.num_labels > 1):
         raise SetupError(f"label: judge {path} gives one number, it is no classifier of several labels: drop this key")
     model = model.to(state.device).eval()

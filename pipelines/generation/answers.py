@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 from pipelines import IGNORE_INDEX
 from pipelines.errors import SetupError
 from pipelines.generation.decode import Chooser, Sampler, generate, uniforms
-from pipelines.models import chat_template, loading, thoughts, tokenizer_setup
+from pipelines.models import chat_template, loading, sharding, thoughts, tokenizer_setup
 from pipelines.models.config import ModelSection
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,8 @@ def load(path: str, auto_class: str = "AutoModelForCausalLM"):
     device = PartialState().device
     half = device.type == "cuda" and loading.native_bf16("cuda")
     section = ModelSection(model_name_or_path=path, dtype="bfloat16" if half else None)
-    model, tokenizer = loading.load_model(section, auto_class), loading.load_tokenizer(section)
+    with sharding.on_each_process():
+        model, tokenizer = loading.load_model(section, auto_class), loading.load_tokenizer(section)
     tokenizer_setup.fit_vocabulary(model, tokenizer)
     length_as_asked(model)
     logger.info("%s: on %s, %s", path, device.type, loading.described(model))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 
 import torch
+from transformers.integrations import deepspeed as known_to_transformers
 
 
 @contextlib.contextmanager
@@ -18,6 +20,24 @@ def whole(*weights):
 
     with deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0):
         yield
+
+
+@contextlib.contextmanager
+def on_each_process():
+    """Within it every process loads whole models, as those that train nothing need them: sample, evaluate, judges.
+
+    Launched for shards, transformers reads a model on the first process alone, for FSDP to give it to the others, or
+    cuts it up for ZeRO-3 while the settings of an earlier stage are still held.
+    """
+    asked = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    before = {name: os.environ.pop(name) for name in asked if name in os.environ}
+    zero = known_to_transformers._hf_deepspeed_config_weak_ref
+    known_to_transformers.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+        known_to_transformers._hf_deepspeed_config_weak_ref = zero
 
 
 def float32_sums(accelerator) -> None:

@@ -47,14 +47,23 @@ def launch(recipe, processes):
     return finish(start(["-m", "pipelines", recipe], processes))
 
 
-def test_the_loop_is_the_same_on_one_and_two_processes(tmp_path, write, tiny_gpt2):
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory, tiny_gpt2):
+    """`loop(config)` runs it with that launcher, on one process (`cpu`) or two; the output folder."""
+    tmp_path = tmp_path_factory.mktemp("loop")
+
+    def write(name, rows):
+        (tmp_path / name).write_text(rows if isinstance(rows, str) else "".join(json.dumps(r) + "\n" for r in rows))
+        return str(tmp_path / name)
+
     args = {"max_steps": 2, "global_batch_size": 4, "max_length": 64, "learning_rate": 1e-2, "report_to": []}
     prompts = write("p.jsonl", PROMPTS)
+    sft_rows = write("s.jsonl", [{**p, "completion": "it is red"} for p in PROMPTS])
     stages = {
         "sft": {
             "kind": "sft",
             "model": {"model_name_or_path": str(tiny_gpt2), "chat_template": "plain"},
-            "data": {"train": write("s.jsonl", [{**p, "completion": "it is red"} for p in PROMPTS])},
+            "data": {"train": sft_rows},
             "args": args,
         },
         "samples": {
@@ -86,6 +95,7 @@ def test_the_loop_is_the_same_on_one_and_two_processes(tmp_path, write, tiny_gpt
             "evaluate": {
                 "models": [str(tiny_gpt2), "stage:sft"],
                 "text": write("t.txt", "\n".join(p["prompt"] for p in PROMPTS)),
+                "pairs": sft_rows,
                 "prompts": prompts,
                 "judge": "stage:reward",
                 "response_length": 6,
@@ -96,13 +106,28 @@ def test_the_loop_is_the_same_on_one_and_two_processes(tmp_path, write, tiny_gpt
             },
         },
     }
-    runs = {}
-    for processes in (1, 2):
-        folder = tmp_path / f"on_{processes}"
-        recipe = tmp_path / f"{processes}.yaml"
+
+    def loop_(config):
+        recipe, folder = tmp_path / f"{config}.yaml", tmp_path / config
         recipe.write_text(yaml.safe_dump({"output_dir": str(folder), "stages": stages}, sort_keys=False))
-        assert "sft over" in launch(recipe, processes)
-        runs[processes] = folder
+        assert "sft over" in launch(recipe, config, 1 if config == "cpu" else 2)
+        return folder
+
+    return loop_
+
+
+@pytest.fixture(scope="module")
+def alone(loop):
+    """The output folder of one process."""
+    return loop("cpu")
+
+
+@pytest.mark.parametrize("config", ["cpu_2", "fsdp2", "zero2", "zero3"])
+def test_the_loop_is_the_same_on_one_and_two_processes(loop, alone, config):
+    """On shards too: what samples, ranks and evaluates holds whole models on each process."""
+    if config.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    runs = {1: alone, 2: loop(config)}
     one, two = (
         [(runs[n] / f).read_text() for f in ("samples/samples.jsonl", "rankings/rankings.jsonl")] for n in (1, 2)
     )

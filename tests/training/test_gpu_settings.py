@@ -4,18 +4,29 @@ shards.
 
 from __future__ import annotations
 
+import contextlib
 import types
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from simulated_gpu import on_gpu, simulated_gpu
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AttentionInterface, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import (
+    AttentionInterface,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    modeling_utils,
+)
+from transformers.integrations import deepspeed
 
 from pipelines import launch
 from pipelines.chain import chain
 from pipelines.errors import SetupError
+from pipelines.evaluation import judges
 from pipelines.generation import answers
 from pipelines.generation.decode import Sampler, generate, lean_decode, ready_mask, takes_ready_masks, uniforms
 from pipelines.generation.logprobs import (
@@ -90,6 +101,36 @@ def test_a_model_with_an_attention_that_refuses_the_cpu_is_fused_all_the_same(na
         assert has_plain_head(policy) and policy.config._attn_implementation == name
     finally:
         AttentionInterface._global_mapping.pop(name)
+
+
+@pytest.mark.parametrize("who", ["answers", "judge"])
+@pytest.mark.parametrize("how", ["fsdp2", "zero3"])
+def test_what_trains_nothing_holds_whole_models_on_each_process_of_a_launch_for_shards(
+    how, who, tiny_gpt2, tmp_path, monkeypatch
+):
+    """As the second process of a machine sees it: FSDP would give it the weights later, ZeRO-3 cuts them up."""
+    zero3 = types.SimpleNamespace(is_zero3=lambda: True)
+    if how == "fsdp2":
+        for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+            monkeypatch.setenv(name, "true")
+        monkeypatch.setattr("transformers.distributed.fsdp._is_torch_distributed_initialized", lambda: True)
+        monkeypatch.setattr(modeling_utils, "is_local_dist_rank_0", lambda: False)
+    else:
+        monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: zero3)
+    if who == "answers":
+        model, _ = answers.load(str(tiny_gpt2))
+        weights = load_file(tiny_gpt2 / "model.safetensors")
+        assert all(torch.equal(weights[name], w) for name, w in model.state_dict().items() if name in weights)
+    else:
+        gpt2(GPT2ForSequenceClassification, num_labels=1).save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(tmp_path)
+        scored = {}
+        monkeypatch.setattr(judges, "sequence_scores", lambda model, *_: scored.setdefault("by", model).score.weight)
+        with contextlib.suppress(Exception):
+            judges.model_scores(str(tmp_path), [{"prompt": "what is"}], [[("red", True)]])
+        assert torch.equal(scored["by"].score.weight, gpt2(GPT2ForSequenceClassification, num_labels=1).score.weight)
+    assert (deepspeed._hf_deepspeed_config_weak_ref is not None) == (how == "zero3")
+    assert launch.sharded() == (how == "fsdp2")
 
 
 def test_log_probs_of_answers_where_adapters_train_the_rows_of_new_tokens():

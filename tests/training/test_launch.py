@@ -56,11 +56,13 @@ def kill(process):
     process.wait()
 
 
-def wait_for(path_glob, folder, process, seconds=120):
-    """Until a file that matches appears below `folder` (or the process ends)."""
+def wait_for(path_glob, folder, process, seconds=600):
+    """Until a file that matches appears below `folder` (or the process ends); after so many seconds it is killed."""
     end = time.monotonic() + seconds
     while not list(folder.glob(path_glob)) and process.poll() is None:
-        assert time.monotonic() < end, "nothing happened"
+        if time.monotonic() > end:
+            kill(process)
+            raise AssertionError(f"no {path_glob} below {folder} in {seconds} s")
         time.sleep(0.02)
 
 

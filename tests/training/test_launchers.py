@@ -60,9 +60,13 @@ def environment():
 def run(line, expect=0, **more):
     """Run a command to its end; returns what it printed."""
     line, env = [str(word) for word in line], {**environment(), "OMP_NUM_THREADS": "1", **more}
-    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == expect, (done.stdout + done.stderr)[-6000:]
-    return done.stdout + done.stderr
+    done = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = done.communicate(timeout=1200)
+    finally:
+        kill(done)  # all that it started, where it hangs
+    assert done.returncode == expect, output[-6000:]
+    return output
 
 
 @pytest.fixture(scope="module")
