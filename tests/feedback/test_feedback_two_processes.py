@@ -4,13 +4,13 @@ figures.
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -159,48 +159,64 @@ def test_what_the_first_process_does_alone_may_take_longer_than_others_wait_for_
     assert "together True" in out and "together False" in out
 
 
-def test_judges_ask_once_and_rank_the_same_on_two_processes_also_after_a_kill(tmp_path, write, tiny_gpt2):
-    """A reward model, a language model that runs here (its replies are of no use) and an endpoint, one after the other."""
+def ranking(tmp_path, write, name, judges):
+    """The path of a recipe that ranks, and the folder of its stage."""
+    samples = [{"prompt": f"q{i}", "completions": ["a fish" * (1 + i % 3), "b c d", f"it is {i}"]} for i in range(8)]
+    stage = {"kind": "rank", "rank": {"judge": judges}, "data": {"train": write("samples.jsonl", samples)}}
+    recipe = tmp_path / f"{name}.yaml"
+    recipe.write_text(yaml.safe_dump({"output_dir": str(tmp_path / name), "stages": {"rankings": stage}}))
+    return recipe, tmp_path / name / "rankings"
+
+
+def check_replies(folder, server, asked):
+    """Each prompt was asked about in two orders, and every reply is kept once."""
+    texts = [body["messages"][0]["content"] for body in server.asked]
+    assert len(set(texts)) == 16 and len(texts) == asked
+    lines = [json.loads(line)["key"] for line in (folder / "judge.jsonl").read_text().splitlines()]
+    assert len(lines) == len(set(lines))
+    return len(lines)
+
+
+def test_judges_rank_the_same_on_two_processes_and_ask_no_more(tmp_path, write, tiny_gpt2):
+    """A reward model, a language model that runs here (its replies are of no use), and an endpoint."""
     torch.manual_seed(1)
-    reward = tmp_path / "reward"
+    reward, writer = tmp_path / "reward", tmp_path / "writer"
     AutoModelForSequenceClassification.from_pretrained(tiny_gpt2, num_labels=1).save_pretrained(reward)
-    writer = tmp_path / "writer"  # with room for a judge's prompt
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_gpt2, n_positions=2048)).save_pretrained(writer)
+    room = AutoConfig.from_pretrained(tiny_gpt2, n_positions=2048)  # for a judge's prompt
+    AutoModelForCausalLM.from_config(room).save_pretrained(writer)
     for folder in (reward, writer):
         AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(folder)
-    samples = [{"prompt": f"q{i}", "completions": ["a fish" * (1 + i % 3), "b c d", f"it is {i}"]} for i in range(8)]
-    data, found = write("samples.jsonl", samples), {}
+    found = []
+    for processes in (1, 2):
+        with serving() as server:
+            here = {"model": str(writer), "rubric": "short", "response_length": 4}
+            judges = [str(reward), here, {"endpoint": server.url, "model": "judge"}]
+            recipe, folder = ranking(tmp_path, write, f"on_{processes}", judges)
+            launch(recipe, processes)
+            assert check_replies(folder, server, 16) == 32
+        counts = json.loads((folder / "stage.json").read_text())["metrics"]["judges"]
+        found.append(([(folder / file).read_text() for file in ("rankings.jsonl", "best.jsonl")], counts))
+    assert found[0] == found[1]
+    assert len(found[0][0][0].splitlines()) == 16  # of the reward model and of the endpoint
+
+
+def test_two_processes_that_are_killed_ask_only_what_is_left(tmp_path, write):
     killed = threading.Event()
 
     def hang(handler, number, text):
         """Half of the questions, then silence: until the run is killed."""
         return number >= 8 and not killed.wait(300)
 
-    for name, processes, behave in (("one", 1, None), ("two", 2, None), ("killed", 2, hang)):
-        judges = [
-            str(reward),
-            {"model": str(writer), "rubric": "short", "response_length": 4},
-            {"endpoint": "ENDPOINT", "model": "judge", "concurrency": 2},
-        ]
-        folder, recipe = tmp_path / name, tmp_path / f"{name}.yaml"
-        stage = {"kind": "rank", "rank": {"judge": judges}, "data": {"train": data}}
-        text = yaml.safe_dump({"output_dir": str(folder), "stages": {"rankings": stage}}, sort_keys=False)
-        with serving(behave) as server:
-            recipe.write_text(text.replace("ENDPOINT", server.url))
-            if name == "killed":
-                run = start(["-m", "pipelines", recipe], processes)
-                while len(server.asked) < 10 and run.poll() is None:
-                    time.sleep(0.2)
-                os.killpg(run.pid, signal.SIGKILL)
-                run.communicate()
-                killed.set()
-            launch(recipe, processes)
-        asked = [body["messages"][0]["content"] for body in server.asked]
-        assert len(set(asked)) == 16 and len(asked) == 16 + (2 if name == "killed" else 0), name  # two were under way
-        rankings = folder / "rankings"
-        counts = json.loads((rankings / "stage.json").read_text())["metrics"]["judges"]
-        found[name] = [(rankings / file).read_text() for file in ("rankings.jsonl", "best.jsonl")], counts
-        lines = (rankings / "judge.jsonl").read_text().splitlines()
-        assert len(lines) == len(set(lines)) == 32, name
-    assert found["one"] == found["two"] == found["killed"]
-    assert len(found["one"][0][0].splitlines()) == 16  # of the reward model and of the endpoint
+    with serving(hang) as server:
+        judge = {"endpoint": server.url, "model": "judge", "concurrency": 2}
+        recipe, folder = ranking(tmp_path, write, "killed", [judge])
+        run = start(["-m", "pipelines", recipe], 2)
+        while len(server.asked) < 10 and run.poll() is None:
+            time.sleep(0.2)
+        for process in [*psutil.Process(run.pid).children(recursive=True), run]:  # they have sessions of their own
+            process.kill()
+        run.communicate()
+        killed.set()
+        launch(recipe, 2)
+        assert check_replies(folder, server, 18) == 16  # two were under way
+    assert len((folder / "rankings.jsonl").read_text().splitlines()) == 8
