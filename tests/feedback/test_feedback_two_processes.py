@@ -20,14 +20,16 @@ from tests.feedback.stand_in_judge import serving
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
+SCRIPTS = {"fsdp2": "fsdp_on_cpu.py", "zero3": "zero3_on_cpu.py"}  # what lets them cut up tiny models on a CPU
 PROMPTS = [{"prompt": f"what colour is the {w} {i}"} for i in range(7) for w in ("cat", "dog", "tree")]
 
 
-def start(words, processes):
-    config = ROOT / "accelerate_configs" / ("cpu.yaml" if processes == 1 else "cpu_2.yaml")
+def start(words, processes, config=None):
+    config = ROOT / "accelerate_configs" / f"{config or ('cpu' if processes == 1 else 'cpu_2')}.yaml"
+    line = ["launch", "--config_file", config, "--num_processes", str(processes)]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     return subprocess.Popen(
-        [Path(sys.executable).parent / "accelerate", "launch", "--config_file", config, *words],
+        [Path(sys.executable).parent / "accelerate", *line, *words],
         env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -110,7 +112,8 @@ def loop(tmp_path_factory, tiny_gpt2):
     def loop_(config):
         recipe, folder = tmp_path / f"{config}.yaml", tmp_path / config
         recipe.write_text(yaml.safe_dump({"output_dir": str(folder), "stages": stages}, sort_keys=False))
-        assert "sft over" in launch(recipe, config, 1 if config == "cpu" else 2)
+        words = [ROOT / "tests" / SCRIPTS[config]] if config in SCRIPTS else ["-m", "pipelines"]
+        assert "sft over" in finish(start([*words, recipe], 1 if config == "cpu" else 2, config))
         return folder
 
     return loop_
