@@ -127,9 +127,6 @@ def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
             check_combine(reward.get("combine", "sum"), (weights or [1.0] * len(models))[: len(models)])
         except SetupError as error:
             yield "reward.combine", str(error), reward.get("combine")
-    if reward.get("combine", "sum") != "sum" and len(set(models)) < len(models):
-        twice = next(name for name in models if models.count(name) > 1)
-        yield "reward.models", f"{twice} is named twice: an ensemble is of different models", None
     if "uncertainty_coef" in reward and reward.get("combine") != "uncertainty":
         yield "reward.uncertainty_coef", "goes with combine: uncertainty; drop this key", reward["uncertainty_coef"]
     if reward.get("share_base"):

@@ -138,7 +138,7 @@ def test_disagreement_is_logged_and_the_score_is_the_combined_one(made):
         ({"models": ["stage:first", "stage:second"], "combine": "min", "weights": [1, 0]}, "and 1 counts"),
         ({"models": ["stage:first", "stage:second"], "weights": [0, 0]}, "(?s)reward.weights.*other than 0"),
         ({"models": ["stage:first", "stage:second"], "weights": [1, float("nan")]}, "reward.weights"),
-        ({"models": ["stage:first", "stage:first"], "combine": "mean"}, "stage:first is named twice"),
+        ({"models": ["stage:first", "stage:first"], "combine": "mean"}, "names a model twice"),
         ({"models": ["stage:first", "stage:second"], "combine": "median"}, "(?s)reward.combine.*sum, mean, min"),
         ({"models": ["stage:first", "stage:second"], "uncertainty_coef": 2.0}, "goes with combine: uncertainty"),
         (
