@@ -26,8 +26,8 @@ def whole(*weights):
 def on_each_process():
     """Within it every process loads whole models, as those that train nothing need them: sample, evaluate, judges.
 
-    Launched for shards, transformers reads a model on the first process alone, for FSDP to give it to the others, or
-    cuts it up for ZeRO-3 while the settings of an earlier stage are still held.
+    Launched for shards, transformers leaves new weights without memory, for FSDP to fill them later, or cuts
+    weights up for ZeRO-3 while the settings of an earlier stage are still held; and adapters are not merged.
     """
     asked = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     before = {name: os.environ.pop(name) for name in asked if name in os.environ}

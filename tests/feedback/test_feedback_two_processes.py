@@ -101,7 +101,7 @@ def loop(tmp_path_factory, tiny_gpt2):
                 "prompts": prompts,
                 "judge": "stage:reward",
                 "response_length": 6,
-                "samples": 2,
+                "samples": 4,
                 "best_of": 4,
                 "max_length": 32,
                 "rankings": "stage:rankings/rankings.jsonl",

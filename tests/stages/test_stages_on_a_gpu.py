@@ -393,6 +393,8 @@ def test_chat_answers_on_the_device(tiny_gpt2, monkeypatch):
             answer = speaker.answer("what is red", Settings(max_new_tokens=6, seed=1), written.append, print)
         assert all(on_gpu(weight) for weight in speaker.model.parameters()) and answer == "".join(written)
         assert gpu.counts["answer"]["operators"] > 6 * 20
+        waits, copies = gpu.counts["answer"]["wait"], gpu.counts["answer"]["copy"]  # of transformers' own `generate`
+        assert waits <= 23 and copies <= 14, gpu.places["answer"]
 
 
 def flash_attention(module, query, key, value, attention_mask, **kwargs):
