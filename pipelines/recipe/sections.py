@@ -33,9 +33,7 @@ class TokenizerSection:
     vocab_size: int = field(
         default=8192, metadata={"help": "Entries of a trained vocabulary, special tokens included."}
     )
-    lowercase: bool = field(
-        default=True, metadata={"help": "wordpiece only: fold case and strip accents, as uncased BERT."}
-    )
+    lowercase: bool = field(default=True, metadata={"help": "wordpiece only: fold case, strip accents, as BERT."})
     max_documents: int | None = field(
         default=None, metadata={"help": "Train the tokenizer on the first so many documents only (null: on all)."}
     )
@@ -48,8 +46,7 @@ class SourceSection:
     path: str = field(
         default="",
         metadata={
-            "help": "Local .jsonl, .json, .csv, .parquet, .arrow, .txt (each also .gz), a glob of them, a folder of "
-            "save_to_disk, "
+            "help": "Local .jsonl, .json, .csv, .parquet, .arrow, .txt (also .gz), a glob, a folder of save_to_disk, "
             "or a hub id; see docs/data-formats.md."
         },
     )
@@ -65,7 +62,7 @@ class SourceSection:
     sample_by: str = field(
         default="line",
         metadata={
-            "help": "Text files only: what a document is, `line`, `paragraph` (blank lines between) or `document`.",
+            "help": "Text files only: what a document is, `paragraph` with blank lines between.",
             "choices": ["line", "paragraph", "document"],
         },
     )
@@ -109,9 +106,8 @@ class DataSection:
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "pretrain, mlm, sft: read and tokenise the training rows while training goes on, for data larger "
-            "than the disk or without end. Needs args.max_steps; a source that ends begins again. A source's `weight` "
-            "is then its share of the rows."
+            "help": "pretrain, mlm, sft: read and tokenise rows while training goes on, for data larger than the disk. "
+            "Needs args.max_steps; a source that ends begins again; its `weight` is its share of the rows."
         },
     )
     buffer_size: int = field(

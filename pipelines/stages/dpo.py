@@ -15,7 +15,10 @@ two answers and `sigmoid` both are `trl.DPOTrainer`'s loss (tests/stages/test_st
 The reference is the model that the stage starts from: its log-probs are computed once, before the first step, and kept
 with the checkpoints; no second model is held in memory. Logged are `accuracy` and `margin` of the implicit rewards over
 the decided pairs, and `kl`: by how many nats an answer of the data is less likely than it was on average, which is the
-KL divergence from reference to policy where the reference wrote the answers.
+KL divergence from reference to policy where the reference wrote the answers. On validation rows also `displacement`,
+by how many nats a token of the best answers is less likely than it was: the loss may fall by making all answers
+unlikely, the worst ones most, and the policy then writes something else (Razin et al. 2024,
+https://arxiv.org/abs/2410.08847). A large one is warned of.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ __all__ = ["DEFAULTS", "encode", "problems", "ready", "reported", "run", "shown"
 logger = logging.getLogger(__name__)
 
 DEFAULTS = reference.DEFAULTS
+# On the demo's rankings policies with at most 0.25 answered better than before, with 0.7 worse, with 1.4 they babbled.
+DISPLACED = 0.5
 # Options of TRL's `DPOConfig` that this stage does otherwise, or does not do.
 NOT_HERE = {
     **reference.NOT_HERE,
@@ -54,7 +59,7 @@ NOT_HERE = {
 
 def reported(stage) -> tuple[str, ...]:
     """What an evaluation reports; the first decides about the best model where the recipe names none."""
-    return ("loss", "accuracy", "margin", "kl")
+    return ("loss", "accuracy", "margin", "kl", "displacement")
 
 
 def problems(stage, kinds) -> Iterator[tuple[str, str, object]]:
@@ -96,7 +101,7 @@ class PreferenceTrainer(ReferenceTrainer):
         return rankings_loss(ratios, places, ranks, inputs["answers"]["lengths"], self.args)
 
     def measure(self) -> dict:
-        """`preference_metrics` of the implicit rewards of the validation rankings, `kl`, and the training loss."""
+        """Of validation rankings: `preference_metrics` of their implicit rewards, `kl`, `displacement`, the loss."""
         from pipelines.evaluation.metrics import preference_metrics  # late: takes a second, and `check` does without
 
         dataset, ratios = self.eval_dataset, self.validation_logratios()
@@ -105,7 +110,30 @@ class PreferenceTrainer(ReferenceTrainer):
         lengths = torch.tensor([len(answer) for row in dataset for answer in row["answers"]])
         found["loss"] = rankings_loss(torch.cat(ratios), **table(list(dataset)), lengths=lengths, args=self.args).item()
         found["kl"] = -torch.cat(ratios).mean().item()
+        found["displacement"] = displacement(dataset, ratios)
+        if found["displacement"] > DISPLACED:
+            logger.warning(
+                "the best held-out answers are %.2f nats a token less likely than before training: accuracy and loss "
+                "may improve while the policy comes to write something else. Read what it writes (pipelines chat), "
+                "raise beta (%g), lower learning_rate (%g) or train shorter",
+                found["displacement"],
+                self.args.beta,
+                self.args.learning_rate,
+            )
         return found
+
+
+def displacement(rows, ratios: list[torch.Tensor]) -> float:
+    """Nats a token by which the best answers of encoded rankings are less likely than under the reference.
+
+    `ratios`: log pi - log pi_ref (K,) of each row's answers. Answers that share the first place all count.
+    """
+    lost = tokens = 0.0
+    for row, ratio in zip(rows, ratios, strict=True):
+        best = [rank == min(row["ranks"]) for rank in row["ranks"]]
+        lost -= ratio[best].sum().item()
+        tokens += sum(len(answer) for answer, first in zip(row["answers"], best, strict=True) if first)
+    return lost / tokens
 
 
 def run(stage) -> dict:

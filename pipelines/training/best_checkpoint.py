@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback
 from pipelines import errors
 
 LOWER = """
-    loss train_loss loss_per_token mse kl calibration_error runtime seconds
+    loss train_loss loss_per_token mse kl displacement calibration_error runtime seconds
     perplexity pseudo_perplexity ref_perplexity word_perplexity byte_perplexity bits_per_byte brier_score ter
 """.split()
 HIGHER = """

@@ -166,7 +166,20 @@ def test_the_stage_learns_the_ranking_and_resumes_to_the_bit(recipe, write, tiny
     chain.run(loaded, ["whole"])
     metrics = json.loads((loaded["whole"].folder / "stage.json").read_text())["metrics"]
     assert metrics["accuracy"] > 0.95 and metrics["margin"] > 0 and metrics["pairs"] % 6 == 0
+    assert metrics["displacement"] < 0  # the best answers have become likelier
     check_resumed(loaded, dpo.PreferenceTrainer, monkeypatch)
+
+
+def test_best_answers_that_become_unlikely_are_measured_and_warned_of(recipe, write, tiny_gpt2, monkeypatch, caplog):
+    rows = [
+        {"ranks": [2.0, 1.0], "answers": [[5], [6, 7]]},
+        {"ranks": [1.0, 3.0, 1.0], "answers": [[5], [6], [7]]},
+    ]
+    ratios = [torch.tensor([-9.0, -3.0]), torch.tensor([-2.0, -9.0, 1.0])]
+    assert dpo.displacement(rows, ratios) == pytest.approx((3 + 2 - 1) / 4)
+    monkeypatch.setattr(dpo, "DISPLACED", -100.0)
+    chain.run(load(recipe({"x": stage(write, tiny_gpt2, max_steps=1)})))
+    assert "nats a token less likely than before training" in caplog.text
 
 
 def test_lora_and_gradient_accumulation(recipe, write, tiny_gpt2):
