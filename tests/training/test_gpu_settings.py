@@ -43,7 +43,7 @@ from pipelines.models.config import ModelSection
 from pipelines.ppo import checks, rollouts
 from pipelines.ppo.policy_and_critic import ValueHead, place_frozen
 from pipelines.recipe.recipe import load
-from pipelines.speed import packed_attention
+from pipelines.speed import fused_head, packed_attention
 from pipelines.speed.fast_model import float32_linear, fuse_loss
 from pipelines.speed.fused_head import linear_cross_entropy, linear_logprobs
 from pipelines.training import arguments
@@ -327,6 +327,7 @@ def test_segments_of_a_gpus_memory_can_grow(cards, before, expected, monkeypatch
 
 def test_frozen_models_hold_their_products_in_bf16_where_the_policy_trains_in_it(monkeypatch):
     """The log-probs and scores are those of autocast, bit for bit; on a CPU and in float32 nothing changes."""
+    monkeypatch.setattr(fused_head, "_is_emulated", lambda dtype: False)  # heads multiply as on a card
     here = types.SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16", state=types.SimpleNamespace())
     gpu = types.SimpleNamespace(**{**vars(here), "device": torch.device("cuda", 0)})
     batch = collate([([1, 2, 3], [4, 5, 6])], True, "cpu")
