@@ -119,7 +119,8 @@ def test_every_document_is_reached_from_the_readme():
 
 def kinds_in(path: str) -> set[str]:
     """The kinds of the stages that a test file makes."""
-    return set(re.findall(r'(?:"kind": |\bstage\(\s*|\()"(\w+)"', (ROOT / path).read_text(encoding="utf-8"))) & set(KINDS)
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return set(re.findall(r'(?:"kind": |\bstage\(\s*|\()"(\w+)"', text)) & set(KINDS)
 
 
 def test_what_is_called_run_on_gpus_is_what_the_tests_run():
