@@ -156,7 +156,7 @@ def finished(path: Path, stage: str) -> dict:
 
 
 def all_kinds(data: dict[str, str]) -> dict:
-    """A recipe of every trained kind, LoRA, a shared critic, tags and pretraining text among them."""
+    """A recipe of every trained kind, LoRA, a shared critic, none, tags and pretraining text among them."""
     args = {"global_batch_size": 8, "learning_rate": 1e-3, "max_steps": 4, "logging_steps": 1, "report_to": []}
     valid = lambda name: {"train": data[name], "validation": 0.2}  # noqa: E731
     ppo = {**args, "response_length": 16, "temperature": 1.0, "max_steps": 2}
@@ -199,6 +199,25 @@ def all_kinds(data: dict[str, str]) -> dict:
             "reward": {"models": ["stage:reward"], "critic": "shared", "min_accuracy": 0},
             "data": valid("prompts"),
             "args": ppo,
+        },
+        "group": {
+            "kind": "ppo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "reward": {"models": ["stage:reward"], "min_accuracy": 0},
+            "data": valid("prompts"),
+            "args": {**ppo, "advantage": "grpo", "num_generations": 4},
+        },
+        "preferred": {
+            "kind": "dpo",
+            "model": {"model_name_or_path": "stage:sft"},
+            "data": valid("rankings"),
+            "args": {**args, "ranking_loss": "plackett_luce"},
+        },
+        "desired": {
+            "kind": "kto",
+            "model": {"model_name_or_path": "stage:sft", **LORA},
+            "data": valid("rankings"),
+            "args": args,
         },
         "encoder": {
             "kind": "mlm",
@@ -810,6 +829,10 @@ def main() -> int:
     about, rows = card(), []
     if about["device"] == "cpu" and not args.tiny:
         parser.error("no GPU here; --tiny runs everything in miniature on the CPU")
+    try:
+        args.out.write_text("{}")  # before the minutes on a card
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "data.json").write_text(json.dumps(write(folder, args.tiny)))
