@@ -13,7 +13,7 @@ from pipelines.recipe.recipe import load
 from pipelines.recipe.stage import Stage
 from pipelines.training import arguments, best_checkpoint
 
-LOWER = {"loss", "perplexity", "pseudo_perplexity", "mse", "kl", "ref_perplexity"}
+LOWER = {"loss", "perplexity", "pseudo_perplexity", "mse", "kl", "displacement", "ref_perplexity"}
 EITHER = {"length", "mean_score"}  # what is better depends on what somebody wants
 TRAINED = [name for name, kind in KINDS.items() if "args" in kind.sections]
 
